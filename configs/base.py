@@ -1,0 +1,121 @@
+"""Every configuration key once, with its meaning; the other configs change values, they add no keys."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def optional(kind: type, value=None):
+    """A key that holds `kind` or None (on the command line: `--config.key=None`)."""
+    reference = placeholder(kind)
+    reference.set(value)
+    return reference
+
+
+def parse_arg(arg: str | None, **defaults: str) -> dict[str, str]:
+    """The part after the colon of `--config=FILE:key=value,key=value`, over its defaults; unknown keys are an error."""
+    values = dict(defaults)
+    for item in filter(None, (arg or "").split(",")):
+        key, separator, value = item.partition("=")
+        if not separator or key not in defaults:
+            raise ValueError(f"config argument {item!r}: expected key=value with a key of {sorted(defaults)}.")
+        values[key] = value
+    return values
+
+
+def get_config() -> ConfigDict:
+    """The defaults."""
+    kem = {
+        "num_slots": 16,  # L
+        "num_heads": 1,  # must divide channels and slot_dim
+        "top_k": optional(int, 32),  # tokens a slot keeps; None = all
+        "slot_dim": optional(int),  # None = channels
+        "etf_for": "all",  # sKEM: project keys, queries and values ("all") or keys and queries ("selection")
+        "etf_vertices": optional(int),  # sKEM's K, at most channels + 1; None = KEM
+        "pre_norm": False,  # LayerNorm before the projections
+        "task_embedding": False,  # a learned vector per task on keys and queries
+        "task_gate": False,  # a learned scalar per task on what is written back
+        "rounds": 1,  # retrieve-write rounds with the same weights
+    }
+    config = ConfigDict(
+        {
+            "seed": 0,  # initialisation, data order, augmentation, drop path
+            "dtype": "float32",  # of the computation: float32 or bfloat16; parameters and losses stay float32
+            "mesh": {"data": -1, "fsdp": 1},  # devices per axis; one -1 takes what is left
+            # --- data -------------------------------------------------------------------------------------------
+            "data": {
+                "source": "scenes",  # scenes | folder
+                "root": "",  # folder: the directory with images/, one folder per task, splits/
+                "num_classes": 12,  # folder: of semseg
+                "num_parts": 7,  # folder: of human_parts, background included
+                "size": (64, 96),  # height, width that the network sees, in training and evaluation
+                "seed": 0,  # scenes: of the scenes themselves
+                "lengths": {"train": 2048, "validation": 256, "test": 256},  # scenes: images per split
+                "workers": 0,  # loader processes; 0 = threads alone
+                "threads": 2,  # loader threads per process
+            },
+            "augment": {
+                "scale": (1.0, 1.0),  # uniform range of the random zoom
+                "flip": True,  # horizontally, with probability 1/2
+                "colour": True,  # brightness, contrast, saturation, hue
+            },
+            # --- tasks ------------------------------------------------------------------------------------------
+            "tasks": ("semseg", "depth", "normals", "edges", "saliency", "human_parts"),
+            "protocol": "exact",  # exact | published: the field's quirks reproduced
+            "task_weights": {  # weights of the summed losses (InvPT's)
+                "semseg": 1.0,
+                "depth": 1.0,
+                "normals": 10.0,
+                "edges": 50.0,
+                "saliency": 5.0,
+                "human_parts": 2.0,
+            },
+            "edge_weight": optional(float, 0.95),  # of edge pixels in the edge loss; None = balanced per batch
+            # --- model ------------------------------------------------------------------------------------------
+            "backbone": "vit",
+            "backbones": {
+                "vit": {
+                    "size": "small",  # tiny | small | base | large; the next three override it
+                    "width": optional(int),
+                    "depth": optional(int),
+                    "num_heads": optional(int),
+                    "patch_size": 16,
+                    "patch_embed": "patch",  # patch | conv
+                    "drop_path": 0.0,
+                    "remat": False,  # recompute blocks in the backward pass: less memory, a third more compute
+                },
+            },
+            "interaction": "kem",  # none | cross_attention | kem | skem
+            "interactions": {
+                "none": {},
+                "cross_attention": {"num_heads": 1, "query_chunk": optional(int, 1024), "pre_norm": False},
+                "kem": kem,
+                "skem": {**kem, "etf_vertices": optional(int, 64)},
+            },
+            "channels": 64,  # width of the task features
+            "stride": 4,  # of the task features
+            "upsample": "bilinear",  # bilinear | subpixel: how heads reach the image size
+            "preliminary": False,  # deep supervision: predictions from before the interaction
+            # --- optimisation -----------------------------------------------------------------------------------
+            "steps": 40_000,
+            "batch_size": 8,  # global: over all devices and processes
+            "accumulate": 1,  # micro-batches per step
+            "optimizer": {
+                "name": "adamw",  # adamw | sgd
+                "learning_rate": 1e-4,
+                "weight_decay": 1e-4,
+                "b1": 0.9,
+                "b2": 0.999,
+                "momentum": 0.9,  # sgd
+                "clip_norm": optional(float, 10.0),
+                "backbone_scale": 1.0,  # the backbone's learning rate relative to the rest
+            },
+            "schedule": {"name": "poly", "warmup_steps": 0},  # poly | cosine | constant
+            "ema_decay": optional(float),  # evaluate an average of the parameters
+            # --- housekeeping: what follows may differ between a run and its resumption ----------------------------
+            "log_every": 10,  # steps between lines of metrics.jsonl
+            "checkpoint_every": 500,
+            "eval_every": 1000,  # steps between evaluations on the validation split; a multiple of checkpoint_every
+            "keep": 2,  # last checkpoints kept, beside the best
+        }
+    )
+    return config.lock()  # a mistyped key in a config file is an error, not a new key

@@ -1,0 +1,246 @@
+"""A plain folder of image files and one folder of files per task as a source, with nothing guessed and nothing skipped.
+
+    root/splits/<split>.txt            one id per line
+    root/images/<id>.png .jpg .jpeg    8-bit RGB or grey; an orientation tag is ignored (targets match stored pixels)
+    root/<task>/<id>.png .npy          a missing file: that image has no labels of the task
+
+What a target's file may be follows from the target's kind, and its size must be the image's:
+
+    labels     .png 8-bit grey or palette: the index, and `Target.fill` (255) = ignore
+    depth      .npy floats (H, W), metres | .png 16-bit grey, millimetres;  0 (or, in .npy, non-finite) = invalid
+    disparity  .npy floats (H, W), pixels; non-finite or `Target.fill` = invalid
+    vectors    .npy floats (H, W, 3) | .png 8-bit RGB, 2 v / 255 - 1;  shorter than 1/2 or non-finite = invalid, which
+               becomes exactly zero (8 bits cannot store it: 127 and 128 are -0.004 and 0.004); all else is made unit
+    mask       .npy floats (H, W) in [0, 1], negative = ignore | .png 8-bit grey, v / 255
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.transforms import Example, Target
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+# The suffixes a target of each kind may have.
+TARGET_SUFFIXES = {
+    "labels": (".png",),
+    "depth": (".npy", ".png"),
+    "disparity": (".npy",),
+    "vectors": (".npy", ".png"),
+    "mask": (".npy", ".png"),
+}
+MILLIMETRES_PER_METRE = 1000
+SHORTEST_VECTOR = 0.5
+
+
+class Folder:
+    """Source over such a folder (picklable; opens files only when an item is read).
+
+    Raises ValueError when constructed unless the split lists at least one id and no id twice, every listed image exists
+    once, and every target has its folder with at least one file for the split. A file that cannot be decoded or is not
+    what its kind allows raises ValueError when its item is read, naming the file, the id and the task.
+    """
+
+    def __init__(self, root: str | os.PathLike, split: str, targets: Mapping[str, Target]) -> None:
+        self.root = Path(root)
+        self.split = split
+        self.targets = dict(targets)
+        for name in {"images", "image", "splits"} & set(targets):
+            raise ValueError(f"a target is named {name!r}, which the folder {self.root} uses itself; rename the target")
+        self.ids = _read_split(self.root / "splits" / f"{split}.txt")
+        self._images = _find_files(self.root / "images", self.ids, IMAGE_SUFFIXES, "images")
+        missing = [id_ for id_ in self.ids if id_ not in self._images]
+        if missing:
+            raise ValueError(
+                f"{self.root / 'images'} lacks {len(missing)} of the {len(self.ids)} images of split {split!r}: "
+                f"{_first(missing)}; allowed: <id> with one of {', '.join(IMAGE_SUFFIXES)}"
+            )
+        self._targets = {name: self._find_targets(name, target) for name, target in self.targets.items()}
+
+    def _find_targets(self, name: str, target: Target) -> dict[str, str]:
+        files = _find_files(self.root / name, self.ids, TARGET_SUFFIXES[target.kind], f"task {name!r}")
+        if not files:
+            raise ValueError(
+                f"{self.root / name} has no file for any of the {len(self.ids)} ids of split {self.split!r}; "
+                f"task {name!r} ({target.kind}) needs <id> with one of {', '.join(TARGET_SUFFIXES[target.kind])}, "
+                "or leave the task out"
+            )
+        return files
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Example:
+        id_ = self.ids[index]
+        example = {"image": _read(self.root / "images" / self._images[id_], f"image of id {id_!r}", _read_image)}
+        for name, target in self.targets.items():
+            if id_ in self._targets[name]:
+                path = self.root / name / self._targets[name][id_]
+                what = f"task {name!r} ({target.kind}) of id {id_!r}"
+                values = _read(path, what, _READERS[target.kind, path.suffix])
+                if values.shape[:2] != example["image"].shape[:2]:
+                    raise ValueError(
+                        f"{path}, {what}: it is {values.shape[0]} x {values.shape[1]} (height x width); "
+                        f"allowed: its image's {example['image'].shape[0]} x {example['image'].shape[1]}"
+                    )
+                example[name] = values
+        return example
+
+    def file_of(self, index: int) -> str:
+        """Path of the item's image."""
+        return str(self.root / "images" / self._images[self.ids[index]])
+
+    def fingerprint(self) -> dict[str, object]:
+        """Name, split, length, and a SHA-256 over the ids and their files' names and sizes (not their contents)."""
+        digest = hashlib.sha256()
+        folders = {"images": self._images, **{name: self._targets[name] for name in sorted(self._targets)}}
+        for id_ in self.ids:
+            for folder, files in folders.items():
+                if id_ in files:
+                    size = (self.root / folder / files[id_]).stat().st_size
+                    digest.update(f"{id_}\0{folder}/{files[id_]}\0{size}\n".encode())
+        return {"name": "folder", "split": self.split, "length": len(self), "digest": digest.hexdigest()}
+
+
+def _read_split(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        there = sorted(file.stem for file in path.parent.glob("*.txt"))
+        raise ValueError(f"{path}: no such split file; splits in {path.parent}: {', '.join(there) or 'none'}")
+    ids = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not ids:
+        raise ValueError(f"{path} is empty; it needs one id (a file name without its suffix) per line")
+    twice = [id_ for id_, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path} lists {len(twice)} ids more than once: {_first(twice)}; each id may stand once")
+    nested = [id_ for id_ in ids if "/" in id_ or "\\" in id_]
+    if nested:
+        raise ValueError(f"{path} has ids with a folder in them: {_first(nested)}; allowed: plain file names")
+    return ids
+
+
+def _find_files(folder: Path, ids: tuple[str, ...], suffixes: tuple[str, ...], what: str) -> dict[str, str]:
+    """id -> file name for the ids that have a file; two files for one id are an error."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; it holds the files of {what}")
+    names = set(os.listdir(folder))
+    found = {}
+    for id_ in ids:
+        files = [id_ + suffix for suffix in suffixes if id_ + suffix in names]
+        if len(files) > 1:
+            raise ValueError(f"{folder} has {' and '.join(files)} for id {id_!r} ({what}); keep one of them")
+        if files:
+            found[id_] = files[0]
+    return found
+
+
+def _first(names: list[str], count: int = 10) -> str:
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(names[:count]) + more
+
+
+class _WrongError(Exception):
+    """What was found in a file and what is allowed; `_read` adds where."""
+
+    def __init__(self, found: str, allowed: str) -> None:
+        super().__init__(f"it is {found}; allowed: {allowed}")
+
+
+def _read(path: Path, what: str, reader: Callable[[Path], np.ndarray]) -> np.ndarray:
+    try:
+        return reader(path)
+    except _WrongError as wrong:
+        raise ValueError(f"{path}, {what}: {wrong}") from None
+    except Exception as error:  # PIL and NumPy raise a dozen kinds for damaged files
+        raise ValueError(f"{path}, {what}: cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _read_picture(path: Path, modes: tuple[str, ...], allowed: str) -> np.ndarray:
+    with Image.open(path) as picture:
+        if picture.mode not in modes:
+            raise _WrongError(f"a {picture.format} of mode {picture.mode!r}", allowed)
+        return np.array(picture)
+
+
+def _read_image(path: Path) -> np.ndarray:
+    pixels = _read_picture(path, ("RGB", "L"), "8-bit RGB or grey")
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=-1)
+
+
+def _read_floats(path: Path, channels: int) -> np.ndarray:
+    """float32 (H, W), or (H, W, channels) if channels > 1."""
+    values = np.load(path, allow_pickle=False)
+    shape = "(H, W)" if channels == 1 else f"(H, W, {channels})"
+    if channels == 1 and values.ndim == 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    if (
+        values.dtype.kind != "f"
+        or values.ndim != (2 if channels == 1 else 3)
+        or values.shape[2:] not in ((), (channels,))
+    ):
+        raise _WrongError(f"an array {values.dtype} {values.shape}", f"floats {shape}")
+    return values.astype(np.float32)
+
+
+def _read_labels(path: Path) -> np.ndarray:
+    return _read_picture(path, ("L", "P"), "an 8-bit PNG, grey or palette")
+
+
+def _read_millimetres(path: Path) -> np.ndarray:
+    pixels = _read_picture(path, ("I;16", "I;16B", "I"), "a 16-bit grey PNG of millimetres, or .npy floats of metres")
+    return pixels.astype(np.float32) / np.float32(MILLIMETRES_PER_METRE)
+
+
+def _read_metres(path: Path) -> np.ndarray:
+    values = _read_floats(path, 1)
+    if (values < 0).any():
+        raise _WrongError(f"an array with values down to {np.nanmin(values)}", "metres; 0 or non-finite = invalid")
+    return values
+
+
+def _read_disparity(path: Path) -> np.ndarray:
+    return _read_floats(path, 1)
+
+
+def _read_vector_floats(path: Path) -> np.ndarray:
+    return _unit_or_zero(_read_floats(path, 3))
+
+
+def _read_vector_picture(path: Path) -> np.ndarray:
+    pixels = _read_picture(path, ("RGB",), "an 8-bit RGB PNG of (n + 1) 255 / 2, or .npy floats (H, W, 3)")
+    return _unit_or_zero(pixels.astype(np.float32) * np.float32(2 / 255) - 1)
+
+
+def _unit_or_zero(vectors: np.ndarray) -> np.ndarray:
+    vectors = np.where(np.isfinite(vectors).all(-1, keepdims=True), vectors, np.float32(0))
+    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return np.where(length >= SHORTEST_VECTOR, vectors / np.maximum(length, SHORTEST_VECTOR), np.float32(0))
+
+
+def _read_mask_floats(path: Path) -> np.ndarray:
+    values = _read_floats(path, 1)
+    if not (values <= 1).all():  # NaN fails too
+        raise _WrongError(f"an array with values up to {values.max()}", "floats in [0, 1], negative = ignore")
+    return values
+
+
+def _read_mask_picture(path: Path) -> np.ndarray:
+    return _read_picture(path, ("L",), "an 8-bit grey PNG, 255 = 1, or .npy floats").astype(np.float32) / np.float32(
+        255
+    )
+
+
+_READERS: dict[tuple[str, str], Callable[[Path], np.ndarray]] = {
+    ("labels", ".png"): _read_labels,
+    ("depth", ".npy"): _read_metres,
+    ("depth", ".png"): _read_millimetres,
+    ("disparity", ".npy"): _read_disparity,
+    ("vectors", ".npy"): _read_vector_floats,
+    ("vectors", ".png"): _read_vector_picture,
+    ("mask", ".npy"): _read_mask_floats,
+    ("mask", ".png"): _read_mask_picture,
+}

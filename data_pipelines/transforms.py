@@ -1,0 +1,383 @@
+"""What happens to one example between the source and the model's door: pure NumPy functions, explicit randomness.
+
+An example is a dict with "image" uint8 (H, W, 3) and any subset of the targets, each a NumPy array (H, W), or
+(H, W, 3) for vectors. How a target moves is plain data, a `Target`; no function here knows a task's name. Sizes are
+(height, width). Inputs are never written to.
+
+The recipe is the one of ATRC and InvPT: scale, crop, flip, colour, normalise, pad. Two of its traits are kept on
+purpose. Zooming by s divides depth by s and leaves normals alone: the camera keeps its focal length and steps closer,
+which is exact only for surfaces parallel to the image. Nearest resampling reads source pixel floor(x * source / output)
+(cv2.INTER_NEAREST) whereas linear resampling aligns pixel centres, so the two differ by up to half a source pixel.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import cv2
+import numpy as np
+
+Example = dict[str, np.ndarray]
+Size = tuple[int, int]
+
+KINDS = ("labels", "depth", "disparity", "vectors", "mask")
+IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, of values in [0, 1]
+IMAGE_STD = (0.229, 0.224, 0.225)
+CROP_RETRIES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """How one target moves under augmentation.
+
+    kind: "labels" uint8 (H, W); "depth", "disparity" float32 (H, W); "vectors" float32 (H, W, 3), unit length, camera
+        frame x right, y down, z forward; "mask" float32 (H, W) in [0, 1].
+    fill: the ignore value, which padding and absent targets get: labels 255 (say), depth 0, vectors 0, mask -1.
+        A pixel is invalid where labels equal `fill`, where depth or disparity is non-finite or equals `fill`, where a
+        vector is zero, where a mask is negative.
+    resample: "nearest" or, but for labels, "linear": weighs valid pixels only and is valid where they hold at least
+        half of the weight (our decision); vectors are renormalised.
+    """
+
+    kind: str
+    fill: float
+    resample: str = "nearest"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"Target.kind is {self.kind!r}; allowed: {', '.join(KINDS)}")
+        if self.resample not in ("nearest", "linear"):
+            raise ValueError(f"Target.resample is {self.resample!r}; allowed: nearest, linear")
+        if self.kind == "labels" and self.resample != "nearest":
+            raise ValueError("Target.resample of labels is 'linear', but class indices have no mean; use 'nearest'")
+        fills = {
+            "labels": (self.fill in range(256), "an integer in 0..255"),
+            "depth": (not (np.isfinite(self.fill) and self.fill > 0), "0, a negative number or not finite"),
+            "disparity": (not (np.isfinite(self.fill) and self.fill > 0), "0, a negative number or not finite"),
+            "vectors": (self.fill == 0, "0"),
+            "mask": (self.fill < 0, "a negative number"),
+        }
+        right, allowed = fills[self.kind]
+        if not right:
+            raise ValueError(f"Target.fill of kind {self.kind!r} is {self.fill!r}; allowed: {allowed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ColourDistortion:
+    """Magnitudes of `distort_colour` on 8-bit images; each part acts with probability `probability`.
+
+    brightness: shift drawn from [-b, b] grey levels. contrast, saturation: factors drawn from these ranges.
+    hue: integer turn drawn from [-h, h), in units of 2 degrees.
+    """
+
+    brightness: float = 32.0
+    contrast: tuple[float, float] = (0.5, 1.5)
+    saturation: tuple[float, float] = (0.5, 1.5)
+    hue: int = 18
+    probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("contrast", "saturation"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high:
+                raise ValueError(f"ColourDistortion.{name} is ({low}, {high}); allowed: 0 <= low <= high")
+        if self.brightness < 0 or not 0 <= self.hue <= 90 or not 0 <= self.probability <= 1:
+            raise ValueError(f"{self} is out of range; allowed: brightness >= 0, hue in 0..90, probability in [0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """The training recipe as plain data.
+
+    size: the output's (height, width): larger images are cropped to it at random, smaller ones padded, centred.
+    scale: range of the uniform zoom; (1.0, 1.0) is none. flip: mirror with probability 1/2. colour: None is none.
+    cat_max_ratio: redraw a crop, up to 10 times, until it holds two classes of the labels target `cat_max_target` and
+        none covers this share of the labelled pixels (0.75 in ATRC and InvPT). None takes the first crop.
+    """
+
+    size: Size
+    scale: tuple[float, float] = (1.0, 1.0)
+    flip: bool = True
+    colour: ColourDistortion | None = None
+    cat_max_ratio: float | None = None
+    cat_max_target: str | None = None
+
+    def __post_init__(self) -> None:
+        check_size("Augmentation.size", self.size)
+        low, high = self.scale
+        if not 0 < low <= high < np.inf:
+            raise ValueError(f"Augmentation.scale is ({low}, {high}); allowed: 0 < low <= high")
+        if (self.cat_max_ratio is None) != (self.cat_max_target is None):
+            raise ValueError(
+                f"Augmentation has cat_max_ratio={self.cat_max_ratio} and cat_max_target={self.cat_max_target}; "
+                "set both, the second to the name of a labels target, or neither"
+            )
+        if self.cat_max_ratio is not None and not 0 < self.cat_max_ratio <= 1:
+            raise ValueError(f"Augmentation.cat_max_ratio is {self.cat_max_ratio}; allowed: in (0, 1]")
+
+
+def train_example(
+    example: Example, rng: np.random.Generator, targets: Mapping[str, Target], augmentation: Augmentation
+) -> Example:
+    """A source's example, augmented, at the model's door (`finish`)."""
+    check_crop_target(targets, augmentation)
+    check_example(example, targets)
+    example = random_scale(example, rng, targets, augmentation.scale)
+    example = random_crop(
+        example, rng, targets, augmentation.size, augmentation.cat_max_ratio, augmentation.cat_max_target
+    )
+    if augmentation.flip:
+        example = random_flip(example, rng, targets)
+    if augmentation.colour is not None:
+        example = {**example, "image": distort_colour(example["image"], rng, augmentation.colour)}
+    return finish(example, targets, augmentation.size)
+
+
+def eval_example(example: Example, targets: Mapping[str, Target], size: Size) -> Example:
+    """A source's example at the model's door, unchanged but for normalisation and centred padding to `size`."""
+    check_example(example, targets)
+    return finish(example, targets, size)
+
+
+def check_example(example: Example, targets: Mapping[str, Target]) -> None:
+    """Raises ValueError unless the image and the targets present have a source's dtypes and shapes (`Target`)."""
+    if "image" in targets:
+        raise ValueError("a target is named 'image', which is the input's name; rename the target")
+    if "image" not in example:
+        raise ValueError(f"the example has no 'image', only {sorted(example)}")
+    image = example["image"]
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        raise ValueError(f"image is {image.dtype} {image.shape}; allowed: uint8 (H, W, 3)")
+    for name, target in targets.items():
+        if name in example:
+            dtype = np.dtype(np.uint8 if target.kind == "labels" else np.float32)
+            shape = image.shape[:2] + ((3,) if target.kind == "vectors" else ())
+            values = example[name]
+            if values.dtype != dtype or values.shape != shape:
+                raise ValueError(
+                    f"target {name!r} of kind {target.kind!r} is {values.dtype} {values.shape}; "
+                    f"allowed beside this image: {dtype} {shape}"
+                )
+
+
+def check_size(name: str, size: Size) -> None:
+    """Raises ValueError unless `size` is two positive integers."""
+    if len(size) != 2 or not all(isinstance(length, int | np.integer) and length > 0 for length in size):
+        raise ValueError(f"{name} is {size!r}; allowed: two positive integers (height, width)")
+
+
+def check_crop_target(targets: Mapping[str, Target], augmentation: Augmentation) -> None:
+    """Raises ValueError unless `cat_max_target`, if set, names a labels target."""
+    name = augmentation.cat_max_target
+    labels = sorted(name for name, target in targets.items() if target.kind == "labels")
+    if name is not None and name not in labels:
+        raise ValueError(
+            f"Augmentation.cat_max_target is {name!r}; allowed: a target of kind labels, here {labels}, "
+            "or None together with cat_max_ratio=None"
+        )
+
+
+def valid_pixels(values: np.ndarray, target: Target) -> np.ndarray:
+    """Where a target carries information: bool (H, W)."""
+    if target.kind == "labels":
+        return values != target.fill
+    if target.kind == "vectors":
+        return np.any(values != 0, axis=-1)
+    if target.kind == "mask":
+        return values >= 0
+    return np.isfinite(values) & (values != target.fill)
+
+
+def resize(example: Example, targets: Mapping[str, Target], size: Size) -> Example:
+    """Resamples to `size` without changing what the values mean: the image linearly, a target by its `resample`."""
+    if example["image"].shape[:2] == tuple(size):
+        return dict(example)
+    resized = {"image": cv2.resize(example["image"], size[::-1], interpolation=cv2.INTER_LINEAR)}
+    for name, target in _present(example, targets):
+        resample = _resize_linear if target.resample == "linear" else _resize_nearest
+        resized[name] = resample(example[name], target, size)
+    return resized
+
+
+def _resize_nearest(values: np.ndarray, target: Target, size: Size) -> np.ndarray:
+    return cv2.resize(values, size[::-1], interpolation=cv2.INTER_NEAREST)
+
+
+def _resize_linear(values: np.ndarray, target: Target, size: Size) -> np.ndarray:
+    """sum_i w_i v_i x_i / sum_i w_i v_i over the four neighbours, v = 1 where valid; invalid if the divisor < 1/2."""
+    valid = valid_pixels(values, target)
+    weight = cv2.resize(valid.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR)
+    if target.kind == "vectors":
+        valid, weight = valid[..., None], weight[..., None]
+    summed = cv2.resize(np.where(valid, values, np.float32(0)), size[::-1], interpolation=cv2.INTER_LINEAR)
+    mean = summed / np.maximum(weight, np.float32(0.5))
+    keep = weight >= 0.5
+    if target.kind == "vectors":
+        length = np.linalg.norm(mean, axis=-1, keepdims=True)
+        keep &= length > 1e-3  # opposite neighbours cancel: no direction is left
+        mean = mean / np.maximum(length, np.float32(1e-3))
+    return np.where(keep, mean, np.float32(target.fill))
+
+
+def resize_to_fit(image: np.ndarray, size: Size) -> np.ndarray:
+    """The largest copy of an image (h, w, ...) inside `size` that keeps its aspect; area averages where it shrinks."""
+    height, width = image.shape[:2]
+    factor = min(size[0] / height, size[1] / width)
+    fitted = (max(1, min(size[0], round(height * factor))), max(1, min(size[1], round(width * factor))))
+    return cv2.resize(image, fitted[::-1], interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
+
+
+def zoom(example: Example, targets: Mapping[str, Target], factor: float) -> Example:
+    """The view `factor` times closer: dimension d becomes int(d * factor); depth / factor, disparity * factor."""
+    height, width = example["image"].shape[:2]
+    zoomed = resize(example, targets, (max(1, int(height * factor)), max(1, int(width * factor))))
+    for name, target in _present(zoomed, targets):
+        if target.kind in ("depth", "disparity") and factor != 1:
+            values, change = zoomed[name], np.divide if target.kind == "depth" else np.multiply
+            valid = valid_pixels(values, target)  # a fill of -1 stays -1
+            zoomed[name] = change(values, np.float32(factor), out=values.copy(), where=valid)
+    return zoomed
+
+
+def random_scale(
+    example: Example, rng: np.random.Generator, targets: Mapping[str, Target], scale: tuple[float, float]
+) -> Example:
+    """`zoom` by a factor uniform in the range `scale`."""
+    return zoom(example, targets, rng.uniform(*scale))
+
+
+def random_crop(
+    example: Example,
+    rng: np.random.Generator,
+    targets: Mapping[str, Target],
+    size: Size,
+    cat_max_ratio: float | None = None,
+    cat_max_target: str | None = None,
+) -> Example:
+    """A window of `size`, uniform over its places; a dimension smaller than the window stays as it is.
+
+    With `cat_max_ratio`, redrawn as `Augmentation` says (the last draw is taken as it is); an example without labels
+    of `cat_max_target` takes the first draw.
+    """
+    height, width = example["image"].shape[:2]
+    spare_rows, spare_columns = max(height - size[0], 0), max(width - size[1], 0)
+    if spare_rows == spare_columns == 0:
+        return dict(example)
+    for _ in range(1 + CROP_RETRIES):
+        top, left = rng.integers(spare_rows + 1), rng.integers(spare_columns + 1)
+        window = np.s_[top : top + size[0], left : left + size[1]]
+        if cat_max_ratio is None or cat_max_target is None or cat_max_target not in example:
+            break
+        if _balanced(example[cat_max_target][window], targets[cat_max_target], cat_max_ratio):
+            break
+    names = ["image", *(name for name, _ in _present(example, targets))]
+    return {name: example[name][window] for name in names}
+
+
+def _balanced(labels: np.ndarray, target: Target, cat_max_ratio: float) -> bool:
+    """Whether two classes are there and the largest has less than this share of the labelled pixels."""
+    counts = np.bincount(labels[valid_pixels(labels, target)], minlength=256)
+    return bool(np.count_nonzero(counts) > 1 and counts.max() < cat_max_ratio * counts.sum())
+
+
+def random_flip(
+    example: Example, rng: np.random.Generator, targets: Mapping[str, Target], probability: float = 0.5
+) -> Example:
+    """`flip` with this probability."""
+    return flip(example, targets) if rng.random() < probability else dict(example)
+
+
+def flip(example: Example, targets: Mapping[str, Target]) -> Example:
+    """The mirror image, left and right exchanged; vectors' x changes sign."""
+    flipped = {"image": cv2.flip(example["image"], 1)}
+    for name, target in _present(example, targets):
+        flipped[name] = cv2.flip(example[name], 1)
+        if target.kind == "vectors":
+            flipped[name] *= np.array([-1, 1, 1], np.float32)
+    return flipped
+
+
+def distort_colour(image: np.ndarray, rng: np.random.Generator, colour: ColourDistortion) -> np.ndarray:
+    """Brightness; contrast either before or after (probability 1/2) saturation and hue. uint8 in, uint8 out.
+
+    The recipe of SSD as ATRC and InvPT use it. Our decision: levels are rounded, and saturation and hue share one trip
+    through HSV. Always takes the same number of draws from `rng`.
+    """
+    acts = rng.random(4) < colour.probability
+    shift = rng.uniform(-colour.brightness, colour.brightness) if acts[0] else 0.0
+    contrast = rng.uniform(*colour.contrast) if acts[1] else 1.0
+    saturation = rng.uniform(*colour.saturation) if acts[2] else 1.0
+    turn = int(rng.integers(-colour.hue, colour.hue)) if acts[3] and colour.hue else 0
+    contrast_first = rng.random() < 0.5
+
+    image = _map_levels(image, 1.0, shift)
+    if contrast_first:
+        image = _map_levels(image, contrast, 0.0)
+    if saturation != 1 or turn != 0:
+        levels = np.arange(256)
+        table = np.stack([(levels + turn) % 180, np.clip(np.rint(levels * saturation), 0, 255), levels], axis=-1)
+        hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table[None].astype(np.uint8))
+        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    return image if contrast_first else _map_levels(image, contrast, 0.0)
+
+
+def _map_levels(image: np.ndarray, factor: float, shift: float) -> np.ndarray:
+    """factor * level + shift, rounded and clipped to 0..255."""
+    if factor == 1 and shift == 0:
+        return image
+    return cv2.LUT(image, np.clip(np.rint(np.arange(256) * factor + shift), 0, 255).astype(np.uint8))
+
+
+def normalise(image: np.ndarray) -> np.ndarray:
+    """(image / 255 - IMAGE_MEAN) / IMAGE_STD per channel: uint8 (H, W, 3) -> float32 (H, W, 3)."""
+    table = (np.arange(256)[:, None] / 255 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)
+    return cv2.LUT(image, table[None].astype(np.float32))
+
+
+def pad(values: np.ndarray, size: Size, fill: float) -> np.ndarray:
+    """`values` (h, w, ...) in the middle of (height, width, ...) of `fill`; an odd margin is smaller above and left."""
+    height, width = values.shape[:2]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    padded = np.full((*size, *values.shape[2:]), fill, values.dtype)
+    padded[top : top + height, left : left + width] = values
+    return padded
+
+
+def finish(example: Example, targets: Mapping[str, Target], size: Size) -> Example:
+    """What the model takes: the image normalised, everything padded to `size`, absent targets all `fill`.
+
+    image float32 (H, W, 3), 0 (the mean colour) in the padding; labels int32 (H, W); depth, disparity, mask float32
+    (H, W, 1); vectors float32 (H, W, 3). Raises ValueError when the image is larger than `size`.
+    """
+    height, width = example["image"].shape[:2]
+    if height > size[0] or width > size[1]:
+        raise ValueError(
+            f"the image is {height} x {width} (height x width), larger than the size {size[0]} x {size[1]} that it is "
+            "padded to; set a size (height, width) that no image of the source exceeds"
+        )
+    finished = {"image": pad(normalise(example["image"]), size, 0)}
+    for name, target in targets.items():
+        if name not in example:
+            finished[name] = _nothing(target, size)
+        elif target.kind == "labels":
+            finished[name] = pad(example[name].astype(np.int32), size, target.fill)
+        elif target.kind == "vectors":
+            finished[name] = pad(example[name], size, target.fill)
+        else:
+            finished[name] = pad(example[name][..., None], size, target.fill)
+    return finished
+
+
+def empty_example(targets: Mapping[str, Target], size: Size) -> Example:
+    """An example at the model's door that carries no information: a zero image and targets of `fill` alone."""
+    image = np.zeros((*size, 3), np.float32)
+    return {"image": image, **{name: _nothing(target, size) for name, target in targets.items()}}
+
+
+def _nothing(target: Target, size: Size) -> np.ndarray:
+    if target.kind == "labels":
+        return np.full(size, target.fill, np.int32)
+    return np.full((*size, 3 if target.kind == "vectors" else 1), target.fill, np.float32)
+
+
+def _present(example: Example, targets: Mapping[str, Target]) -> list[tuple[str, Target]]:
+    return [(name, target) for name, target in targets.items() if name in example]

@@ -1,0 +1,54 @@
+"""Package metadata: what is installed, with which dependencies and extras."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    "tpu": ["jax[tpu]>=0.10,<0.13"],
+    "cuda": ["jax[cuda12]>=0.10,<0.13"],
+    "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.13", "build"],
+    # Other implementations that tests compare with; the library itself never imports them.
+    "parity": ["torch==2.13.0", "transformers>=5"],
+}
+
+setup(
+    name="sgw_jax",
+    version="0.1.0",
+    description="Multi-task dense vision in JAX: shared-workspace (KEM, sKEM) networks for TPU and GPU",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["sgw_jax", "sgw_jax.*", "data_pipelines", "data_pipelines.*", "configs"]),
+    package_data={"sgw_jax": ["py.typed", "report.html.jinja"]},
+    install_requires=[
+        "jax>=0.10,<0.13",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.18",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources",  # tensorflow-datasets imports it without declaring it for Python >= 3.9
+        "ml-collections>=1.1",
+        "chex>=0.1.92",
+        "jaxtyping>=0.3",
+        "numpy>=2",
+        "opencv-python-headless>=4.10",
+        "pillow>=11",
+        "rich>=13",
+        "tensorboardX>=2.6",
+        "jinja2>=3.1",
+        "matplotlib>=3.9",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["sgw-jax = sgw_jax.__main__:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

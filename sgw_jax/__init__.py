@@ -1,0 +1,32 @@
+"""sgw_jax: one network, many dense vision tasks, with shared-workspace interactions (KEM, sKEM), in JAX and Flax."""
+
+from sgw_jax.etf import SimplexETF, simplex_etf
+from sgw_jax.interactions import INTERACTIONS, KEM, CrossTaskAttention
+from sgw_jax.metrics import delta_m
+from sgw_jax.model import MultiTaskModel
+from sgw_jax.tasks import TASKS, Task
+from sgw_jax.train_step import make_eval_step, make_train_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "INTERACTIONS",
+    "KEM",
+    "TASKS",
+    "CrossTaskAttention",
+    "MultiTaskModel",
+    "SimplexETF",
+    "Task",
+    "delta_m",
+    "load",
+    "make_eval_step",
+    "make_train_step",
+    "simplex_etf",
+]
+
+
+def load(workdir: str):  # noqa: ANN201
+    """A predictor from a finished or running training's directory; see `sgw_jax.predict.Predictor`."""
+    from sgw_jax.predict import Predictor  # the command's dependencies are not needed to import the modules
+
+    return Predictor.from_workdir(workdir)

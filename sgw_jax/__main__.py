@@ -1,0 +1,151 @@
+"""The command: python -m sgw_jax train | evaluate | predict (also installed as sgw-jax)."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import logging
+from jax.experimental import multihost_utils
+from rich.console import Console
+from rich.markup import escape
+
+from sgw_jax.build import Experiment, build
+from sgw_jax.checkpoints import CheckpointError
+from sgw_jax.config_files import UsageError, read_config
+from sgw_jax.predict import predict_files
+from sgw_jax.restore import open_run
+from sgw_jax.results import finish
+from sgw_jax.train import NonFiniteError, WorkdirError, train
+
+EPILOG = """\
+configuration:
+  --config=scenes                      a shipped configuration by name, or a file: --config=configs/scenes.py
+  --config=scenes:interaction=none,tasks=semseg+depth    arguments of the file's get_config, after a colon
+  --config.steps=200 --config.optimizer.learning_rate=3e-4    any key of configs/base.py
+
+examples:
+  python -m sgw_jax train --config=configs/scenes.py --workdir=runs/scenes    (the same again: resumes)
+  python -m sgw_jax train --config=scenes --workdir=runs/tuned --init_from=runs/scenes
+  python -m sgw_jax evaluate --workdir=runs/scenes --split=validation
+  python -m sgw_jax predict --workdir=runs/scenes --output=pictures photo.jpg folder/
+"""
+
+# Errors whose message is written for the user. Anything else is a defect and shows its trace.
+EXPECTED = (UsageError, WorkdirError, CheckpointError, NonFiniteError, ValueError, OSError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses, joins the cluster, runs the command."""
+    arguments, rest = _parser().parse_known_args(argv)
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every routine save as a warning
+    _join_cluster()
+    console = Console(quiet=jax.process_index() != 0, highlight=False)  # only the first process speaks
+    jax.config.update("jax_compilation_cache_dir", str(Path(arguments.cache_dir) / "xla"))
+    try:
+        return arguments.run(arguments, rest, console)
+    except KeyboardInterrupt:
+        console.print("Interrupted.")
+        return 130
+    except EXPECTED as error:
+        if arguments.traceback:
+            raise
+        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    shape = {"epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("sgw-jax", description="Multi-task dense vision in JAX.", **shape)
+    commands = parser.add_subparsers(required=True, metavar="train | evaluate | predict")
+
+    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, **shape)
+        sub.set_defaults(run=run)
+        sub.add_argument("--workdir", required=True, help="directory of the run")
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgw_jax"
+        sub.add_argument("--cache_dir", default=str(cache), help="rendered scenes, compiled programs (default: %(default)s)")
+        sub.add_argument("--traceback", action="store_true", help="show where in the code an error came up")
+        return sub
+
+    sub = command("train", _train, "Train, or go on where --workdir stands; then evaluate and write report.html.")
+    sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
+    sub.add_argument("--init_from", help="workdir of another run whose parameters are the start")
+    which = {"default": "best", "choices": ("best", "last"), "help": "which checkpoint (default: %(default)s)"}
+    sub = command("evaluate", _evaluate, "Evaluate a run's checkpoint on a split.")
+    sub.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
+    sub.add_argument("--checkpoint", **which)
+    sub = command("predict", _predict, "Predict on image files: panels (PNG) and arrays (npz).")
+    sub.add_argument("--output", required=True, help="directory for the results")
+    sub.add_argument("--checkpoint", **which)
+    sub.add_argument("inputs", nargs="+", help="image files or directories")
+    return parser
+
+
+def _join_cluster() -> None:
+    """Several processes are one program. launch/ sets SGW_*; on TPU pods and under Slurm or MPI JAX finds the rest."""
+    if address := os.environ.get("SGW_COORDINATOR"):
+        jax.distributed.initialize(address, int(os.environ["SGW_PROCESSES"]), int(os.environ["SGW_PROCESS"]))
+    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or {"SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"} & set(os.environ):
+        jax.distributed.initialize()
+
+
+def _train(arguments: argparse.Namespace, overrides: Sequence[str], console: Console) -> int:
+    started = time.monotonic()
+    experiment = build(read_config(arguments.config, overrides), arguments.cache_dir)
+    prepare(experiment)
+    trained = train(experiment, arguments.workdir, console, arguments.init_from)
+    if trained.interrupted:
+        console.print(f"Stopped and saved at step {trained.step}. The same command goes on from there.")
+        return 130
+    split = next((split for split in ("test", "validation") if split in experiment.data.sources), None)
+    if split is None:
+        console.print("The data has no test and no validation split, so there is nothing to evaluate on.")
+        return 0
+    speed = {"images_per_second": trained.images_per_second, "seconds": time.monotonic() - started}
+    finish(experiment, Path(arguments.workdir), split, "best", speed, console)
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    _refuse(rest, "evaluate takes its configuration from the checkpoint")
+    run = open_run(arguments.workdir, arguments.checkpoint)
+    experiment = build(run.config, arguments.cache_dir, run.tasks)
+    if arguments.split not in experiment.data.sources:
+        raise UsageError(f"--split={arguments.split}: the data has the splits {sorted(experiment.data.sources)}.")
+    prepare(experiment)
+    finish(experiment, Path(arguments.workdir), arguments.split, arguments.checkpoint, {}, console)
+    return 0
+
+
+def _predict(arguments: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    _refuse(rest, "predict takes its configuration from the checkpoint")
+    predict_files(arguments.workdir, arguments.inputs, arguments.output, console, which=arguments.checkpoint)
+    return 0
+
+
+def _refuse(rest: Sequence[str], why: str) -> None:
+    if rest:
+        raise UsageError(f"Unknown arguments {list(rest)}; {why}.")
+
+
+def prepare(experiment: Experiment) -> None:
+    """Lets sources render what they need: first on the first process, so that a shared disk gets it once."""
+
+    def render() -> None:
+        for source in experiment.data.sources.values():
+            if hasattr(source, "prepare"):
+                source.prepare()
+
+    if jax.process_index() == 0:
+        render()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("data prepared")
+        render()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,273 @@
+"""From a configuration to objects; no other file of the package reads one."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from data_pipelines.folder import Folder
+from data_pipelines.loader import Batches, Source, eval_batches, train_batches
+from data_pipelines.scenes import PART_CLASSES, SEMSEG_CLASSES, Scenes
+from data_pipelines.transforms import Augmentation, ColourDistortion, Target
+from sgw_jax.backbones import BACKBONES
+from sgw_jax.interactions import INTERACTIONS
+from sgw_jax.model import MultiTaskModel
+from sgw_jax.multi_objective import Scalarizer, weighted_sum
+from sgw_jax.optimizers import learning_rate_schedule, make_optimizer
+from sgw_jax.sharding import check_batch_size, make_mesh
+from sgw_jax.tasks import TASKS
+from sgw_jax.tasks.base import Task
+
+SPLITS = ("train", "validation", "test")
+
+# Keys that may differ between a run and its resumption: they change no number of the run on the same mesh.
+FREE_KEYS = ("log_every", "keep", "mesh", "data.workers", "data.threads")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The loop's own numbers; see configs/base.py for their meaning."""
+
+    seed: int
+    steps: int
+    batch_size: int
+    accumulate: int
+    ema_decay: float | None
+    log_every: int
+    checkpoint_every: int
+    eval_every: int
+    keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The sources by split, and how their examples become batches."""
+
+    sources: Mapping[str, Source]
+    targets: Mapping[str, Target]
+    augmentation: Augmentation
+    batch_size: int
+    seed: int
+    workers: int
+    threads: int
+
+    def train(self, start_step: int, steps: int) -> Batches:
+        """Augmented batches of this process's rows for steps start_step .. steps - 1."""
+        return train_batches(
+            self.sources["train"],
+            self.targets,
+            self.augmentation,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            start_step=start_step,
+            num_steps=steps,
+            **self._reading(),
+        )
+
+    def evaluation(self, split: str) -> Batches:
+        """Every example of the split once; the last batch is padded with ignored rows."""
+        return eval_batches(
+            self.sources[split],
+            self.targets,
+            batch_size=self.batch_size,
+            size=self.augmentation.size,
+            **self._reading(),
+        )
+
+    def _reading(self) -> dict[str, int]:
+        return {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+            "num_workers": self.workers,
+            "num_threads": self.threads,
+        }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Which data this is, by split."""
+        return {split: source.fingerprint() for split, source in self.sources.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that a configuration describes."""
+
+    config: ConfigDict
+    tasks: tuple[Task, ...]
+    model: MultiTaskModel
+    size: tuple[int, int]
+    mesh: Mesh
+    data: Data
+    settings: Settings
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    scalarizer: Scalarizer
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to go on: the configuration but for FREE_KEYS, and the data."""
+        flat = flatten(self.config.to_dict())
+        kept = {k: v for k, v in flat.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE_KEYS)}
+        return {**kept, **{f"tasks.{task.name}": task.to_dict() for task in self.tasks}, **flatten(self.data.fingerprint(), "data.")}
+
+    def metadata(self) -> dict[str, Any]:
+        """What prediction needs to know, as JSON: kept in every checkpoint."""
+        return {"config": self.config.to_json(), "tasks": [task.to_dict() for task in self.tasks], "identity": self.identity()}
+
+
+def build(config: ConfigDict, cache_dir: Path | str, tasks: Sequence[Task] | None = None) -> Experiment:
+    """Builds all objects, checking the whole configuration before anything is rendered, compiled or written.
+
+    Args:
+      cache_dir: where rendered scenes are kept.
+      tasks: task instances in place of those the configuration names, for a user's own.
+    """
+    tasks = tuple(tasks) if tasks is not None else build_tasks(config)
+    mesh = make_mesh(config.mesh)
+    check_batch_size(config.batch_size, mesh, config.accumulate)
+    settings = _settings(config)
+    schedule = learning_rate_schedule(
+        config.optimizer.learning_rate, config.steps, config.schedule.warmup_steps, config.schedule.name
+    )
+    options = {key: value for key, value in config.optimizer.items() if key != "learning_rate"}
+    return Experiment(
+        config=config,
+        tasks=tasks,
+        model=build_model(config, tasks),
+        size=tuple(config.data.size),
+        mesh=mesh,
+        data=build_data(config, tasks, cache_dir),
+        settings=settings,
+        optimizer=make_optimizer(schedule, **options),
+        schedule=schedule,
+        scalarizer=weighted_sum([task.weight for task in tasks]),
+    )
+
+
+def build_tasks(config: ConfigDict) -> tuple[Task, ...]:
+    """The tasks that the configuration names, with the class names of its data."""
+    scenes = config.data.source == "scenes"
+    options: dict[str, dict[str, Any]] = {
+        "semseg": {"class_names": SEMSEG_CLASSES, "num_classes": len(SEMSEG_CLASSES)}
+        if scenes
+        else {"num_classes": config.data.num_classes},
+        "human_parts": {"class_names": PART_CLASSES, "num_classes": len(PART_CLASSES)}
+        if scenes
+        else {"num_classes": config.data.num_parts},
+        "edges": {"edge_weight": config.edge_weight},
+    }
+    names = tuple(config.tasks)
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"config.tasks is {names}; give at least one task, each once.")
+    return tuple(
+        choose(TASKS, name, "config.tasks")(
+            protocol=config.protocol, weight=config.task_weights[name], **options.get(name, {})
+        )
+        for name in names
+    )
+
+
+def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
+    """The network for images of `config.data.size`."""
+    dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    dtype = choose(dtypes, config.dtype, "config.dtype")
+    make_backbone = choose(BACKBONES, config.backbone, "config.backbone")
+    overrides = {key: value for key, value in config.backbones[config.backbone].items() if value is not None}
+    interaction = choose(INTERACTIONS, config.interaction, "config.interaction")
+    return MultiTaskModel(
+        tasks=tuple(tasks),
+        backbone=make_backbone(image_size=tuple(config.data.size), dtype=dtype, **overrides),
+        interaction=interaction(dtype=dtype, **config.interactions[config.interaction]),
+        channels=config.channels,
+        stride=config.stride,
+        upsample=config.upsample,
+        preliminary=config.preliminary,
+        dtype=dtype,
+    )
+
+
+def build_data(config: ConfigDict, tasks: Sequence[Task], cache_dir: Path | str) -> Data:
+    """Sources, targets and augmentation."""
+    targets = {task.name: Target(**task.target) for task in tasks}
+    makers = {"scenes": _scenes, "folder": _folder}
+    sources = choose(makers, config.data.source, "config.data.source")(config, targets, cache_dir)
+    augment = config.augment
+    return Data(
+        sources=sources,
+        targets=targets,
+        augmentation=Augmentation(
+            size=tuple(config.data.size),
+            scale=tuple(augment.scale),
+            flip=augment.flip,
+            colour=ColourDistortion() if augment.colour else None,
+        ),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=config.data.workers,
+        threads=config.data.threads,
+    )
+
+
+def _scenes(config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
+    data = config.data
+    return {
+        split: Scenes(split, data.lengths[split], size=tuple(data.size), seed=data.seed, cache_dir=cache_dir)
+        for split in SPLITS
+        if data.lengths[split]
+    }
+
+
+def _folder(config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
+    if not config.data.root:
+        raise ValueError("config.data.source is 'folder', but config.data.root is empty: give the data's directory.")
+    root = Path(config.data.root)
+    found = [split for split in SPLITS if (root / "splits" / f"{split}.txt").is_file()]
+    if "train" not in found:
+        raise ValueError(f"config.data.root: {root / 'splits' / 'train.txt'} does not exist; it lists the training images.")
+    return {split: Folder(root, split, targets) for split in found}
+
+
+def _settings(config: ConfigDict) -> Settings:
+    if config.eval_every % config.checkpoint_every:
+        raise ValueError(
+            f"config.eval_every ({config.eval_every}) must be a multiple of config.checkpoint_every "
+            f"({config.checkpoint_every}), because the best checkpoint is chosen by evaluation."
+        )
+    for key in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "eval_every", "keep"):
+        if config[key] < 1:
+            raise ValueError(f"config.{key} is {config[key]}; it must be at least 1.")
+    return Settings(**{field.name: config[field.name] for field in dataclasses.fields(Settings)})
+
+
+def choose(options: Mapping[str, Any], name: str, key: str) -> Any:
+    """``options[name]``, or an error that names the key, what is allowed and what was probably meant."""
+    if name not in options:
+        near = difflib.get_close_matches(str(name), options, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{key}: {name!r} is not known; it must be one of {sorted(options)}.{hint}")
+    return options[name]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {"a.b.c": value}; tuples become lists, as in JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[str]:
+    """One line per key whose value differs."""
+    missing = "(absent)"
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key, missing), new.get(key, missing)
+        if before != after:
+            yield f"{key}: {before!r} there, {after!r} now"

@@ -1,0 +1,81 @@
+"""The fixed simplex equiangular tight frame (ETF) and the projection of features onto its vertices."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+def simplex_etf(num_vertices: int, dim: int, *, seed: int = 0) -> np.ndarray:
+    """Returns the vertices of a simplex ETF as columns: ``M = sqrt(K / (K - 1)) Q V^T``.
+
+    K unit vectors in R^d whose pairwise cosines are all ``-1 / (K - 1)``, the widest equal angle possible; rank K - 1.
+    V (K, K - 1) is the Helmert basis of the complement of the ones vector and Q (d, K - 1) a random orthonormal frame.
+    M is built on the host in float64 from an explicit seed, so it is the same in every process and on every backend
+    (across CPUs with different LAPACK kernels, equal up to rounding).
+
+    Args:
+      num_vertices: K >= 2.
+      dim: d >= K - 1, the dimension of the space that the frame lives in.
+      seed: of the orthonormal frame Q.
+
+    Returns:
+      float64 array (dim, num_vertices).
+
+    Raises:
+      ValueError: if K < 2, or if d < K - 1 (K points need K - 1 dimensions to be equiangular).
+
+    Source: Papyan, Han, Donoho 2020 (definition); Yang et al. 2022, arXiv 2203.09081 (fixed, not learned).
+    """
+    if num_vertices < 2:
+        raise ValueError(f"simplex_etf: num_vertices is {num_vertices}, but a simplex needs at least 2 vertices.")
+    if dim < num_vertices - 1:
+        raise ValueError(
+            f"simplex_etf: {num_vertices} equiangular vertices need at least {num_vertices - 1} dimensions, "
+            f"but dim is {dim}. Use at most {dim + 1} vertices or wider features."
+        )
+    gaussian = np.random.Generator(np.random.Philox(seed)).standard_normal((dim, num_vertices - 1))
+    frame, upper = np.linalg.qr(gaussian)
+    frame = frame * np.where(np.diag(upper) < 0, -1.0, 1.0)  # the sign LAPACK picks is not part of the definition
+    return np.sqrt(num_vertices / (num_vertices - 1)) * frame @ _helmert(num_vertices).T
+
+
+def _helmert(size: int) -> np.ndarray:
+    """Orthonormal basis (size, size - 1) of the vectors that sum to zero, in closed form."""
+    column = np.arange(1, size)
+    row = np.arange(size)[:, None]
+    basis = np.where(row < column, 1.0, np.where(row == column, -column.astype(float), 0.0))
+    return basis / np.sqrt(column * (column + 1.0))
+
+
+class SimplexETF(nn.Module):
+    """Projects features onto K fixed vertices: ``z = sqrt(d) M^T f / ||f||`` (our reading of the paper's projection).
+
+    z holds the token's cosines with the K vertices, scaled so that the entries of a random direction start at unit
+    variance (unscaled, scores and values shrink by sqrt(d) and the attention behind it is inert). M is no parameter:
+    it lives in the collection ``constants``, which gradients and the optimiser never see. f = 0 gives z = 0 and a
+    zero gradient, because ``eps`` stands inside the root.
+
+    Attributes:
+      num_vertices: K, with 2 <= K <= d + 1.
+      seed: of the frame; see `simplex_etf`.
+      eps: added to ||f||^2.
+
+    Call: features (..., d) -> (..., K) in the dtype of the features; the norm is taken in float32.
+    """
+
+    num_vertices: int
+    seed: int = 0
+    eps: float = 1e-12
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch vertices"]:
+        dim = features.shape[-1]
+        vertices = self.variable(
+            "constants", "vertices", lambda: jnp.asarray(simplex_etf(self.num_vertices, dim, seed=self.seed), jnp.float32)
+        ).value
+        # Only a float64 program (x64, used to check gradients) keeps more than float32 here.
+        wide = jnp.promote_types(features.dtype, jnp.float32)
+        squared = jnp.sum(jnp.square(features.astype(wide)), axis=-1, keepdims=True)
+        direction = features.astype(wide) * (jnp.sqrt(dim) / jnp.sqrt(squared + self.eps)).astype(wide)
+        return jnp.matmul(direction.astype(features.dtype), vertices.astype(features.dtype))

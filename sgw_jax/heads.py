@@ -1,0 +1,63 @@
+"""What each task has for itself: the stem before the interaction and the prediction head after it."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sgw_jax.layers.resize import depth_to_space, resize
+
+
+class TaskStem(nn.Module):
+    """One task's encoder: fuses the pyramid to one map at the finest of ``strides``.
+
+    Every level is projected to ``channels`` by a 1x1 convolution, resized, summed, normalised, and passed through one
+    3x3 convolution with a residual. LayerNorm over channels: no running state (see backbones/vit.py).
+    """
+
+    channels: int
+    stride: int = 4
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, pyramid: Mapping[int, Array]) -> Float[Array, "batch height width channels"]:
+        if self.stride not in pyramid:
+            raise ValueError(f"TaskStem: stride {self.stride} is not in the pyramid, which has {sorted(pyramid)}.")
+        size = pyramid[self.stride].shape[1:3]
+        # Projecting before resizing keeps the large maps narrow.
+        levels = [
+            resize(nn.Dense(self.channels, dtype=self.dtype, name=f"level{stride}")(level), size)
+            for stride, level in pyramid.items()
+        ]
+        fused = sum(levels[1:], start=levels[0])
+        normed = nn.LayerNorm(dtype=self.dtype, name="norm")(fused)
+        return fused + nn.gelu(nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv")(normed), approximate=False)
+
+
+class PredictionHead(nn.Module):
+    """One task's decoder: norm, 3x3 convolution, GELU, 1x1 convolution, then to the image's size.
+
+    ``upsample="bilinear"`` interpolates the output (the field's customary head); ``"subpixel"`` predicts the pixels of
+    each cell from its channels, which keeps thin structures at small image sizes. Predictions leave in float32.
+    """
+
+    channels: int
+    size: tuple[int, int]
+    upsample: Literal["bilinear", "subpixel"] = "bilinear"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "batch h w c"]) -> Float[Array, "batch height width channels"]:
+        width = features.shape[-1]
+        x = nn.LayerNorm(dtype=self.dtype, name="norm")(features)
+        x = nn.gelu(nn.Conv(width, (3, 3), dtype=self.dtype, name="conv")(x), approximate=False)
+        # The last layer starts small, so that the first losses are those of a constant predictor.
+        init = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
+        if self.upsample == "bilinear":
+            output = nn.Dense(self.channels, dtype=self.dtype, kernel_init=init, name="output")(x)
+            return resize(output.astype(jnp.float32), self.size)
+        factor = self.size[0] // features.shape[1]
+        packed = nn.Dense(self.channels * factor**2, dtype=self.dtype, kernel_init=init, name="output")(x)
+        return depth_to_space(packed.astype(jnp.float32), factor)

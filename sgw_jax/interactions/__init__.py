@@ -1,0 +1,15 @@
+"""How tasks exchange knowledge: interchangeable modules from a mapping of features to the same mapping."""
+
+import flax.linen as nn
+
+from sgw_jax.interactions.cross_attention import CrossTaskAttention
+from sgw_jax.interactions.knowledge_extraction import KEM
+from sgw_jax.interactions.none import NoInteraction
+
+# sKEM is KEM with ``etf_vertices`` set; both names are kept because configs speak of both.
+INTERACTIONS: dict[str, type[nn.Module]] = {
+    "none": NoInteraction,
+    "cross_attention": CrossTaskAttention,
+    "kem": KEM,
+    "skem": KEM,
+}

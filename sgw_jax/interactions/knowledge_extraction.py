@@ -1,0 +1,180 @@
+"""KEM, the knowledge extraction module: slots retrieve from all tasks with top-k attention and write back (and sKEM)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sgw_jax.etf import SimplexETF
+from sgw_jax.interactions.tokens import TokenLayout, concatenate_tasks, split_tasks
+from sgw_jax.layers.attention import split_heads
+from sgw_jax.layers.topk_attention import apply_weights, attention_scores, topk_attention
+
+
+class _Projections(nn.Module):
+    """Query, key and value maps without biases; three 2-D kernels."""
+
+    query: int
+    key: int
+    value: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
+        def project(name: str, width: int, inputs: Array) -> Array:
+            return nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)(inputs)
+
+        return project("query", self.query, query), project("key", self.key, key), project("value", self.value, value)
+
+
+class KEM(nn.Module):
+    """Knowledge extraction module (arXiv 2410.03778): a few slots carry all that passes between tasks.
+
+    The tokens of all T tasks are concatenated to F (batch, n_s, C). With learned slots R (L, d_e), h heads, d = d_e / h:
+
+      1. retrieve   R^ = topk-softmax((R W_qr)(F W_kr)^T / sqrt(d)) (F W_vr)            [paper]
+      2. write      F^ = softmax((F W_qw)(R^ W_kw)^T / sqrt(d)) (R^ W_vw)               [paper]
+      3. broadcast  F <- F + F^, and each task takes its own tokens back                 [paper; residual weight 1]
+
+    Cost O(L n_s d_e + n_s d_e^2): linear in the tokens, where dense cross-task attention is O(n_s^2 d_e).
+    sKEM is KEM with ``etf_vertices`` set: F is projected onto a fixed simplex ETF before it enters W_kr, W_vr and W_qw,
+    so that the choice of tokens is stable; the residual still adds to the un-projected F [paper].
+
+    Shapes (our decision; the paper is silent): W_qr, W_kw (d_e, d_e); W_kr, W_vr, W_qw (C or K, d_e); W_vw (d_e, C).
+    No biases, no output projection; d_e and C must divide by the heads. Slots start as orthogonal rows with entries of
+    unit variance, far apart, because slots that retrieve the same tokens are a failure to watch. top_k is a
+    constant, not a share of n_s: a share would lose the bottleneck.
+
+    Attributes:
+      num_slots: L.
+      num_heads: h.
+      top_k: tokens that a slot keeps per head; None (or >= n_s) is plain softmax.
+      slot_dim: d_e; None means the features' channels C.
+      etf_vertices: K; None is KEM, a number is sKEM.
+      etf_for: "all" (the paper's reading) projects keys, values and queries; "selection" takes values from F.
+      etf_seed: of the frame.
+      pre_norm: LayerNorm on F before all of it (not on the residual) [ours, off in the paper].
+      task_embedding: a learned vector per task added to the tokens that make keys and queries [ours, off].
+      task_gate: a learned scalar per task on F^, starting at 1 [ours, off].
+      rounds: how often retrieve and write run, with the same weights; the slots of a round query the next [ours, 1].
+      dtype: of the computation; parameters, scores and softmax stay float32.
+
+    Call:
+      features: mapping task -> (batch, *space, C); tasks may differ in *space, not in C.
+      slots: initial slot state (batch, L, d_e) in place of the learned one, so that a workspace can persist over
+        scales or frames.
+      return_slots: also return R^ of the last round.
+
+    Returns:
+      The same mapping: keys, order, shapes and dtype; with ``return_slots`` a pair (mapping, (batch, L, d_e)).
+
+    Collections: ``params`` (slots, retrieve/{query,key,value}/kernel, write/{query,key,value}/kernel), ``constants``
+    (the ETF, if any) and, when made mutable, ``diagnostics``: retrieve_weights, retrieve_index, write_weights,
+    readout (R^) and update_ratio (||F^|| / ||F||) of every round.
+
+    Raises:
+      ValueError: no task, different channels, widths that do not divide by the heads, an unknown ``etf_for``.
+    """
+
+    num_slots: int
+    num_heads: int = 1
+    top_k: int | None = None
+    slot_dim: int | None = None
+    etf_vertices: int | None = None
+    etf_for: Literal["all", "selection"] = "all"
+    etf_seed: int = 0
+    pre_norm: bool = False
+    task_embedding: bool = False
+    task_gate: bool = False
+    rounds: int = 1
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        features: Mapping[str, Float[Array, "batch *space channels"]],
+        slots: Float[Array, "batch slots slot_dim"] | None = None,
+        return_slots: bool = False,
+    ):
+        tokens, layout = concatenate_tasks(features, "KEM")
+        channels = tokens.shape[-1]
+        width = self.slot_dim or channels
+        self._check(channels, width)
+
+        initial = self.param("slots", _orthogonal_rows, (self.num_slots, width))
+        if slots is None:
+            slots = jnp.broadcast_to(initial.astype(self.dtype), (tokens.shape[0], *initial.shape))
+        retrieve = _Projections(width, width, width, self.dtype, name="retrieve")
+        write = _Projections(width, width, channels, self.dtype, name="write")
+        norm = nn.LayerNorm(dtype=self.dtype, name="norm") if self.pre_norm else lambda x: x
+        project = SimplexETF(self.etf_vertices, self.etf_seed, name="etf") if self.etf_vertices else lambda x: x
+        selected_width = self.etf_vertices or channels
+        embedding = self._per_task("task_embedding", nn.initializers.zeros, selected_width, layout)
+        gate = self._per_task("task_gate", nn.initializers.ones, 1, layout)
+
+        for _ in range(self.rounds):
+            normed = norm(tokens).astype(self.dtype)
+            projected = project(normed)
+            chooser = projected if embedding is None else projected + embedding
+            source = normed if self.etf_for == "selection" else projected
+            slots = self._retrieve(retrieve, slots, chooser, source)
+            update = self._write(write, chooser, slots)
+            update = update if gate is None else update * gate
+            self._sow_update_ratio(update, tokens)
+            tokens = tokens + update.astype(tokens.dtype)
+
+        result = split_tasks(tokens, layout)
+        return (result, slots) if return_slots else result
+
+    def _retrieve(self, project: nn.Module, slots: Array, chooser: Array, source: Array) -> Array:
+        query, key, value = (split_heads(x, self.num_heads) for x in project(slots, chooser, source))
+        readout, weights, index = topk_attention(query, key, value, self.top_k)
+        readout = readout.reshape(*readout.shape[:2], -1)
+        self.sow("diagnostics", "retrieve_weights", weights)
+        if index is not None:
+            self.sow("diagnostics", "retrieve_index", index)
+        self.sow("diagnostics", "readout", readout)
+        return readout
+
+    def _write(self, project: nn.Module, chooser: Array, slots: Array) -> Array:
+        query, key, value = (split_heads(x, self.num_heads) for x in project(chooser, slots, slots))
+        weights = nn.softmax(attention_scores(query, key), axis=-1)
+        self.sow("diagnostics", "write_weights", weights)
+        update = apply_weights(weights, value)
+        return update.reshape(*update.shape[:2], -1)
+
+    def _per_task(self, option: str, init: nn.initializers.Initializer, width: int, layout: TokenLayout) -> Array | None:
+        """A learned vector per task, repeated over the task's tokens; None if the option is off."""
+        if not getattr(self, option):
+            return None
+        table = self.param(f"{option}s", init, (len(layout.names), width)).astype(self.dtype)
+        return jnp.concatenate([jnp.broadcast_to(row, (n, width)) for row, n in zip(table, layout.lengths, strict=True)])
+
+    def _sow_update_ratio(self, update: Array, tokens: Array) -> None:
+        norm = jnp.linalg.norm(tokens.astype(jnp.float32), axis=(1, 2))
+        self.sow("diagnostics", "update_ratio", jnp.linalg.norm(update.astype(jnp.float32), axis=(1, 2)) / norm)
+
+    def _check(self, channels: int, width: int) -> None:
+        if self.etf_for not in ("all", "selection"):
+            raise ValueError(f"KEM: etf_for is {self.etf_for!r}; it must be 'all' or 'selection'.")
+        if self.num_slots < 1 or self.rounds < 1 or (self.top_k is not None and self.top_k < 1):
+            raise ValueError(
+                f"KEM: num_slots ({self.num_slots}), rounds ({self.rounds}) and top_k ({self.top_k}) must be positive "
+                "(top_k=None for no selection)."
+            )
+        for name, size in (("slot_dim", width), ("the features' channels", channels)):
+            if size % self.num_heads:
+                raise ValueError(f"KEM: {name} = {size} does not divide by num_heads = {self.num_heads}.")
+
+
+def _orthogonal_rows(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
+    """Orthogonal rows with entries of unit variance; blocks of them when there are more rows than columns."""
+    rows, width = shape
+    block = nn.initializers.orthogonal(scale=width**0.5)(key, (min(rows, width), width), dtype)
+    if rows <= width:
+        return block
+    rest = jax.random.fold_in(key, rows)
+    return jnp.concatenate([block, _orthogonal_rows(rest, (rows - width, width), dtype)])

@@ -1,0 +1,57 @@
+"""Dense multi-head attention, optionally query-chunked so that memory is O(tokens x chunk)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sgw_jax.layers.topk_attention import apply_weights, attention_scores
+
+
+def attention(
+    query: Float[Array, "batch queries heads dim"],
+    key: Float[Array, "batch tokens heads dim"],
+    value: Float[Array, "batch tokens heads width"],
+    chunk: int | None = None,
+) -> Float[Array, "batch queries heads width"]:
+    """``softmax(q k^T / sqrt(dim)) v`` with scores and softmax in float32.
+
+    With ``chunk`` the queries are taken ``chunk`` at a time and the scores of a chunk are recomputed in the backward
+    pass, so that no array of size queries x tokens ever exists; the result is the same up to rounding.
+    """
+    if chunk is None or query.shape[1] <= chunk:
+        return _dense(query, key, value)
+    batch, queries, heads, dim = query.shape
+    padding = -queries % chunk
+    padded = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    chunks = jnp.moveaxis(padded.reshape(batch, -1, chunk, heads, dim), 1, 0)
+    outputs = jax.lax.map(jax.checkpoint(lambda part: _dense(part, key, value)), chunks)
+    return jnp.moveaxis(outputs, 0, 1).reshape(batch, queries + padding, heads, value.shape[-1])[:, :queries]
+
+
+def _dense(query: Array, key: Array, value: Array) -> Array:
+    return apply_weights(jax.nn.softmax(attention_scores(query, key), axis=-1), value)
+
+
+def split_heads(tokens: Float[Array, "batch tokens width"], heads: int) -> Float[Array, "batch tokens heads dim"]:
+    """Cuts the last axis into heads; the head is its slow part."""
+    return tokens.reshape(*tokens.shape[:-1], heads, tokens.shape[-1] // heads)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with biases and an output projection (Vaswani et al. 2017; as in ViT)."""
+
+    num_heads: int
+    dtype: jnp.dtype = jnp.float32
+    chunk: int | None = None
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+        width = tokens.shape[-1]
+        if width % self.num_heads:
+            raise ValueError(f"SelfAttention: width {width} does not divide into num_heads = {self.num_heads}.")
+        # One matrix for the three projections keeps the matmul large.
+        projected = nn.Dense(3 * width, dtype=self.dtype, name="query_key_value")(tokens)
+        query, key, value = (split_heads(part, self.num_heads) for part in jnp.split(projected, 3, axis=-1))
+        output = attention(query, key, value, self.chunk).reshape(tokens.shape)
+        return nn.Dense(width, dtype=self.dtype, name="output")(output)

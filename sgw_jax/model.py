@@ -1,0 +1,66 @@
+"""The whole network: backbone -> stems -> interaction -> heads."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sgw_jax.heads import PredictionHead, TaskStem
+from sgw_jax.sharding import constrain_batch
+from sgw_jax.tasks.base import Task
+
+PRELIMINARY = "preliminary/"
+
+
+class MultiTaskModel(nn.Module):
+    """One network for many dense tasks (arXiv 2410.03778, figure 2: encoder, task encoders, KEM, task decoders).
+
+    Attributes:
+      tasks: what to predict; a task gives its name and the width of its head.
+      backbone: image -> {stride: map}.
+      interaction: mapping task -> (batch, h, w, channels) -> the same mapping.
+      channels: width of the task features.
+      stride: of the task features, relative to the image.
+      upsample: how heads reach the image's size, see `PredictionHead`.
+      preliminary: also predict from the stems, before the interaction, in training (deep supervision as in InvPT).
+      dtype: of the computation; parameters and predictions are float32.
+
+    Call: (image (batch, H, W, 3), train) -> {task: (batch, H, W, head width)} float32 raw outputs; with
+    ``preliminary`` and ``train`` also {"preliminary/task": ...}.
+    """
+
+    tasks: Sequence[Task]
+    backbone: nn.Module
+    interaction: nn.Module
+    channels: int = 64
+    stride: int = 4
+    upsample: Literal["bilinear", "subpixel"] = "bilinear"
+    preliminary: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[str, Array]:
+        size = image.shape[1:3]
+        pyramid = self.backbone(constrain_batch(image), train=train)
+        features = {
+            task.name: constrain_batch(
+                TaskStem(self.channels, self.stride, dtype=self.dtype, name=f"stem_{task.name}")(pyramid)
+            )
+            for task in self.tasks
+        }
+        mixed = {name: constrain_batch(value) for name, value in self.interaction(features).items()}
+        predictions = self._predict("head", mixed, size)
+        if self.preliminary and train:
+            early = self._predict("preliminary", features, size)
+            predictions |= {PRELIMINARY + name: value for name, value in early.items()}
+        return predictions
+
+    def _predict(self, prefix: str, features: dict[str, Array], size: tuple[int, int]) -> dict[str, Array]:
+        return {
+            task.name: PredictionHead(
+                task.channels, size, self.upsample, dtype=self.dtype, name=f"{prefix}_{task.name}"
+            )(features[task.name])
+            for task in self.tasks
+        }

@@ -1,0 +1,146 @@
+"""What a run found: metrics, references, diagnostics, environment, as a table, results.json and report.html."""
+
+import json
+import math
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from sgw_jax import probe
+from sgw_jax.build import Experiment, flatten
+from sgw_jax.diagnostics import collect_examples, diagnose
+from sgw_jax.evaluate import Evaluation
+from sgw_jax.metrics import delta_m
+from sgw_jax.report import print_table, write_report
+from sgw_jax.restore import open_run
+from sgw_jax.sharding import replicated
+from sgw_jax.tasks.base import Task
+from sgw_jax.train import evaluate_split, restored_state
+from sgw_jax.train_step import TrainState, make_eval_step
+from sgw_jax.writers import read_metrics, write_atomically
+
+PACKAGES = ("sgw_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+EXAMPLES = 4  # test images drawn in the report
+
+
+def finish(
+    experiment: Experiment, workdir: Path, split: str, which: str, speed: dict[str, float], console: Console
+) -> dict[str, Any]:
+    """Evaluates a checkpoint on a split, prints the table and writes results.json and report.html (with the split's
+    name in theirs unless it is "test")."""
+    run = open_run(workdir, which)
+    state = restored_state(experiment, run.checkpoints, run.step)
+    with jax.set_mesh(experiment.mesh):
+        eval_step = jax.jit(make_eval_step(experiment.model, experiment.tasks), out_shardings=replicated(experiment.mesh))
+        found = evaluate_split(experiment, eval_step, state.variables, split)
+        results = gather(experiment, state, found, split, console) | {"checkpoint": which, "speed": speed}
+        pictures = examples(experiment, state, split)
+    print_table(console, results)
+    if jax.process_index() == 0:
+        suffix = "" if split == "test" else f"_{split}"
+        write_atomically(workdir / f"results{suffix}.json", json.dumps(results, indent=1))
+        write_report(workdir / f"report{suffix}.html", results, pictures, read_metrics(workdir / "metrics.jsonl"))
+        console.print(f"Report: {workdir / f'report{suffix}.html'}   numbers: {workdir / f'results{suffix}.json'}")
+    return results
+
+
+def gather(experiment: Experiment, state: TrainState, found: Evaluation, split: str, console: Console) -> dict[str, Any]:
+    """Everything about the state on one split; metrics of the reference predictors stand beside the network's."""
+    references = reference_predictors(experiment, split, console)
+    diagnostics = diagnose(
+        experiment.model,
+        state.variables,
+        experiment.data.evaluation(split),
+        experiment.mesh,
+        experiment.tasks,
+        length=len(experiment.data.sources[split]),
+    )
+    return {
+        "name": experiment.config.interaction,
+        "step": int(state.step),
+        "protocol": experiment.config.protocol,
+        "split": split,
+        "tasks": [
+            {
+                "name": task.name,
+                "metric": task.metric,
+                "unit": task.units.get(task.metric, ""),
+                "higher_is_better": task.higher_is_better,
+            }
+            for task in experiment.tasks
+        ],
+        "metrics": found.metrics,
+        "losses": found.losses,
+        "per_class": found.per_class,
+        "references": references,
+        "delta_m": {name: relative_gain(found.metrics, values, experiment.tasks) for name, values in references.items()},
+        "diagnostics": diagnostics,
+        "parameters": count_parameters(state.params),
+        "environment": environment(experiment),
+        "config": flatten(experiment.config.to_dict()),
+        "identity": experiment.identity(),
+    }
+
+
+def examples(experiment: Experiment, state: TrainState, split: str) -> dict[str, Any]:
+    """Pictures for the report: the split's first images, predictions, truth and what the slots read."""
+    with experiment.data.evaluation(split) as batches:
+        batch = next(iter(batches))
+    count = min(EXAMPLES, len(experiment.data.sources[split]))
+    return collect_examples(experiment.model, state.variables, batch, experiment.mesh, experiment.tasks, count)
+
+
+def reference_predictors(experiment: Experiment, split: str, console: Console) -> dict[str, dict[str, dict[str, float]]]:
+    """The constant predictor and the linear probe on colour and position, fitted on the training split."""
+    found = {}
+    for features in track(("constant", "linear"), "reference predictors", console=console, transient=True):
+        with experiment.data.evaluation("train") as batches:
+            fitted = probe.fit(batches, experiment.tasks, features)
+        with experiment.data.evaluation(split) as batches:
+            found[features] = probe.evaluate(fitted, batches, experiment.tasks)
+    return found
+
+
+def relative_gain(metrics: dict, baselines: dict, tasks: Sequence[Task]) -> float | None:
+    """delta_m over the tasks whose baseline is finite and not zero; None if there is none."""
+    usable = [
+        task
+        for task in tasks
+        if math.isfinite(baselines[task.name][task.metric])
+        and baselines[task.name][task.metric] != 0
+        and math.isfinite(metrics[task.name][task.metric])
+    ]
+    return delta_m(metrics, baselines, usable) if usable else None
+
+
+def count_parameters(params: Any) -> dict[str, int]:
+    """Parameters of the whole and of its parts."""
+
+    def part(name: str) -> str:
+        return name.split("_", 1)[0] if "_" in name else name
+
+    counts: dict[str, int] = {"total": 0}
+    for name, subtree in params.items():
+        size = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(subtree))
+        counts[part(name)] = counts.get(part(name), 0) + size
+        counts["total"] += size
+    return counts
+
+
+def environment(experiment: Experiment) -> dict[str, str]:
+    """Versions, devices and mesh."""
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+        "devices": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "processes": str(jax.process_count()),
+        "mesh": ", ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items()),
+    }

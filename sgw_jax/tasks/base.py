@@ -1,0 +1,206 @@
+"""Task: one thing to predict at every pixel, with its loss, its metrics and its pictures in one frozen dataclass."""
+
+import abc
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+PROTOCOLS = ("exact", "published")
+IGNORED_COLOUR = (40, 40, 40)
+
+Sums = dict[str, Any]
+Legend = list[tuple[str, tuple[int, int, int]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task(abc.ABC):
+    """The interface of every task. A subclass is a frozen dataclass; its fields have defaults and are plain JSON data.
+
+    Predictions are raw head outputs (batch, height, width, channels) of any float dtype; everything is computed in
+    float32. A target with one value per pixel is (batch, height, width), a trailing axis of one is accepted; a
+    vector target has the prediction's shape. `valid(target)` says which pixels carry a label. The others contribute
+    nothing to any loss, metric or gradient, whatever their target holds, NaN included: without labels sum and count
+    are 0.
+
+    Fields:
+      name: the key of this task in batches, predictions and results.
+      weight: the factor of this task's loss in a weighted sum, >= 0.
+      protocol: "exact" computes every metric as it is defined. "published" repeats the known departures of the code
+        behind the field's published tables, so that numbers can be set beside them; each class lists its own.
+
+    Losses add up. With s = `batch_statistics` added over the micro-batches of one large batch, the sums of
+    `loss_terms(prediction, target, s)` add up to that of the large batch, and so do the counts; the loss is
+    sum / max(count, 1).
+    Metrics add up too: `metric_sums` of batches, devices and processes are added on the host (`metrics.add_sums`, in
+    int64 and float64), and `metric_values` turns the total into numbers, NaN where there was nothing to measure.
+    """
+
+    name: str
+    weight: float = 1.0
+    protocol: str = "exact"
+
+    kind: ClassVar[str]  # the key in TASKS; a user's own class that sets none is called by its class name
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "kind" not in cls.__dict__:
+            cls.kind = cls.__name__
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # lists (from JSON or a config) become tuples: a task can be hashed
+            object.__setattr__(self, field.name, _frozen(getattr(self, field.name)))
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"{self.kind} task: name is {self.name!r}; give a non-empty string.")
+        if not _is_number(self.weight) or self.weight < 0:
+            raise ValueError(f"Task {self.name!r}: weight is {self.weight!r}; give a finite number >= 0.")
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"Task {self.name!r}: protocol is {self.protocol!r}; choose one of {PROTOCOLS}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The task as plain JSON-able data, {"kind": ..., **fields}; `task_from_dict` is the inverse."""
+        return {"kind": self.kind, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}}
+
+    @property
+    @abc.abstractmethod
+    def channels(self) -> int:
+        """Width of the prediction head."""
+
+    @property
+    @abc.abstractmethod
+    def target(self) -> dict[str, Any]:
+        """How augmentation treats the target, as data for the loader: {"kind": ..., "fill": ..., "resample": ...}."""
+
+    @property
+    @abc.abstractmethod
+    def metric(self) -> str:
+        """The headline metric: a key of `metric_values`, the one `delta_m` compares."""
+
+    @property
+    @abc.abstractmethod
+    def higher_is_better(self) -> bool:
+        """Whether a larger headline metric is better."""
+
+    @property
+    def units(self) -> dict[str, str]:
+        """The unit of each metric: "%", "m", "px", "deg" or ""."""
+        return {}
+
+    @abc.abstractmethod
+    def valid(self, target: Array) -> Bool[Array, "batch height width"]:
+        """Which pixels carry a label."""
+
+    def batch_statistics(self, target: Array) -> Sums:
+        """What the loss needs to know of the whole batch, as sums that add over micro-batches: at least the count."""
+        return {"count": count(self.valid(target))}
+
+    @abc.abstractmethod
+    def loss_terms(
+        self, prediction: Array, target: Array, statistics: Sums | None = None
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        """(float32 sum of the pixel losses, int32 count of valid pixels) of this target.
+
+        `statistics` are those of the whole batch that this target is a part of; None means this target is all of it.
+        """
+
+    def loss(self, prediction: Array, target: Array) -> Float[Array, ""]:
+        """The mean of the pixel losses over the valid pixels, 0 when there are none."""
+        total, number = self.loss_terms(prediction, target)
+        return total / jnp.maximum(number, 1)
+
+    @abc.abstractmethod
+    def metric_sums(self, prediction: Array, target: Array) -> Sums:
+        """Additive sums of one batch; counts are int32 and exact, sums of errors float32."""
+
+    @abc.abstractmethod
+    def metric_values(self, sums: Sums) -> dict[str, float]:
+        """The metrics of the data set from its added sums, in float64; NaN where there was nothing to measure."""
+
+    def per_class(self, sums: Sums) -> dict[str, float]:
+        """Class name -> IoU in percent; empty for a task without classes."""
+        del sums
+        return {}
+
+    @abc.abstractmethod
+    def decode(self, prediction: Array) -> Array:
+        """Raw head output (..., height, width, channels) -> what a user wants to hold."""
+
+    @abc.abstractmethod
+    def draw(self, decoded: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
+        """uint8 (height, width, 3) picture of one decoded map or target; pixels without a label are dark grey.
+
+        `like` is a second map whose range of values sets the colours, so that two pictures can be compared.
+        """
+
+    def legend(self, values: np.ndarray | None = None) -> Legend:
+        """(text, colour) of the classes, or of a few ticks of a continuous map over the range of `values`."""
+        del values
+        return []
+
+    def regression_target(
+        self, target: Array
+    ) -> tuple[Float[Array, "batch height width channels"], Bool[Array, "batch height width"]]:
+        """The target as numbers that a least-squares fit can predict, and the mask of the valid pixels.
+
+        As it stands here: the target itself, 0 where invalid. The linear probe fits it.
+        """
+        target, valid = jnp.asarray(target), self.valid(target)
+        target = target if target.ndim == valid.ndim + 1 else target[..., None]
+        return jnp.where(valid[..., None], target, 0).astype(jnp.float32), valid
+
+    def from_regression(self, values: Array) -> Float[Array, "batch height width channels"]:
+        """Inverse of `regression_target`: fitted values -> the raw prediction that decodes to them."""
+        return jnp.asarray(values, jnp.float32)
+
+    def float32(self, prediction: Array) -> Float[Array, "... channels"]:
+        """The prediction in float32, after a check of its width."""
+        if prediction.ndim == 0 or prediction.shape[-1] != self.channels:
+            raise ValueError(
+                f"Task {self.name!r}: the prediction has shape {prediction.shape}; its last axis must have "
+                f"{self.channels} channels (the raw output of this task's head)."
+            )
+        return jnp.asarray(prediction, jnp.float32)
+
+    def scalar_target(self, prediction: Array, target: Array) -> Array:
+        """The target with one value per pixel, (..., height, width), after a check against the prediction's shape."""
+        if target.shape not in (prediction.shape[:-1], (*prediction.shape[:-1], 1)):
+            raise ValueError(
+                f"Task {self.name!r}: the target has shape {target.shape} and the prediction {prediction.shape}; the "
+                f"target must be {prediction.shape[:-1]}, with or without a trailing axis of 1."
+            )
+        return jnp.reshape(target, prediction.shape[:-1])
+
+    def vector_target(self, prediction: Array, target: Array) -> Array:
+        """The target with one vector per pixel, after a check against the prediction's shape."""
+        if target.shape != prediction.shape:
+            raise ValueError(
+                f"Task {self.name!r}: the target has shape {target.shape} and the prediction {prediction.shape}; "
+                "they must be equal."
+            )
+        return jnp.asarray(target)
+
+
+def scalar_map(values: Array) -> Array:
+    """(batch, height, width, 1) -> (batch, height, width); three axes are returned as they are."""
+    return values[..., 0] if values.ndim == 4 else values
+
+
+def count(mask: Array) -> Int[Array, ""]:
+    """How many are true, in int32: a float32 sum of ones stops at 2^24."""
+    return jnp.sum(mask, dtype=jnp.int32)
+
+
+def ratio(numerator: float, denominator: float) -> float:
+    """A plain float, NaN when the denominator is zero."""
+    return float(numerator) / float(denominator) if denominator else math.nan
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list | tuple) else value

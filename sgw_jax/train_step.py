@@ -1,0 +1,175 @@
+"""One training step and one evaluation step, as pure functions of (state, batch)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from sgw_jax.model import PRELIMINARY
+from sgw_jax.multi_objective.scalarize import Scalarizer, weighted_sum
+from sgw_jax.tasks.base import Task
+
+Batch = Mapping[str, Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step reads and writes; what a checkpoint holds.
+
+    step: how many updates have been made (int32). params, constants: the model's collections; constants (the ETF) never
+    change. ema: exponential moving average of params, or None. objective: the scalariser's state.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    constants: Any
+    opt_state: Any
+    ema: Any
+    objective: Any
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The model's variables for evaluation: the averaged parameters where there are any."""
+        return {"params": self.params if self.ema is None else self.ema, "constants": self.constants}
+
+
+def init_state(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    image: Float[Array, "batch height width 3"],
+    *,
+    seed: int = 0,
+    ema: bool = False,
+    scalarizer: Scalarizer | None = None,
+) -> TrainState:
+    """The state at step 0. Call it under `jax.jit` with out_shardings, so that parameters are born where they live."""
+    variables = model.init({"params": jax.random.key(seed)}, image, train=True)
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        constants=variables.get("constants", {}),
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if ema else None,  # donated buffers must not be shared
+        objective=scalarizer.init() if scalarizer else (),
+    )
+
+
+def make_train_step(
+    model: nn.Module,
+    tasks: Sequence[Task],
+    optimizer: optax.GradientTransformation,
+    *,
+    scalarizer: Scalarizer | None = None,
+    accumulate: int = 1,
+    ema_decay: float | None = None,
+    seed: int = 0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """Builds ``step(state, batch) -> (state, metrics)``; jit it with the state donated.
+
+    Losses are sums over all labelled pixels of the global batch divided by their count, per task; a task without labels
+    in the batch has loss 0 and no gradient. ``scalarizer`` makes one number of them (default: the tasks' weights).
+
+    Args:
+      accumulate: k micro-batches, one after another in a scan. Counts and balances are taken over the whole batch first,
+        so the gradient equals that of one large batch up to rounding (with a scalariser that is linear in the losses).
+      ema_decay: d in ``ema <- d ema + (1 - d) params``, with d at most (1 + step) / (10 + step) so that the
+        random start is forgotten; None keeps no average.
+      seed: of drop path; folded with the step and the micro-batch, so a resumed run draws the same numbers.
+
+    Returns metrics: "loss", "loss/TASK", "grad_norm", all float32 scalars.
+    """
+    scalarizer = scalarizer or weighted_sum([task.weight for task in tasks])
+
+    def objective(params: Any, state: TrainState, batch: Batch, statistics: Mapping[str, Any], micro: Array) -> Any:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), micro)
+        variables = {"params": params, "constants": state.constants}
+        predictions = model.apply(variables, batch["image"], train=True, rngs={"drop_path": key})
+        losses = task_losses(tasks, predictions, batch, statistics)
+        total, objective_state = scalarizer.apply(losses, state.objective)
+        return total, (losses, objective_state)
+
+    gradient = jax.value_and_grad(objective, has_aux=True)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        statistics = {task.name: task.batch_statistics(batch[task.name]) for task in tasks}
+        if accumulate == 1:
+            (total, (losses, objective_state)), grads = gradient(
+                state.params, state, batch, statistics, jnp.zeros((), jnp.int32)
+            )
+        else:
+
+            def add(carry: Any, micro: Any) -> tuple[Any, None]:
+                index, part = micro
+                (total, (losses, objective_state)), grads = gradient(state.params, state, part, statistics, index)
+                sums = jax.tree.map(jnp.add, carry[0], (total, losses, grads))
+                return (sums, objective_state), None
+
+            zeros = (jnp.zeros(()), jnp.zeros(len(tasks)), jax.tree.map(jnp.zeros_like, state.params))
+            parts = (jnp.arange(accumulate), micro_batches(batch, accumulate))
+            ((total, losses, grads), objective_state), _ = jax.lax.scan(add, (zeros, state.objective), parts)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": total, "grad_norm": optax.global_norm(grads)}
+        metrics |= {f"loss/{task.name}": loss for task, loss in zip(tasks, losses, strict=True)}
+        new_state = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            ema=None if ema_decay is None else _averaged(state.ema, params, ema_decay, state.step),
+            objective=objective_state,
+        )
+        return new_state, metrics
+
+    return step
+
+
+def task_losses(
+    tasks: Sequence[Task], predictions: Mapping[str, Array], batch: Batch, statistics: Mapping[str, Any]
+) -> Float[Array, " tasks"]:
+    """Loss of every task: final prediction plus, where the model gives one, the preliminary one at weight 1 (InvPT)."""
+
+    def loss(task: Task) -> Array:
+        known = statistics[task.name]
+        total = jnp.zeros((), jnp.float32)
+        for key in (task.name, PRELIMINARY + task.name):
+            if key in predictions:
+                total += task.loss_terms(predictions[key], batch[task.name], known)[0]
+        return total / jnp.maximum(known["count"], 1)
+
+    return jnp.stack([loss(task) for task in tasks])
+
+
+def micro_batches(batch: Batch, parts: int) -> dict[str, Array]:
+    """(B, ...) -> (parts, B / parts, ...): row r goes to micro-batch r mod parts, so that no row leaves its device."""
+    return {k: jnp.swapaxes(v.reshape(v.shape[0] // parts, parts, *v.shape[1:]), 0, 1) for k, v in batch.items()}
+
+
+def _averaged(ema: Any, params: Any, decay: float, step: Array) -> Any:
+    known = step.astype(jnp.float32)
+    rate = 1.0 - jnp.minimum(decay, (1.0 + known) / (10.0 + known))
+    return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)
+
+
+def make_eval_step(model: nn.Module, tasks: Sequence[Task]) -> Callable[[Any, Batch], dict[str, Any]]:
+    """Builds ``step(variables, batch) -> {task: {"metrics": sums, "loss": sum, "count": n}}``, all additive.
+
+    Rows of padding hold only ignored labels and add nothing.
+    """
+
+    def step(variables: Any, batch: Batch) -> dict[str, Any]:
+        predictions = model.apply(variables, batch["image"])
+        sums = {}
+        for task in tasks:
+            prediction, target = predictions[task.name], batch[task.name]
+            loss, count = task.loss_terms(prediction, target)
+            sums[task.name] = {"metrics": task.metric_sums(prediction, target), "loss": loss, "count": count}
+        return sums
+
+    return step
