@@ -171,17 +171,13 @@ def _read_image(path: Path) -> np.ndarray:
     return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=-1)
 
 
-def _read_floats(path: Path, channels: int) -> np.ndarray:
-    """float32 (H, W), or (H, W, channels) if channels > 1."""
+def _read_floats(path: Path, channels: tuple[int, ...] = ()) -> np.ndarray:
+    """float32 (H, W, *channels); (H, W, 1) is read as (H, W)."""
     values = np.load(path, allow_pickle=False)
-    shape = "(H, W)" if channels == 1 else f"(H, W, {channels})"
-    if channels == 1 and values.ndim == 3 and values.shape[-1] == 1:
+    if not channels and values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
-    if (
-        values.dtype.kind != "f"
-        or values.ndim != (2 if channels == 1 else 3)
-        or values.shape[2:] not in ((), (channels,))
-    ):
+    if values.dtype.kind != "f" or values.ndim != 2 + len(channels) or values.shape[2:] != channels:
+        shape = f"({', '.join(['H', 'W', *map(str, channels)])})"
         raise _WrongError(f"an array {values.dtype} {values.shape}", f"floats {shape}")
     return values.astype(np.float32)
 
@@ -196,18 +192,15 @@ def _read_millimetres(path: Path) -> np.ndarray:
 
 
 def _read_metres(path: Path) -> np.ndarray:
-    values = _read_floats(path, 1)
-    if (values < 0).any():
-        raise _WrongError(f"an array with values down to {np.nanmin(values)}", "metres; 0 or non-finite = invalid")
+    values = _read_floats(path)
+    negative = values[np.isfinite(values) & (values < 0)]
+    if negative.size:
+        raise _WrongError(f"an array with values down to {negative.min()}", "metres; 0 or non-finite = invalid")
     return values
 
 
-def _read_disparity(path: Path) -> np.ndarray:
-    return _read_floats(path, 1)
-
-
 def _read_vector_floats(path: Path) -> np.ndarray:
-    return _unit_or_zero(_read_floats(path, 3))
+    return _unit_or_zero(_read_floats(path, (3,)))
 
 
 def _read_vector_picture(path: Path) -> np.ndarray:
@@ -222,23 +215,22 @@ def _unit_or_zero(vectors: np.ndarray) -> np.ndarray:
 
 
 def _read_mask_floats(path: Path) -> np.ndarray:
-    values = _read_floats(path, 1)
+    values = _read_floats(path)
     if not (values <= 1).all():  # NaN fails too
         raise _WrongError(f"an array with values up to {values.max()}", "floats in [0, 1], negative = ignore")
     return values
 
 
 def _read_mask_picture(path: Path) -> np.ndarray:
-    return _read_picture(path, ("L",), "an 8-bit grey PNG, 255 = 1, or .npy floats").astype(np.float32) / np.float32(
-        255
-    )
+    pixels = _read_picture(path, ("L",), "an 8-bit grey PNG, 255 = 1, or .npy floats")
+    return pixels.astype(np.float32) / np.float32(255)
 
 
 _READERS: dict[tuple[str, str], Callable[[Path], np.ndarray]] = {
     ("labels", ".png"): _read_labels,
     ("depth", ".npy"): _read_metres,
     ("depth", ".png"): _read_millimetres,
-    ("disparity", ".npy"): _read_disparity,
+    ("disparity", ".npy"): _read_floats,
     ("vectors", ".npy"): _read_vector_floats,
     ("vectors", ".png"): _read_vector_picture,
     ("mask", ".npy"): _read_mask_floats,

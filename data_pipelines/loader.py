@@ -181,11 +181,11 @@ def _generate(dataset: grain.IterDataset) -> Generator[Example]:
     array_type: type = np.ndarray
     try:
         for batch in iterator:
-            # Workers hand over arrays in shared memory that lives as long as the array: copied, it is freed at once.
             array_type = type(batch["image"])
-            copies = {name: np.array(values, subok=False) for name, values in batch.items()}
-            del batch
-            yield copies
+            if array_type is not np.ndarray:
+                # From workers: in shared memory that lives as long as the array. Copied, it is freed at once.
+                batch = {name: np.array(values, subok=False) for name, values in batch.items()}
+            yield batch
     finally:
         iterator.close()
         del iterator

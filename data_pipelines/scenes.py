@@ -1,52 +1,18 @@
-"""The embedded data set: procedural furnished rooms, ray cast in NumPy, with exact targets for six tasks and nothing to download."""
+"""The embedded data set: procedural furnished rooms with exact targets for six tasks, and nothing to download."""
 
 import operator
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.rooms.layout import draw_scene
-from data_pipelines.rooms.render import render
+from data_pipelines.rooms import cache
+from data_pipelines.rooms.record import SEMSEG_CLASSES, SPLITS, VERSION, Collection, render_stored, unpack
 
-VERSION = 1  # raise whenever any picture or target changes: it keys the random numbers, the cache and the fingerprint
-SPLITS = {"train": 0, "validation": 1, "test": 2}
+__all__ = ["LENGTHS", "PART_CLASSES", "SEMSEG_CLASSES", "SPLITS", "VERSION", "Scenes", "render_scene"]
+
 LENGTHS = {"train": 2048, "validation": 256, "test": 256}
-SEMSEG_CLASSES = ("wall", "floor", "ceiling", "window", "door", "table", "chair", "sofa", "bed", "cabinet", "lamp", "person")
 PART_CLASSES = ("background", "head", "torso", "upper arms", "lower arms", "upper legs", "lower legs")
-IGNORE = 255
-
-# How each field is stored: what the disk holds is what render_scene returns, after _unpack in both cases.
-STORED: dict[str, tuple[type, tuple[int, ...]]] = {
-    "image": (np.uint8, (3,)),
-    "semseg": (np.uint8, ()),
-    "depth": (np.uint16, ()),  # whole millimetres, like a depth camera's files
-    "normals": (np.int16, (3,)),  # components in units of 1/32767
-    "edges": (np.uint8, ()),
-    "saliency": (np.uint8, ()),
-    "human_parts": (np.uint8, ()),
-}
-
-
-def render_stored(seed: int, split: str, index: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Scene `index` of a split in the compact types of `STORED`."""
-    streams = np.random.SeedSequence(seed, spawn_key=(VERSION, SPLITS[split], index)).spawn(2)
-    layout, sensor = (np.random.Generator(np.random.Philox(stream)) for stream in streams)
-    fields = render(draw_scene(layout), size, SEMSEG_CLASSES, sensor)
-    fields["depth"] = np.round(1000 * fields["depth"])
-    fields["normals"] = np.round(32767 * fields["normals"])
-    fields["normals"][fields["normals"][..., 2] >= 0] = 0
-    return {name: fields[name].astype(dtype) for name, (dtype, _) in STORED.items()}
-
-
-def unpack(stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The record of the data contract from one scene in the types of `STORED`; always fresh arrays."""
-    record = {name: np.array(stored[name]) for name in ("image", "semseg", "human_parts")}
-    record["depth"] = stored["depth"].astype(np.float32) / np.float32(1000)
-    record["normals"] = stored["normals"].astype(np.float32) / np.float32(32767)
-    record |= {name: stored[name].astype(np.float32) for name in ("edges", "saliency")}
-    return record
 
 
 def render_scene(seed: int, split: str, index: int, size: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -55,24 +21,25 @@ def render_scene(seed: int, split: str, index: int, size: tuple[int, int]) -> di
 
 
 class Scenes:
-    """A random-access source of furnished rooms. `scenes[i]` is a pure function of (seed, split, i, size).
+    """A random-access source of furnished rooms: `scenes[i]` is a pure function of (seed, split, i, size).
 
-    Bit-equal in every process of one environment, cached or not; across machines and NumPy versions equal up to rounding.
-    No two splits share a scene. The room does not depend on the size, nor on the length: a longer split begins alike.
+    Bit-equal in every process of one environment, cached or not; across machines and NumPy versions up to rounding.
+    No two splits share a scene. The room depends neither on the size nor on the length: a longer split begins alike.
 
-    Fields (H, W = size):
-      image        uint8 (H, W, 3) RGB.
-      semseg       uint8 (H, W), an index into SEMSEG_CLASSES. Clutter (balls, vases, plants, boxes) is 255 = ignore;
-                   a picture is wall, a rug is floor.
-      depth        float32 (H, W), metres along the camera's axis (z-depth, not ray length), in whole millimetres;
-                   0 = no reading (glass, highlights, beyond range, grazing surfaces, projector shadow, random discs).
-      normals      float32 (H, W, 3) unit to 1e-4, camera frame x right, y down, z forward, z < 0; zero where a visible
-                   surface turns away from the camera's axis (only near the image's borders).
-      edges        float32 (H, W) {0, 1}: instance boundaries and depth discontinuities, one pixel wide, on the left or
-                   upper pixel of each pair; see rooms/targets.py `edges`. Creases within an instance are no edges.
-      saliency     float32 (H, W) {0, 1}: the one attended object; see rooms/targets.py `attended`.
-      human_parts  uint8 (H, W), an index into PART_CLASSES on semseg's person pixels, 0 elsewhere; wholly 255 where no
-                   person is visible (the field's protocol: such an image has no labels).
+    Fields, with (H, W) = size:
+      image        uint8 (H, W, 3), RGB.
+      semseg       uint8 (H, W), an index into SEMSEG_CLASSES. Clutter (balls, vases, plants, boxes) is 255 = ignore; a
+                   picture counts as wall, a rug as floor.
+      depth        float32 (H, W), metres along the camera's axis (z-depth, not ray length), in whole millimetres; 0 =
+                   no reading (glass, highlights, out of range, grazing surfaces, projector shadow, random discs).
+      normals      float32 (H, W, 3), unit to 1e-4, camera frame x right, y down, z forward, z < 0. Zero where a visible
+                   surface has z >= 0, which perspective allows off the optical axis: most of the ceiling below a
+                   camera that looks down, and side walls that turn away.
+      edges        float32 (H, W) in {0, 1}: instance boundaries and depth discontinuities, one pixel wide, on the left
+                   or upper pixel of each pair (`edges` in rooms/targets.py). A crease within an instance is no edge.
+      saliency     float32 (H, W) in {0, 1}: the one attended object (`attended` in rooms/targets.py).
+      human_parts  uint8 (H, W), an index into PART_CLASSES: a body part exactly on semseg's person pixels, else 0;
+                   wholly 255 where no person is visible (the field's protocol: such an image has no labels).
 
     Args:
       split: "train", "validation" or "test".
@@ -81,10 +48,10 @@ class Scenes:
       seed: non-negative; another seed is another data set.
       cache_dir: where `prepare` keeps the rendered split.
       workers: rendering processes of `prepare`; default one per usable core.
-      progress: whether `prepare` reports progress on stderr; None: if there is more than a moment's work.
+      progress: whether `prepare` reports on stderr; default: if there are many scenes to render.
 
     Raises:
-      ValueError: for an unknown split, or a length, size or seed out of range.
+      ValueError: unknown split; length, size or seed out of range.
     """
 
     def __init__(
@@ -99,38 +66,48 @@ class Scenes:
     ):
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; Scenes has the splits {', '.join(map(repr, SPLITS))}.")
-        self.split = split
-        self.length = operator.index(LENGTHS[split] if length is None else length)
-        self.size = (operator.index(size[0]), operator.index(size[1]))
-        self.seed = operator.index(seed)
-        if self.length < 1 or min(self.size) < 8 or self.seed < 0:
-            raise ValueError(
-                f"Scenes needs length >= 1, a size of at least 8x8 and seed >= 0; got length={length}, size={size}, seed={seed}."
-            )
+        length = operator.index(LENGTHS[split] if length is None else length)
+        height, width = (operator.index(side) for side in size)
+        seed = operator.index(seed)
+        if length < 1 or min(height, width) < 8 or seed < 0:
+            found = f"{length=}, size={(height, width)}, {seed=}"
+            raise ValueError(f"Scenes needs length >= 1, size (height, width) >= (8, 8) and seed >= 0; got {found}.")
+        self.collection = Collection(split, length, (height, width), seed)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.workers = workers
         self.progress = progress
-        self._prepared = False
-        self._fields: dict[str, np.ndarray] | None = None
+        self._prepared_in: Path | None = None
+        self._arrays: dict[str, np.ndarray] | None = None
+
+    def prepare(self) -> "Scenes":
+        """Renders the split into `cache_dir` unless it is there, and reads from there from now on. Returns itself.
+
+        Raises:
+          ValueError: no cache_dir was given, or the cache is damaged (names the file).
+        """
+        if self.cache_dir is None:
+            raise ValueError("prepare() needs a cache_dir. Without one leave it out: scenes are rendered when read.")
+        cache.prepare(self.collection, self.cache_dir, self.workers, self.progress)
+        self._arrays = cache.open_arrays(self.collection, self.cache_dir)
+        self._prepared_in = self.cache_dir
+        return self
 
     def __len__(self) -> int:
-        return self.length
+        return self.collection.length
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         index = operator.index(index)
-        if not 0 <= index < self.length:
-            raise IndexError(f"scene {index} of {self.length} ({self.split})")
-        if not self._prepared:
-            return render_scene(self.seed, self.split, index, self.size)
-        if self._fields is None:
-            self._open()
-        return unpack({name: values[index] for name, values in self._fields.items()})
+        if not 0 <= index < len(self):
+            raise IndexError(f"scene {index} of the {len(self)} {self.collection.split} scenes")
+        if self._prepared_in is None:
+            return render_scene(self.collection.seed, self.collection.split, index, self.collection.size)
+        if self._arrays is None:
+            self._arrays = cache.open_arrays(self.collection, self._prepared_in)
+        return unpack({name: array[index] for name, array in self._arrays.items()})
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_fields": None}  # memory maps are reopened, not copied, in another process
+        return self.__dict__ | {"_arrays": None}  # another process maps the files itself instead of receiving copies
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the data is a pure function of; JSON-able."""
-        return {
-            "name": "scenes", "version": VERSION, "split": self.split, "length": self.length, "size": list(self.size), "seed": self.seed,
-        }  # fmt: skip
+        """What the content is a pure function of; JSON-able."""
+        return self.collection.fingerprint()

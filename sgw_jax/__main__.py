@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import jax
 from absl import logging
-from jax.experimental import multihost_utils
 from rich.console import Console
 from rich.markup import escape
 
@@ -19,7 +19,7 @@ from sgw_jax.config_files import UsageError, read_config
 from sgw_jax.predict import predict_files
 from sgw_jax.restore import open_run
 from sgw_jax.results import finish
-from sgw_jax.train import NonFiniteError, WorkdirError, train
+from sgw_jax.train import NonFiniteError, WorkdirError, check_start, train, wait_for_all
 
 EPILOG = """\
 configuration:
@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments, rest, console)
     except KeyboardInterrupt:
-        console.print("Interrupted.")
-        return 130
+        console.print("Interrupted. The same command goes on from the last checkpoint, if there is one.")
+        return 128 + signal.SIGINT
     except EXPECTED as error:
         if arguments.traceback:
             raise
@@ -96,11 +96,13 @@ def _join_cluster() -> None:
 def _train(arguments: argparse.Namespace, overrides: Sequence[str], console: Console) -> int:
     started = time.monotonic()
     experiment = build(read_config(arguments.config, overrides), arguments.cache_dir)
+    check_start(experiment, arguments.workdir, arguments.init_from)
     prepare(experiment)
     trained = train(experiment, arguments.workdir, console, arguments.init_from)
-    if trained.interrupted:
-        console.print(f"Stopped and saved at step {trained.step}. The same command goes on from there.")
-        return 130
+    if trained.stopped_by:
+        console.print(f"Stopped by {trained.stopped_by.name}; saved at step {trained.step} of {experiment.settings.steps}.")
+        console.print("The same command goes on from there.")
+        return 128 + trained.stopped_by
     split = next((split for split in ("test", "validation") if split in experiment.data.sources), None)
     if split is None:
         console.print("The data has no test and no validation split, so there is nothing to evaluate on.")
@@ -142,8 +144,8 @@ def prepare(experiment: Experiment) -> None:
 
     if jax.process_index() == 0:
         render()
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("data prepared")
+    wait_for_all("data prepared")
+    if jax.process_index() != 0:
         render()
 
 

@@ -1,6 +1,7 @@
 """The fixed simplex equiangular tight frame (ETF) and the projection of features onto its vertices."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -54,7 +55,7 @@ class SimplexETF(nn.Module):
     z holds the token's cosines with the K vertices, scaled so that the entries of a random direction start at unit
     variance (unscaled, scores and values shrink by sqrt(d) and the attention behind it is inert). M is no parameter:
     it lives in the collection ``constants``, which gradients and the optimiser never see. f = 0 gives z = 0 and a
-    zero gradient, because ``eps`` stands inside the root.
+    zero gradient; ``eps`` inside the root bounds the gradient of small f by sqrt(d / eps).
 
     Attributes:
       num_vertices: K, with 2 <= K <= d + 1.
@@ -71,11 +72,14 @@ class SimplexETF(nn.Module):
     @nn.compact
     def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch vertices"]:
         dim = features.shape[-1]
-        vertices = self.variable(
-            "constants", "vertices", lambda: jnp.asarray(simplex_etf(self.num_vertices, dim, seed=self.seed), jnp.float32)
-        ).value
+        vertices = self.variable("constants", "vertices", self._vertices, dim).value
         # Only a float64 program (x64, used to check gradients) keeps more than float32 here.
         wide = jnp.promote_types(features.dtype, jnp.float32)
         squared = jnp.sum(jnp.square(features.astype(wide)), axis=-1, keepdims=True)
-        direction = features.astype(wide) * (jnp.sqrt(dim) / jnp.sqrt(squared + self.eps)).astype(wide)
+        # The eps alone would leave a gradient of 1e6 at f = 0, where no direction is right.
+        inverse = jnp.where(squared > 0, jax.lax.rsqrt(squared + self.eps), 0)
+        direction = features.astype(wide) * (dim**0.5 * inverse)
         return jnp.matmul(direction.astype(features.dtype), vertices.astype(features.dtype))
+
+    def _vertices(self, dim: int) -> Float[Array, "dim vertices"]:
+        return jnp.asarray(simplex_etf(self.num_vertices, dim, seed=self.seed), jnp.float32)

@@ -29,6 +29,9 @@ class MultiTaskModel(nn.Module):
 
     Call: (image (batch, H, W, 3), train) -> {task: (batch, H, W, head width)} float32 raw outputs; with
     ``preliminary`` and ``train`` also {"preliminary/task": ...}.
+
+    Raises:
+      ValueError: no task, or two of one name.
     """
 
     tasks: Sequence[Task]
@@ -42,7 +45,10 @@ class MultiTaskModel(nn.Module):
 
     @nn.compact
     def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[str, Array]:
-        size = image.shape[1:3]
+        names = [task.name for task in self.tasks]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"MultiTaskModel: the tasks are {names}; give at least one, each name once.")
+        size = (image.shape[1], image.shape[2])
         pyramid = self.backbone(constrain_batch(image), train=train)
         features = {
             task.name: constrain_batch(

@@ -14,7 +14,7 @@ DECAYED = "kernel"
 def learning_rate_schedule(
     peak: float, total_steps: int, warmup_steps: int = 0, schedule: Literal["poly", "cosine", "constant"] = "poly"
 ) -> optax.Schedule:
-    """Linear warm-up from 0 over ``warmup_steps``, then ``peak`` times a decay that reaches 0 at ``total_steps``.
+    """Linear warm-up, ``peak (step + 1) / warmup_steps``, then ``peak`` times a decay that is 0 at ``total_steps``.
 
     With x in [0, 1] the share of the steps after the warm-up: "poly" is (1 - x)^0.9 (the field's recipe), "cosine" is
     (1 + cos(pi x)) / 2, "constant" is 1.
@@ -31,7 +31,7 @@ def learning_rate_schedule(
         raise ValueError(f"schedule: {schedule!r}; it must be one of {sorted(decays)}.")
     if warmup_steps == 0:
         return decays[schedule]()
-    # The first update is at step 0: counting from 1 / warmup_steps keeps it from being lost.
+    # The first update is at step 0: starting at peak / warmup_steps keeps it from being lost.
     warmup = optax.linear_schedule(peak / warmup_steps, peak, max(warmup_steps - 1, 1))
     return optax.join_schedules([warmup, decays[schedule]()], [warmup_steps])
 
@@ -51,6 +51,9 @@ def make_optimizer(
 
     Weight decay is decoupled and applies to kernels alone. Updates of everything under ``backbone`` are multiplied by
     ``backbone_scale`` (0 freezes it), which equals a learning rate of its own.
+
+    Raises:
+      ValueError: an unknown name; ``clip_norm`` that is not positive (None is no clipping).
     """
     inner = {
         "adamw": lambda: optax.scale_by_adam(b1=b1, b2=b2),
@@ -58,7 +61,9 @@ def make_optimizer(
     }
     if name not in inner:
         raise ValueError(f"optimizer: name {name!r}; it must be one of {sorted(inner)}.")
-    steps = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"optimizer: clip_norm is {clip_norm}; it must be positive, or None for no clipping.")
+    steps = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     steps.append(inner[name]())
     if weight_decay:
         steps.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
@@ -70,7 +75,7 @@ def make_optimizer(
 
 def decay_mask(params: Any) -> Any:
     """True for the leaves that weight decay shrinks."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).endswith(DECAYED), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path[-1:]) == DECAYED, params)
 
 
 def backbone_mask(params: Any) -> Any:

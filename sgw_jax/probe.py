@@ -4,7 +4,7 @@ Both are one least-squares fit. With phi the features of a pixel and y its `task
 W = (sum phi phi^T)^+ (sum phi y^T) over the valid pixels, and the raw prediction is `task.from_regression(phi W)`,
 which then goes through the task's own metrics. "constant" has phi = [1] and so predicts class frequencies (hence the
 majority class), the mean depth, the mean normal, the base rate. "linear" has phi = [1, r, g, b, x, y]: the image as
-the model sees it and the position in [-1, 1]. A network that does not beat these has learned nothing of the scene.
+the model sees it and the position in [-1, 1]. What a network gains over these comes from context.
 """
 
 import dataclasses

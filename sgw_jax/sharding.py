@@ -85,10 +85,18 @@ def _fsdp_spec(shape: tuple[int, ...], size: int, min_size: int) -> P:
 
 
 def _check_divides(name: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
-    for length, axes in zip(shape, spec, strict=False):
-        parts = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+    if len(spec) > len(shape):
+        raise ValueError(f"sharding: {name} has shape {shape}, which has fewer axes than the rule {spec}.")
+    for length, entry in zip(shape, spec, strict=False):  # a spec may be shorter: the axes it leaves out are not split
+        axes = (entry,) if isinstance(entry, str) else entry or ()
+        unknown = sorted(set(axes) - set(mesh.axis_names))
+        if unknown:
+            raise ValueError(f"sharding: the rule {spec} for {name} names {unknown}; the axes are {list(AXES)}.")
+        parts = math.prod(mesh.shape[axis] for axis in axes)
         if length % parts:
-            raise ValueError(f"sharding: {name} has shape {shape}, which the rule {spec} cannot split into {parts} parts.")
+            raise ValueError(
+                f"sharding: {name} has shape {shape}, which the rule {spec} cannot split into {parts} parts."
+            )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -17,8 +17,7 @@ from sgw_jax.tasks.base import Task
 Batch = Mapping[str, Array]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """All that a step reads and writes; what a checkpoint holds.
 
     step: how many updates have been made (int32). params, constants: the model's collections; constants (the ETF) never
@@ -76,8 +75,9 @@ def make_train_step(
     in the batch has loss 0 and no gradient. ``scalarizer`` makes one number of them (default: the tasks' weights).
 
     Args:
-      accumulate: k micro-batches, one after another in a scan. Counts and balances are taken over the whole batch first,
-        so the gradient equals that of one large batch up to rounding (with a scalariser that is linear in the losses).
+      accumulate: k micro-batches, one after another in a scan. Counts and balances are taken over the whole batch
+        first, so the gradient equals that of one large batch up to rounding (with a scalariser that is linear in the
+        losses).
       ema_decay: d in ``ema <- d ema + (1 - d) params``, with d at most (1 + step) / (10 + step) so that the
         random start is forgotten; None keeps no average.
       seed: of drop path; folded with the step and the micro-batch, so a resumed run draws the same numbers.
@@ -89,7 +89,7 @@ def make_train_step(
     def objective(params: Any, state: TrainState, batch: Batch, statistics: Mapping[str, Any], micro: Array) -> Any:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), micro)
         variables = {"params": params, "constants": state.constants}
-        predictions = model.apply(variables, batch["image"], train=True, rngs={"drop_path": key})
+        predictions: Any = model.apply(variables, batch["image"], train=True, rngs={"drop_path": key})
         losses = task_losses(tasks, predictions, batch, statistics)
         total, objective_state = scalarizer.apply(losses, state.objective)
         return total, (losses, objective_state)
@@ -97,6 +97,11 @@ def make_train_step(
     gradient = jax.value_and_grad(objective, has_aux=True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        if (state.ema is None) != (ema_decay is None):
+            raise ValueError(
+                f"train step: ema_decay is {ema_decay}, but the state holds {'no' if state.ema is None else 'an'} "
+                "average; give both or neither (init_state(..., ema=True))."
+            )
         statistics = {task.name: task.batch_statistics(batch[task.name]) for task in tasks}
         if accumulate == 1:
             (total, (losses, objective_state)), grads = gradient(
@@ -148,6 +153,9 @@ def task_losses(
 
 def micro_batches(batch: Batch, parts: int) -> dict[str, Array]:
     """(B, ...) -> (parts, B / parts, ...): row r goes to micro-batch r mod parts, so that no row leaves its device."""
+    for name, value in batch.items():
+        if value.shape[0] % parts:
+            raise ValueError(f"accumulate: {name} has {value.shape[0]} rows, not a multiple of {parts} micro-batches.")
     return {k: jnp.swapaxes(v.reshape(v.shape[0] // parts, parts, *v.shape[1:]), 0, 1) for k, v in batch.items()}
 
 
@@ -164,7 +172,7 @@ def make_eval_step(model: nn.Module, tasks: Sequence[Task]) -> Callable[[Any, Ba
     """
 
     def step(variables: Any, batch: Batch) -> dict[str, Any]:
-        predictions = model.apply(variables, batch["image"])
+        predictions: Any = model.apply(variables, batch["image"])
         sums = {}
         for task in tasks:
             prediction, target = predictions[task.name], batch[task.name]

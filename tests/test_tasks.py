@@ -426,6 +426,12 @@ def test_a_negative_depth_is_read_as_zero():
         assert float(task.loss(prediction, target)) == 7  # the loss sees the raw output
 
 
+def test_delta_1_is_a_ratio_in_both_directions():
+    task, ratios = Depth(), np.array([0.5, 0.79, 0.81, 1.0, 1.24, 1.26, 2.0], np.float32)  # 1 / 1.25 = 0.8
+    sums = task.metric_sums(3 * ratios.reshape(1, 1, -1, 1), np.full((1, 1, 7), 3, np.float32))
+    assert int(sums["near"]) == 3
+
+
 def test_pictures_share_the_range_of_the_other_map():
     task = Depth()
     near, far = np.full((2, 2), 1.0), np.full((2, 2), 9.0)

@@ -1,1 +1,1 @@
-"""The procedural rooms behind `data_pipelines.scenes`: layout (what stands where), ray casting, shading and exact targets."""
+"""The rooms behind `data_pipelines.scenes`: what stands where, how it is cast and shaded, its targets, its cache."""

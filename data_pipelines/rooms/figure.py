@@ -12,7 +12,7 @@ HEAD, TORSO, UPPER_ARMS, LOWER_ARMS, UPPER_LEGS, LOWER_LEGS = range(1, 7)
 
 
 def _step(start: Vector, length: float, side: float, forward: float, outward: float) -> Vector:
-    """The far joint of a limb that hangs from `start`, swung `forward` and `outward` (radians) to its own `side` (+-1)."""
+    """The far joint of a limb hanging from `start`, swung `forward` and `outward` (radians) to its `side` (+-1)."""
     x, y, z = start
     return (
         x + side * length * math.sin(outward),
@@ -35,11 +35,12 @@ def _lean(angle: float) -> tuple[float, ...]:
 
 
 def person(random: np.random.Generator, seat: float = 0.0) -> Piece:
-    """A figure 1.5 to 1.9 m tall, its feet at z = 0; with `seat` > 0 it sits at that height, its hips above the origin."""
+    """A figure 1.5 to 1.9 m tall, its feet at z = 0; with `seat` > 0 it sits at that height above the origin."""
     tall = 1.5 + 0.4 * random.random()
     tone = 0.25 + 0.75 * random.random()
     skin = plain((0.75 * tone**1.2, 0.52 * tone**1.6, 0.40 * tone**1.9), 0.15)
-    shirt, trousers, shoes, hair = draw(random, 7), draw(random, 6, busy=0.4), plain(colour(random)), plain(colour(random, 0.05, 0.7))
+    shirt, trousers = draw(random, 7), draw(random, 6, busy=0.4)
+    shoes, hair = plain(colour(random)), plain(colour(random, 0.05, 0.7))
     sleeves, shorts = random.random() < 0.5, random.random() < 0.25
     legs, sole = _legs(random, tall, seat, trousers, skin if shorts else trousers, shoes)
     hip = (0.0, 0.0, seat + 0.06 * tall if seat else -sole)
@@ -49,7 +50,9 @@ def person(random: np.random.Generator, seat: float = 0.0) -> Piece:
     return Piece("person", raised, reach, tall if not seat else seat + 0.55 * tall)
 
 
-def _legs(random: np.random.Generator, tall: float, seat: float, upper: Material, lower: Material, shoes: Material) -> tuple[list[Solid], float]:
+def _legs(
+    random: np.random.Generator, tall: float, seat: float, upper: Material, lower: Material, shoes: Material
+) -> tuple[list[Solid], float]:
     """Both legs below hips at the origin, and the height of the lower sole."""
     solids, sole = [], 0.0
     stride = 0.5 * random.random() if random.random() < 0.5 else 0.05
@@ -73,14 +76,25 @@ def _legs(random: np.random.Generator, tall: float, seat: float, upper: Material
 
 
 def _trunk(
-    random: np.random.Generator, tall: float, sitting: bool, shirt: Material, trousers: Material, skin: Material, hair: Material, sleeve: Material
+    random: np.random.Generator,
+    tall: float,
+    sitting: bool,
+    shirt: Material,
+    trousers: Material,
+    skin: Material,
+    hair: Material,
+    sleeve: Material,
 ) -> list[Solid]:
     """Torso, head and arms above hips at the origin."""
     lean = 0.25 * (random.random() - 0.4)
     turn = _lean(lean)
 
     def up(height: float, x: float = 0.0, y: float = 0.0) -> Vector:
-        return x * tall, (y * math.cos(lean) + height * math.sin(lean)) * tall, (height * math.cos(lean) - y * math.sin(lean)) * tall
+        return (
+            x * tall,
+            (y * math.cos(lean) + height * math.sin(lean)) * tall,
+            (height * math.cos(lean) - y * math.sin(lean)) * tall,
+        )
 
     solids = [
         ball(up(0.015), (0.105 * tall, 0.075 * tall, 0.075 * tall), trousers, turn, TORSO),

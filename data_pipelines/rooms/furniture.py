@@ -1,10 +1,10 @@
-"""Random furniture as composites of convex solids; origin on the floor below the middle, back towards -y, front towards +y."""
+"""Random furniture as composites of convex solids: origin on the floor below the middle, back -y, front +y."""
 
 from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.rooms.materials import GRADIENT, Material, draw, plain
+from data_pipelines.rooms.materials import Material, draw, plain
 from data_pipelines.rooms.solids import Solid, ball, box, cone, legs, limb
 
 
@@ -22,20 +22,21 @@ class Piece(NamedTuple):
     light: float = 0.0
 
 
-def _between(random: np.random.Generator, low: float, high: float) -> float:
+def between(random: np.random.Generator, low: float, high: float) -> float:
+    """A uniform draw."""
     return low + (high - low) * random.random()
 
 
 def table(random: np.random.Generator, low: bool = False) -> Piece:
     """A dining table, desk or coffee table: a square or round top on four legs, two panels or a pedestal."""
     top, foot = draw(random), draw(random)
-    height = _between(random, 0.36, 0.48) if low else _between(random, 0.70, 0.80)
-    x, y = _between(random, 0.45, 0.85), _between(random, 0.3, 0.45)
-    thick = _between(random, 0.03, 0.07)
+    height = between(random, 0.36, 0.48) if low else between(random, 0.70, 0.80)
+    x, y = between(random, 0.45, 0.85), between(random, 0.3, 0.45)
+    thick = between(random, 0.03, 0.07)
     under = height - thick
     style = random.random()
     if style < 0.35:
-        radius = _between(random, 0.4, 0.6)
+        radius = between(random, 0.4, 0.6)
         solids = [
             cone(0, 0, (under, height), (radius, radius), top),
             cone(0, 0, (0.03, under), (0.05, 0.05), foot),
@@ -44,7 +45,7 @@ def table(random: np.random.Generator, low: bool = False) -> Piece:
         return Piece("table", solids, (radius, radius), height)
     solids = [box((-x, x), (-y, y), (under, height), top)]
     if style < 0.8:
-        solids += legs(x - 0.05, y - 0.05, under, _between(random, 0.04, 0.09), random.random() < 0.4, foot)
+        solids += legs(x - 0.05, y - 0.05, under, between(random, 0.04, 0.09), random.random() < 0.4, foot)
     else:
         solids += [box((s * x - 0.03 * (s + 1), s * x + 0.03 * (1 - s)), (-y, y), (0, under), foot) for s in (-1, 1)]
         solids.append(box((-x + 0.06, x - 0.06), (-y + 0.02, -y + 0.05), (0.3 * under, under), foot))
@@ -52,19 +53,23 @@ def table(random: np.random.Generator, low: bool = False) -> Piece:
 
 
 def chair(random: np.random.Generator) -> Piece:
-    """A chair: seat and back on four legs, or on a swivelling pedestal; sometimes with arms, sometimes a slatted back."""
+    """A chair: a seat and a plain or slatted back on four legs or a swivelling pedestal; sometimes with arms."""
     cushion, frame = draw(random), draw(random)
-    seat, half = _between(random, 0.42, 0.48), _between(random, 0.20, 0.25)
-    tall = seat + _between(random, 0.40, 0.55)
+    seat, half = between(random, 0.42, 0.48), between(random, 0.20, 0.25)
+    tall = seat + between(random, 0.40, 0.55)
     solids = [box((-half, half), (-half, half), (seat - 0.06, seat), cushion)]
     if random.random() < 0.3:
-        solids += [cone(0, 0, (0.06, seat - 0.05), (0.03, 0.03), frame), cone(0, 0, (0.0, 0.08), (half * 1.1, 0.05), frame)]
+        solids += [
+            cone(0, 0, (0.06, seat - 0.05), (0.03, 0.03), frame),
+            cone(0, 0, (0.0, 0.08), (half * 1.1, 0.05), frame),
+        ]
     else:
         solids += legs(half - 0.025, half - 0.025, seat - 0.05, 0.045, random.random() < 0.4, frame)
     if random.random() < 0.4:
         slats = 3 + int(random.random() * 3)
         solids += [
-            box((x - 0.02, x + 0.02), (-half, -half + 0.03), (seat, tall), frame) for x in np.linspace(0.02 - half, half - 0.02, slats)
+            box((x - 0.02, x + 0.02), (-half, -half + 0.03), (seat, tall), frame)
+            for x in np.linspace(0.02 - half, half - 0.02, slats)
         ]
         solids.append(box((-half, half), (-half - 0.005, -half + 0.035), (tall - 0.09, tall), cushion))
     else:
@@ -82,8 +87,9 @@ def sofa(random: np.random.Generator) -> Piece:
     cloth, cushion = draw(random, 4), draw(random, 6)
     cushion = cloth if random.random() < 0.6 else cushion
     seats = 1 + int(random.random() * 3)
-    width, depth, arm = 0.6 * seats + _between(random, 0.0, 0.25), _between(random, 0.38, 0.46), _between(random, 0.10, 0.18)
-    seat, back, rest = _between(random, 0.40, 0.46), _between(random, 0.72, 0.92), _between(random, 0.54, 0.64)
+    width, depth = 0.6 * seats + between(random, 0.0, 0.25), between(random, 0.38, 0.46)
+    arm = between(random, 0.10, 0.18)
+    seat, back, rest = between(random, 0.40, 0.46), between(random, 0.72, 0.92), between(random, 0.54, 0.64)
     half, inner = width / 2 + arm, width / 2
     solids = [
         box((-half, half), (-depth, depth), (0.07, seat - 0.12), cloth),
@@ -93,14 +99,23 @@ def sofa(random: np.random.Generator) -> Piece:
         ends = sorted((side * inner, side * half))
         if random.random() < 0.3:
             middle = (ends[0] + ends[1]) / 2
-            solids.append(limb((middle, -depth + 0.1, rest - arm / 2), (middle, depth - arm / 2, rest - arm / 2), arm / 2 + 0.015, cloth))
+            solids.append(
+                limb(
+                    (middle, -depth + 0.1, rest - arm / 2),
+                    (middle, depth - arm / 2, rest - arm / 2),
+                    arm / 2 + 0.015,
+                    cloth,
+                )
+            )
         solids.append(box((ends[0], ends[1]), (-depth + 0.2, depth), (seat - 0.12, rest - 0.02), cloth))
     step = width / seats
     for k in range(seats):
         left = -inner + k * step
-        solids.append(box((left + 0.01, left + step - 0.01), (-depth + 0.2, depth + 0.02), (seat - 0.12, seat), cushion))
+        solids.append(
+            box((left + 0.01, left + step - 0.01), (-depth + 0.2, depth + 0.02), (seat - 0.12, seat), cushion)
+        )
     for _ in range(int(random.random() * 3)):
-        x = _between(random, -inner + 0.2, inner - 0.2)
+        x = between(random, -inner + 0.2, inner - 0.2)
         solids.append(ball((x, -depth + 0.3, seat + 0.17), (0.2, 0.09, 0.18), draw(random, 8)))
     return Piece("sofa", solids, (half, depth), back, seat=seat)
 
@@ -109,13 +124,14 @@ def bed(random: np.random.Generator) -> Piece:
     """A single or double bed: frame, mattress, blanket, headboard at the back, pillows."""
     wood, sheet, blanket = draw(random), draw(random, 3, 0.5), draw(random, 4)
     double = random.random() < 0.5
-    x, y, top = (_between(random, 0.7, 0.85) if double else _between(random, 0.45, 0.55)), _between(random, 0.95, 1.05), _between(random, 0.42, 0.58)
-    fold = _between(random, -0.1, 0.45)
+    x = between(random, 0.7, 0.85) if double else between(random, 0.45, 0.55)
+    y, top = between(random, 0.95, 1.05), between(random, 0.42, 0.58)
+    fold = between(random, -0.1, 0.45)
     solids = [
         box((-x, x), (-y, y), (0.08, top - 0.2), wood),
         box((-x + 0.02, x - 0.02), (-y + 0.04, y - 0.02), (top - 0.2, top), sheet),
         box((-x - 0.01, x + 0.01), (-y + 0.7 - fold, y + 0.01), (top - 0.28, top + 0.035), blanket),
-        box((-x - 0.02, x + 0.02), (-y - 0.03, -y + 0.04), (0, _between(random, 0.75, 1.15)), wood),
+        box((-x - 0.02, x + 0.02), (-y - 0.03, -y + 0.04), (0, between(random, 0.75, 1.15)), wood),
         *legs(x - 0.06, y - 0.06, 0.09, 0.08, False, wood),
     ]
     pillow = draw(random, 5, 0.3)
@@ -128,9 +144,9 @@ def cabinet(random: np.random.Generator) -> Piece:
     """A wardrobe with doors, a chest of drawers or an open bookshelf."""
     body, front, knob = draw(random, 3), draw(random, 3), plain((0.5, 0.5, 0.5), 0.8)
     front = body if random.random() < 0.5 else front
-    x, y, style = _between(random, 0.35, 0.75), _between(random, 0.2, 0.3), random.random()
+    x, y, style = between(random, 0.35, 0.75), between(random, 0.2, 0.3), random.random()
     if style < 0.33:
-        height = _between(random, 1.6, 2.15)
+        height = between(random, 1.6, 2.15)
         solids = [box((-x, x), (-y, y), (0, height), body)]
         for side in (-1, 1):
             ends = sorted((side * 0.012, side * (x - 0.03)))
@@ -138,8 +154,11 @@ def cabinet(random: np.random.Generator) -> Piece:
             solids.append(ball((side * 0.07, y + 0.05, 0.48 * height), (0.025, 0.03, 0.06), knob))
         return Piece("cabinet", solids, (x, y + 0.03), height)
     if style < 0.66:
-        rows, height = 2 + int(random.random() * 3), _between(random, 0.7, 1.1)
-        solids = [box((-x, x), (-y, y), (0.05, height), body), box((-x + 0.04, x - 0.04), (-y, y - 0.04), (0, 0.05), body)]
+        rows, height = 2 + int(random.random() * 3), between(random, 0.7, 1.1)
+        solids = [
+            box((-x, x), (-y, y), (0.05, height), body),
+            box((-x + 0.04, x - 0.04), (-y, y - 0.04), (0, 0.05), body),
+        ]
         step = (height - 0.1) / rows
         for k in range(rows):
             low = 0.08 + k * step
@@ -151,36 +170,47 @@ def cabinet(random: np.random.Generator) -> Piece:
 
 def _bookshelf(random: np.random.Generator, x: float, y: float, body: Material, back: Material) -> Piece:
     rows = 3 + int(random.random() * 3)
-    height = rows * _between(random, 0.34, 0.42)
+    height = rows * between(random, 0.34, 0.42)
     solids = [box((-x, x), (-y, -y + 0.02), (0, height), back)]
-    solids += [box((min(s * x, s * x - s * 0.03), max(s * x, s * x - s * 0.03)), (-y, y), (0, height), body) for s in (-1, 1)]
+    solids += [
+        box((min(s * x, s * x - s * 0.03), max(s * x, s * x - s * 0.03)), (-y, y), (0, height), body) for s in (-1, 1)
+    ]
     step = (height - 0.04) / rows
-    solids += [box((-x + 0.03, x - 0.03), (-y + 0.02, y), (k * step + 0.01, k * step + 0.04), body) for k in range(rows + 1)]
+    solids += [
+        box((-x + 0.03, x - 0.03), (-y + 0.02, y), (k * step + 0.01, k * step + 0.04), body) for k in range(rows + 1)
+    ]
     for k in range(rows):
         left = -x + 0.04
         for _ in range(int(random.random() * 3)):  # runs of books, each run one block with an upright pattern
-            width = _between(random, 0.1, 0.3)
+            width = between(random, 0.1, 0.3)
             if left + width > x - 0.05:
                 break
-            tall = k * step + 0.04 + step * _between(random, 0.45, 0.8)
-            solids.append(box((left, left + width), (-y + 0.03, y * _between(random, 0.3, 0.9)), (k * step + 0.04, tall), draw(random, 9)))
-            left += width + _between(random, 0.0, 0.15)
+            tall = k * step + 0.04 + step * between(random, 0.45, 0.8)
+            solids.append(
+                box(
+                    (left, left + width),
+                    (-y + 0.03, y * between(random, 0.3, 0.9)),
+                    (k * step + 0.04, tall),
+                    draw(random, 9),
+                )
+            )
+            left += width + between(random, 0.0, 0.15)
     return Piece("cabinet", solids, (x, y), height)
 
 
 def floor_lamp(random: np.random.Generator) -> Piece:
-    return _standing_lamp(random, _between(random, 1.35, 1.75), _between(random, 0.16, 0.24), _between(random, 0.12, 0.16))
+    return _standing_lamp(random, between(random, 1.35, 1.75), between(random, 0.16, 0.24), between(random, 0.12, 0.16))
 
 
 def table_lamp(random: np.random.Generator) -> Piece:
-    return _standing_lamp(random, _between(random, 0.42, 0.6), _between(random, 0.12, 0.18), _between(random, 0.07, 0.1))
+    return _standing_lamp(random, between(random, 0.42, 0.6), between(random, 0.12, 0.18), between(random, 0.07, 0.1))
 
 
 def _standing_lamp(random: np.random.Generator, height: float, shade: float, foot: float) -> Piece:
     metal, cloth = draw(random, busy=0.2), draw(random, 8, 0.3)
     tall = height * (0.2 if height > 1 else 0.45)
     light = height - tall / 2 if random.random() < 0.6 else 0.0
-    cloth = cloth._replace(glow=_between(random, 0.8, 2.0) if light else 0.0)
+    cloth = cloth._replace(glow=between(random, 0.8, 2.0) if light else 0.0)
     solids = [
         cone(0, 0, (0, 0.03), (foot, 0.9 * foot), metal),
         cone(0, 0, (0.03, height - 0.5 * tall), (0.018, 0.018), metal),
@@ -189,7 +219,7 @@ def _standing_lamp(random: np.random.Generator, height: float, shade: float, foo
         radius = shade * 0.9
         solids.append(ball((0, 0, height - radius), (radius, radius, radius), cloth))
     else:
-        solids.append(cone(0, 0, (height - tall, height), (shade, shade * _between(random, 0.35, 0.9)), cloth))
+        solids.append(cone(0, 0, (height - tall, height), (shade, shade * between(random, 0.35, 0.9)), cloth))
     if height < 1 and random.random() < 0.6:
         solids.append(ball((0, 0, 0.13), (0.75 * foot, 0.75 * foot, 0.12), metal))
     return Piece("lamp", solids, (shade, shade), height, light=light)
@@ -198,9 +228,9 @@ def _standing_lamp(random: np.random.Generator, height: float, shade: float, foo
 def pendant_lamp(random: np.random.Generator) -> Piece:
     """Hangs from z = 0 downwards."""
     cord, cloth = plain((0.05, 0.05, 0.05)), draw(random, 8, 0.3)
-    drop, radius = _between(random, 0.35, 0.8), _between(random, 0.14, 0.26)
+    drop, radius = between(random, 0.35, 0.8), between(random, 0.14, 0.26)
     lit = random.random() < 0.6
-    cloth = cloth._replace(glow=_between(random, 0.8, 2.0) if lit else 0.0)
+    cloth = cloth._replace(glow=between(random, 0.8, 2.0) if lit else 0.0)
     solids = [cone(0, 0, (-drop, 0), (0.012, 0.012), cord), cone(0, 0, (-0.04, 0), (0.06, 0.06), cord)]
     if random.random() < 0.4:
         solids.append(ball((0, 0, -drop - radius), (radius, radius, radius), cloth))
@@ -214,70 +244,22 @@ def clutter(random: np.random.Generator, small: bool = False) -> Piece:
     scale, style = (0.55 if small else 1.0), random.random()
     one, two = draw(random, 8), draw(random, 8)
     if style < 0.25:
-        r = scale * _between(random, 0.11, 0.22)
+        r = scale * between(random, 0.11, 0.22)
         return Piece("clutter", [ball((0, 0, r), (r, r, r), one)], (r, r), 2 * r)
     if style < 0.5:
-        r, h = scale * _between(random, 0.09, 0.15), scale * _between(random, 0.3, 0.5)
+        r, h = scale * between(random, 0.09, 0.15), scale * between(random, 0.3, 0.5)
         solids = [cone(0, 0, (0, 0.5 * h), (0.6 * r, r), one), cone(0, 0, (0.5 * h, 0.85 * h), (r, 0.4 * r), one)]
         return Piece("clutter", [*solids, cone(0, 0, (0.85 * h, h), (0.4 * r, 0.6 * r), one)], (r, r), h)
     if style < 0.75:
-        r, h = scale * _between(random, 0.13, 0.2), scale * _between(random, 0.25, 0.35)
+        r, h = scale * between(random, 0.13, 0.2), scale * between(random, 0.25, 0.35)
         solids = [cone(0, 0, (0, h), (0.75 * r, r), one)]
-        leaf = scale * _between(random, 0.18, 0.3)
+        leaf = scale * between(random, 0.18, 0.3)
         for angle in np.arange(3) * 2.1 + random.random():
             x, y = 0.5 * leaf * np.cos(angle), 0.5 * leaf * np.sin(angle)
             solids.append(ball((float(x), float(y), h + 0.8 * leaf), (0.5 * leaf, 0.5 * leaf, leaf), two))
         return Piece("clutter", solids, (leaf, leaf), h + 1.8 * leaf)
-    x, y, h = (scale * _between(random, 0.12, 0.28) for _ in range(3))
+    x, y, h = (scale * between(random, 0.12, 0.28) for _ in range(3))
     solids = [box((-x, x), (-y, y), (0, h), one)]
     if random.random() < 0.5:
         solids.append(box((-0.8 * x, 0.7 * x), (-0.7 * y, 0.8 * y), (h, 1.7 * h), two))
     return Piece("clutter", solids, (x, y), 1.7 * h)
-
-
-def window(random: np.random.Generator) -> Piece:
-    """Against a wall, middle at z = 0: a glowing pane behind a frame with glazing bars, and a sill."""
-    x, z, frame = _between(random, 0.4, 0.8), _between(random, 0.45, 0.65), draw(random, busy=0.2)
-    sky, land = (_between(random, 0.4, 0.8), _between(random, 0.5, 0.9), _between(random, 0.6, 1.0)), draw(random).first
-    glow = _between(random, 0.5, 3.0) if random.random() < 0.8 else 0.02
-    wavy = (0.0, 0.0, 1.6, 2.0, 0.0, 1.0, 0.0, 0.0, 3.0)
-    pane = Material(GRADIENT, land, sky, wavy, (random.random() * 0.4 - 0.1, random.random(), 0.0), 0.4, glow, True)
-    solids = [box((-x, x), (0, 0.01), (-z, z), pane)]
-    solids += [box((s * x - 0.035, s * x + 0.035), (0, 0.06), (-z, z), frame) for s in (-1, 1)]
-    solids += [box((-x - 0.035, x + 0.035), (0, 0.06), (s * z - 0.035, s * z + 0.035), frame) for s in (-1, 1)]
-    bars = int(random.random() * 3)
-    solids += [box((b - 0.02, b + 0.02), (0, 0.04), (-z, z), frame) for b in np.linspace(-x, x, bars + 2)[1:-1].tolist()]
-    if random.random() < 0.6:
-        solids.append(box((-x, x), (0, 0.04), (-0.02, 0.02), frame))
-    solids.append(box((-x - 0.08, x + 0.08), (0, 0.14), (-z - 0.07, -z - 0.035), frame))
-    return Piece("window", solids, (x + 0.1, 0.14), z)
-
-
-def door(random: np.random.Generator) -> Piece:
-    """Against a wall: a slab with two sunken panels' rims, a frame and a handle."""
-    x, height, frame, slab = _between(random, 0.38, 0.48), _between(random, 1.95, 2.1), draw(random, busy=0.3), draw(random, 3)
-    solids = [box((-x, x), (0, 0.03), (0, height), slab)]
-    solids += [box((s * x - 0.05, s * x + 0.05), (0, 0.06), (0, height + 0.05), frame) for s in (-1, 1)]
-    solids.append(box((-x - 0.05, x + 0.05), (0, 0.06), (height, height + 0.1), frame))
-    if random.random() < 0.6:
-        for low, high in ((0.12, 0.42), (0.52, 0.93)):
-            solids.append(box((-0.65 * x, 0.65 * x), (0, 0.045), (low * height, high * height), frame))
-    side = 0.8 * x * (-1 if random.random() < 0.5 else 1)
-    solids.append(limb((side, 0.08, 1.0), (0.7 * side, 0.08, 1.0), 0.022, plain((0.6, 0.55, 0.4), 0.9)))
-    return Piece("door", solids, (x + 0.05, 0.1), height + 0.1)
-
-
-def picture(random: np.random.Generator) -> Piece:
-    """Against a wall, middle at z = 0: a framed canvas. Belongs to the wall."""
-    x, z = _between(random, 0.2, 0.5), _between(random, 0.2, 0.4)
-    solids = [box((-x, x), (0, 0.03), (-z, z), draw(random)), box((0.05 - x, x - 0.05), (0, 0.035), (0.05 - z, z - 0.05), draw(random, 3, busy=1))]
-    return Piece("wall", solids, (x, 0.04), z)
-
-
-def rug(random: np.random.Generator) -> Piece:
-    """On the floor, rectangular or round. Belongs to the floor."""
-    cloth, x, y = draw(random, 2, busy=0.9), _between(random, 0.6, 1.2), _between(random, 0.5, 0.9)
-    if random.random() < 0.3:
-        return Piece("floor", [cone(0, 0, (0, 0.012), (x, x), cloth)], (x, x), 0.012)
-    border = box((-x - 0.06, x + 0.06), (-y - 0.06, y + 0.06), (0, 0.01), draw(random, busy=0))
-    return Piece("floor", [border, box((-x, x), (-y, y), (0, 0.014), cloth)], (x, y), 0.014)

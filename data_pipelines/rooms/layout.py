@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.rooms import furniture, materials
+from data_pipelines.rooms import fixtures, furniture, materials
 from data_pipelines.rooms.figure import person
-from data_pipelines.rooms.furniture import Piece
-from data_pipelines.rooms.raycast import BOX, ROOM_FACES, Solids
+from data_pipelines.rooms.floor_plan import FloorPlan, Placed
+from data_pipelines.rooms.intersection import BOX
+from data_pipelines.rooms.raycast import ROOM_FACES, Solids
 
 FACE_NAMES = ("wall", "wall", "wall", "wall", "floor", "ceiling")
 
@@ -45,124 +45,36 @@ class Scene:
     exposure: float
 
 
-class Placed(NamedTuple):
-    piece: Piece
-    x: float
-    y: float
-    z: float
-    yaw: float
-
-
-class _Room:
-    """The floor plan while it is being filled: where the camera looks, and which rectangles are taken."""
-
-    def __init__(self, random: np.random.Generator):
-        self.random = random
-        self.size = (self.between(3.2, 5.6), self.between(3.4, 5.8), self.between(2.35, 2.9))
-        length, width, _ = self.size
-        self.field_of_view = math.radians(self.between(58, 80))
-        self.eye = (self.between(0.12, 0.88) * length, self.between(0.25, 0.7), self.between(1.15, 1.75))
-        target = (length / 2 + self.between(-0.22, 0.22) * length, self.between(0.6, 0.9) * width)
-        self.yaw = math.atan2(target[1] - self.eye[1], target[0] - self.eye[0])
-        self.pitch = math.radians(self.between(-17, 3) - 9 * (self.eye[2] - 1.15))
-        self.placed: list[Placed] = []
-        self.taken: list[tuple[float, float, float, float]] = []
-
-    def between(self, low: float, high: float) -> float:
-        return low + (high - low) * self.random.random()
-
-    def chance(self, probability: float) -> bool:
-        return self.random.random() < probability
-
-    def in_view(self, x: float, y: float, margin: float = 0.0) -> bool:
-        bearing = math.atan2(y - self.eye[1], x - self.eye[0]) - self.yaw
-        return abs(math.remainder(bearing, 2 * math.pi)) < self.field_of_view / 2 + margin
-
-    def free(self, x: float, y: float, half: tuple[float, float], clear: float) -> bool:
-        """Whether a rectangle lies in the room, off everything placed and `clear` metres off the camera."""
-        a, b = half
-        if not (a <= x <= self.size[0] - a and b <= y <= self.size[1] - b):
-            return False
-        gap_x, gap_y = max(abs(self.eye[0] - x) - a, 0.0), max(abs(self.eye[1] - y) - b, 0.0)
-        if math.hypot(gap_x, gap_y) < clear:
-            return False
-        return not any(abs(x - u) < a + c and abs(y - v) < b + d for u, v, c, d in self.taken)
-
-    def put(self, piece: Piece, x: float, y: float, yaw: float, z: float = 0.0, reserve: tuple[float, float] | None = None) -> Placed:
-        self.placed.append(Placed(piece, x, y, z, yaw))
-        if reserve is not None:
-            self.taken.append((x, y, *reserve))
-        return self.placed[-1]
-
-    def stand(self, piece: Piece, clear: float = 0.9, margin: float = -0.05, tries: int = 14) -> Placed | None:
-        """Somewhere on the free floor in view, turned at random."""
-        for _ in range(tries):
-            x, y, yaw = self.between(0, self.size[0]), self.between(0, self.size[1]), self.between(-math.pi, math.pi)
-            if self.chance(0.4):
-                yaw = round(yaw / (math.pi / 2)) * (math.pi / 2)
-            half = _turned_half(piece.half, yaw)
-            if self.in_view(x, y, margin) and self.free(x, y, half, clear):
-                return self.put(piece, x, y, yaw, reserve=(half[0] + 0.02, half[1] + 0.02))
-        return None
-
-    def lean(self, piece: Piece, tries: int = 14, z: float = 0.0, clear: float = 0.7) -> Placed | None:
-        """With its back to one of the three walls in view."""
-        for _ in range(tries):
-            wall = int(self.random.random() * 3)
-            depth, along = piece.half[1] + (0.01 if z == 0 else 0.0), self.random.random()
-            length, width, _ = self.size
-            if wall == 0:
-                x, y, yaw = along * length, width - depth, math.pi
-            elif wall == 1:
-                x, y, yaw = depth, along * width, -math.pi / 2
-            else:
-                x, y, yaw = length - depth, along * width, math.pi / 2
-            half = _turned_half(piece.half, yaw)
-            if self.in_view(x, y, 0.1) and self.free(x, y, half, clear):
-                return self.put(piece, x, y, yaw, z, (half[0] + 0.02, half[1] + 0.02))
-        return None
-
-
-def _turned_half(half: tuple[float, float], yaw: float) -> tuple[float, float]:
-    c, s = abs(math.cos(yaw)), abs(math.sin(yaw))
-    return c * half[0] + s * half[1], s * half[0] + c * half[1]
-
-
-def _at(place: Placed, right: float, forward: float) -> tuple[float, float]:
-    """The floor point that lies (right, forward) in a placed object's own frame."""
-    c, s = math.cos(place.yaw), math.sin(place.yaw)
-    return place.x + c * right - s * forward, place.y + s * right + c * forward
-
-
-def _furnish_walls(room: _Room) -> None:
-    """Doors and windows first: furniture may hide them, so they reserve no floor, only each other's stretch of wall."""
-    floor, room.taken = room.taken, []
+def _furnish_walls(room: FloorPlan) -> None:
+    """Doors, windows and pictures, side by side."""
     if room.chance(0.55):
-        room.lean(furniture.door(room.random)._replace(half=(0.5, 0.0)), z=1e-3)
+        room.lean(fixtures.door(room.random))
     for _ in range(1 + room.chance(0.4)):
         if room.chance(0.8):
-            room.lean(furniture.window(room.random)._replace(half=(0.9, 0.0)), z=room.between(1.35, 1.55))
+            room.lean(fixtures.window(room.random), z=room.between(1.35, 1.55))
     for _ in range(int(room.between(0, 3))):
-        room.lean(furniture.picture(room.random)._replace(half=(0.55, 0.0)), z=room.between(1.4, 1.7))
-    room.taken = floor
+        room.lean(fixtures.picture(room.random), z=room.between(1.4, 1.7))
+    room.taken.clear()  # furniture may stand in front of them
 
 
-def _dine(room: _Room, people: int) -> int:
+def _dine(room: FloorPlan, people: int) -> int:
     """A table with chairs tucked in around it, on which people may sit; returns how many still have no place."""
-    group = room.stand(furniture.table(room.random)._replace(), clear=0.8, margin=0.0)
+    group = room.stand(furniture.table(room.random), clear=0.8, margin=0.0)
     if group is None:
         return people
     half = group.piece.half
     sides = [(0.0, -1.0, 0.0), (0.0, 1.0, math.pi), (-1.0, 0.0, -math.pi / 2), (1.0, 0.0, math.pi / 2)]
     room.random.shuffle(sides)
-    style = room.random.integers(2**32)
+    style = int(room.random.integers(2**32))
     for right, forward, turn in sides[: 1 + int(room.between(0, 4))]:
-        seat = furniture.chair(np.random.Generator(np.random.Philox(style)))  # one set of chairs: the same draws for each
+        seat = furniture.chair(np.random.Generator(np.random.Philox(style)))  # the same draws: one set of chairs
         reach = (half[1] if forward else half[0]) + seat.half[1] + room.between(-0.12, 0.25)
-        x, y = _at(group, right * reach, forward * reach)
+        x, y = group.at(right * reach, forward * reach)
         inside = 0.3 < x < room.size[0] - 0.3 and 0.3 < y < room.size[1] - 0.3
         clear = math.hypot(x - room.eye[0], y - room.eye[1]) > 0.95
-        apart = not any(abs(x - u) < c + 0.2 and abs(y - v) < d + 0.2 for u, v, c, d in room.taken if (u, v) != (group.x, group.y))
+        apart = not any(
+            abs(x - u) < c + 0.2 and abs(y - v) < d + 0.2 for u, v, c, d in room.taken if (u, v) != (group.x, group.y)
+        )
         if inside and clear and apart:
             place = room.put(seat, x, y, group.yaw + turn + room.between(-0.2, 0.2), reserve=(0.3, 0.3))
             if people and room.chance(0.35):
@@ -172,15 +84,15 @@ def _dine(room: _Room, people: int) -> int:
     return people
 
 
-def _sit(room: _Room, place: Placed) -> None:
+def _sit(room: FloorPlan, place: Placed) -> None:
     """A figure on a chair or sofa, facing the way it faces."""
     seat = place.piece
     right = 0.0 if seat.name == "chair" else room.between(-0.5, 0.5) * max(seat.half[0] - 0.35, 0)
-    x, y = _at(place, right, 0.02 if seat.name == "chair" else 0.05)
+    x, y = place.at(right, 0.02 if seat.name == "chair" else 0.05)
     room.put(person(room.random, seat.seat), x, y, place.yaw + room.between(-0.15, 0.15))
 
 
-def _decorate(room: _Room, place: Placed) -> None:
+def _decorate(room: FloorPlan, place: Placed) -> None:
     """A lamp or some clutter on top of a table or low cabinet."""
     if not 0.3 < place.piece.height < 1.2:
         return
@@ -188,17 +100,18 @@ def _decorate(room: _Room, place: Placed) -> None:
         if room.chance(0.45):
             lamp = room.chance(0.4)
             item = furniture.table_lamp(room.random) if lamp else furniture.clutter(room.random, small=True)
-            x, y = _at(place, side * place.piece.half[0], room.between(-0.2, 0.2) * place.piece.half[1])
+            x, y = place.at(side * place.piece.half[0], room.between(-0.2, 0.2) * place.piece.half[1])
             room.put(item, x, y, room.between(-3, 3), z=place.piece.height)
 
 
-def _furnish(room: _Room) -> None:
+def _furnish(room: FloorPlan) -> None:
     """A theme (living room, bedroom, dining room) and then whatever fits."""
     random = room.random
     _furnish_walls(room)
     if room.chance(0.45):
-        cover = furniture.rug(random)
-        room.put(cover, room.between(0.35, 0.65) * room.size[0], room.between(0.45, 0.7) * room.size[1], room.between(-0.2, 0.2))
+        cover = fixtures.rug(random)
+        x, y = room.between(0.35, 0.65) * room.size[0], room.between(0.45, 0.7) * room.size[1]
+        room.put(cover, x, y, room.between(-0.2, 0.2))
     people = (1 if room.chance(0.55) else 0) + (1 if room.chance(0.15) else 0)
     theme = random.random()
     if theme < 0.42:
@@ -242,12 +155,13 @@ def _assemble(placed: list[Placed]) -> tuple[Solids, np.ndarray]:
     solids = [solid for place in placed for solid in place.piece.solids]
     owner = np.repeat(np.arange(len(placed)), [len(place.piece.solids) for place in placed])
     turn = _rotation_z(np.array([place.yaw for place in placed]))[owner]
-    centre = np.einsum("nij,nj->ni", turn, np.array([s.centre for s in solids])) + np.array([(p.x, p.y, p.z) for p in placed])[owner]
+    stood = np.array([(place.x, place.y, place.z) for place in placed])[owner]
+    centre = stood + np.einsum("nij,nj->ni", turn, np.array([s.centre for s in solids]))
     rotation = np.einsum("nij,nkj->nik", np.array([s.turn for s in solids]).reshape(-1, 3, 3), turn)
     return Solids(np.array([s.kind for s in solids]), centre, rotation, np.array([s.size for s in solids])), owner
 
 
-def _camera(room: _Room) -> Camera:
+def _camera(room: FloorPlan) -> Camera:
     yaw, pitch = room.yaw, room.pitch
     forward = np.array([math.cos(pitch) * math.cos(yaw), math.cos(pitch) * math.sin(yaw), math.sin(pitch)])
     right = np.array([math.sin(yaw), -math.cos(yaw), 0.0])
@@ -255,8 +169,8 @@ def _camera(room: _Room) -> Camera:
     return Camera(np.array(room.eye), np.stack([right, down, forward]), room.field_of_view)
 
 
-def _lights(room: _Room) -> list[tuple[np.ndarray, np.ndarray]]:
-    """A key light below the ceiling (at a lit pendant if there is one) and, mostly, a second one: a lit lamp or a fill."""
+def _lights(room: FloorPlan) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A key light below the ceiling and, mostly, a second one: a lit lamp, or else a weak one anywhere."""
 
     def tinted(power: float) -> np.ndarray:
         warm = room.between(-0.18, 0.22)
@@ -276,7 +190,7 @@ def _lights(room: _Room) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def draw_scene(random: np.random.Generator) -> Scene:
     """A random furnished room. Nothing in it depends on the image size."""
-    room = _Room(random)
+    room = FloorPlan(random)
     _furnish(room)
     solids, owner = _assemble(room.placed)
     wall = materials.draw(random, 1.6, 0.45, 0.98, busy=0.5)

@@ -1,4 +1,4 @@
-"""What surfaces are made of: random colours and solid (three-dimensional) procedural patterns, drawn independently of class."""
+"""What surfaces are made of: random colours and solid (three-dimensional) patterns, drawn independently of class."""
 
 import colorsys
 from typing import NamedTuple
@@ -34,7 +34,7 @@ _AXES = {  # directions of the three waves; a stripe or brick pattern needs to v
 def colour(random: np.random.Generator, low: float = 0.12, high: float = 0.95) -> tuple[float, float, float]:
     """A linear RGB colour of any hue, mostly muted, of brightness `low` to `high` on the display."""
     hue, saturation, value = random.random(3).tolist()
-    saturation = 0.75 * saturation * (0.35 + 0.65 * saturation)
+    saturation = 0.7 * saturation * (0.3 + 0.7 * saturation)
     red, green, blue = colorsys.hsv_to_rgb(hue, saturation, low + (high - low) * value)
     return red**2.2, green**2.2, blue**2.2
 
@@ -56,7 +56,9 @@ def _waves(pattern: int, scale: float, draws: list[float]) -> tuple[float, ...]:
     return (scale, 0.0, 0.0, 0.0, scale, 0.0, 0.0, 0.0, scale)
 
 
-def draw(random: np.random.Generator, scale: float = 5.0, low: float = 0.12, high: float = 0.95, busy: float = 0.6) -> Material:
+def draw(
+    random: np.random.Generator, scale: float = 5.0, low: float = 0.12, high: float = 0.95, busy: float = 0.6
+) -> Material:
     """A random material whose pattern has about `scale` cycles per metre; patterned with probability `busy`."""
     draws = random.random(16).tolist()
     first = colour(random, low, high)
@@ -131,5 +133,6 @@ def albedo(materials: list[Material], local: np.ndarray, surface: np.ndarray, pi
     finest = np.sqrt((waves.reshape(3, 3, -1) ** 2).sum(axis=1)).max(axis=0)
     sharp = np.clip(2 - 4 * finest * pixel, 0, 1)
     blend = np.where((pattern != GRADIENT) & (pattern != PLAIN), 0.4 + (blend - 0.4) * sharp, blend)
-    first, second = (np.array([getattr(m, name) for m in materials], np.float32)[surface].T for name in ("first", "second"))
+    first = np.array([m.first for m in materials], np.float32)[surface].T
+    second = np.array([m.second for m in materials], np.float32)[surface].T
     return first + (second - first) * blend

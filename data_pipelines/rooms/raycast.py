@@ -1,30 +1,25 @@
-"""Analytic ray casting of convex solids in vectorised NumPy: what each pixel sees, how far away, facing where, and what shades it.
+"""Ray casting a room of convex solids: what each pixel sees, how far away and facing where, and what is in shadow.
 
-Rays leave the origin of the camera frame (x right, y down, z forward) with direction (x, y, 1), so that the ray
-parameter of a hit IS its z-depth. Every solid is convex, so a ray is inside it for one interval (enter, leave) of its
-parameter; a miss is the empty interval (+inf, -inf). Everything is elementwise: no BLAS, hence no dependence on threads.
+Rays leave the origin of the camera frame (x right, y down, z forward) with direction (x, y, 1), so that the parameter
+of a hit IS its z-depth.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
 
-BOX, ELLIPSOID, FRUSTUM, CAPSULE = range(4)
-ROOM_FACES = 6  # surfaces 0..5 are the room's faces (low x, high x, low y, high y, floor, ceiling); solid i is surface 6 + i
-NEAR = 0.05  # metres: nothing nearer than this along the axis is seen
+from data_pipelines.rooms.intersection import BOX, CAPSULE, FRUSTUM, KINDS, Components, crossing, outward_normal, slab
 
-Components = tuple[np.ndarray, np.ndarray, np.ndarray]
-Interval = tuple[np.ndarray, np.ndarray]
+ROOM_FACES = 6  # surfaces 0..5 are the room's faces: low x, high x, low y, high y, floor, ceiling; solid i is 6 + i
+NEAR = 0.05  # metres: nothing nearer than this along the axis is seen
+SHADOW_BLOCK = 4096  # points tested at a time: the (solids, points) culling table then stays in the cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Solids:
     """n solids in one frame: a point p of that frame has the local coordinates rotation[i] @ (p - centre[i]).
 
-    kind (n,) int: BOX, ELLIPSOID, FRUSTUM or CAPSULE. centre (n, 3) metres. rotation (n, 3, 3). size (n, 3) metres:
-    half edges of a box; semi-axes of an ellipsoid; (bottom radius, top radius, half height) of a frustum about local z
-    (equal radii: a cylinder; one radius 0: a cone); (radius, radius, half length of the axis) of a capsule about local z.
+    kind (n,) int and size (n, 3) metres are as in `intersection`; centre (n, 3) metres; rotation (n, 3, 3).
     """
 
     kind: np.ndarray
@@ -50,86 +45,9 @@ class Solids:
         return -np.einsum("nij,nj->ni", self.rotation, self.centre)
 
 
-def _overlap(first: Interval, second: Interval) -> Interval:
-    return np.fmax(first[0], second[0]), np.fmin(first[1], second[1])
-
-
-def _slab(half, origin: np.ndarray, direction: np.ndarray) -> Interval:
-    inverse = 1 / direction  # 0 gives an infinite bound of the right sign, and 0 * inf = NaN is passed over by fmin and fmax
-    one, other = (-half - origin) * inverse, (half - origin) * inverse
-    return np.fmin(one, other), np.fmax(one, other)
-
-
-def _box(size, origin: Components, direction: Components) -> Interval:
-    slabs = [_slab(*axis) for axis in zip(size, origin, direction, strict=True)]
-    return _overlap(_overlap(slabs[0], slabs[1]), slabs[2])
-
-
-def _ellipsoid(size, origin: Components, direction: Components) -> Interval:
-    (ox, oy, oz), (dx, dy, dz) = ([v / s for v, s in zip(vector, size, strict=True)] for vector in (origin, direction))
-    squared = dx * dx + dy * dy + dz * dz
-    closest = -(ox * dx + oy * dy + oz * dz) / squared
-    px, py, pz = ox + closest * dx, oy + closest * dy, oz + closest * dz
-    chord = (1 - (px * px + py * py + pz * pz)) / squared
-    half = np.sqrt(np.maximum(chord, 0))
-    return np.where(chord >= 0, closest - half, np.inf), np.where(chord >= 0, closest + half, -np.inf)
-
-
-def _frustum(size, origin: Components, direction: Components) -> Interval:
-    """Inside where x^2 + y^2 <= radius(z)^2 and |z| <= half, with radius linear in z: a quadratic in the ray parameter."""
-    (bottom, top, half), (ox, oy, oz), (dx, dy, dz) = size, origin, direction
-    slope = (top - bottom) / (2 * half)
-    radius, growth = (top + bottom) / 2 + slope * oz, slope * dz
-    a = dx * dx + dy * dy - growth * growth
-    b = ox * dx + oy * dy - radius * growth
-    c = ox * ox + oy * oy - radius * radius
-    a = np.where(np.abs(a) < 1e-12, np.float32(1e-12), a)
-    discriminant = b * b - a * c
-    root = np.sqrt(np.maximum(discriminant, 0)) / np.abs(a)
-    middle = -b / a
-    enter, leave = middle - root, middle + root
-    if np.any(slope):
-        # a < 0: steeper than the cone's side, so inside BEYOND the roots, in the nappe towards which the radius grows.
-        steep, widening = a < 0, growth > 0
-        enter, leave = (
-            np.where(steep, np.where(widening, leave, -np.inf), enter),
-            np.where(steep, np.where(widening, np.inf, enter), leave),
-        )
-    enter, leave = _overlap((enter, leave), _slab(half, oz, dz))
-    return np.where(discriminant >= 0, enter, np.inf), np.where(discriminant >= 0, leave, -np.inf)
-
-
-def _capsule(size, origin: Components, direction: Components) -> Interval:
-    """The hull of two balls: the union of a cylinder and its two end balls, whose intervals overlap wherever they meet."""
-    radius, _, half = size
-    ball = (radius, radius, radius)
-    enter, leave = _frustum((radius, radius, half), origin, direction)
-    empty = enter > leave
-    enter, leave = np.where(empty, np.inf, enter), np.where(empty, -np.inf, leave)
-    for end in (-half, half):
-        ball_enter, ball_leave = _ellipsoid(ball, (origin[0], origin[1], origin[2] - end), direction)
-        enter, leave = np.minimum(enter, ball_enter), np.maximum(leave, ball_leave)
-    return enter, leave
-
-
-_INSIDE: dict[int, Callable[..., Interval]] = {BOX: _box, ELLIPSOID: _ellipsoid, FRUSTUM: _frustum, CAPSULE: _capsule}
-
-
-def crossing(kind: int, size, origin, direction) -> Interval:
-    """(enter, leave) of the rays origin + t direction in solids of one kind, all in local coordinates; a miss has enter > leave.
-
-    `size`, `origin` and `direction` are triples of arrays (or scalars) that broadcast. The rays are first moved to their
-    points closest to the solid's centre: float32 then resolves the solid, not its distance from the camera.
-    """
-    (ox, oy, oz), (dx, dy, dz) = origin, direction
-    shift = -(ox * dx + oy * dy + oz * dz) / (dx * dx + dy * dy + dz * dz)
-    enter, leave = _INSIDE[kind](size, (ox + shift * dx, oy + shift * dy, oz + shift * dz), direction)
-    return enter + shift, leave + shift
-
-
 @dataclasses.dataclass(frozen=True)
 class Rays:
-    """One ray (x[j], y[i], 1) through the centre of each pixel (i, j); x (width,), y (height,) float32; focal in pixels."""
+    """One ray (x[j], y[i], 1) through the centre of each pixel (i, j); float32; focal in pixels."""
 
     x: np.ndarray
     y: np.ndarray
@@ -182,7 +100,8 @@ def cast(room: Solids, solids: Solids, rays: Rays) -> tuple[np.ndarray, np.ndarr
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         depth, surface = _cast_room(room, rays)
-        origins, sizes, kinds = solids.origins().astype(np.float32), solids.size.astype(np.float32), solids.kind.tolist()
+        origins, sizes = solids.origins().astype(np.float32), solids.size.astype(np.float32)
+        kinds = solids.kind.tolist()
         for i, rectangle in enumerate(_pixel_rectangles(solids, rays)):
             if rectangle is None:
                 continue
@@ -197,15 +116,20 @@ def cast(room: Solids, solids: Solids, rays: Rays) -> tuple[np.ndarray, np.ndarr
 def _cast_room(room: Solids, rays: Rays) -> tuple[np.ndarray, np.ndarray]:
     everything = slice(None)
     direction = rays.turned(room.rotation[0], everything, everything)
-    leaves = [_slab(*axis)[1] for axis in zip(room.size[0].astype(np.float32), room.origins()[0].astype(np.float32), direction, strict=True)]
+    leaves = [
+        slab(*axis)[1]
+        for axis in zip(room.size[0].astype(np.float32), room.origins()[0].astype(np.float32), direction, strict=True)
+    ]
     depth = np.fmin(np.fmin(leaves[0], leaves[1]), leaves[2])
     axis = np.where(leaves[2] == depth, 2, np.where(leaves[1] == depth, 1, 0))
     high = np.choose(axis, [d > 0 for d in direction])
     return depth, (2 * axis + high).astype(np.int32)
 
 
-def surface_points(room: Solids, solids: Solids, points: np.ndarray, surface: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Local coordinates (3, n) of camera-frame `points` (3, n) on their surfaces, and the outward unit normals (3, n) there."""
+def surface_points(
+    room: Solids, solids: Solids, points: np.ndarray, surface: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Local coordinates (3, n) of camera-frame `points` (3, n) on their surfaces, and the camera-frame unit normals."""
     faces = np.zeros(ROOM_FACES, int)
     rotation = np.concatenate([room.rotation[faces], solids.rotation]).astype(np.float32)
     centre = np.concatenate([room.centre[faces], solids.centre]).astype(np.float32)
@@ -215,48 +139,12 @@ def surface_points(room: Solids, solids: Solids, points: np.ndarray, surface: np
     turn = [[rotation[surface, i, j] for j in range(3)] for i in range(3)]
     local = np.stack([sum(turn[i][j] * offset[j] for j in range(3)) for i in range(3)])
     normal = np.empty_like(local)
-    for each, function in _NORMALS.items():
+    for each in KINDS:
         chosen = np.flatnonzero(kind == each)
         if len(chosen):
-            normal[:, chosen] = function(size[surface[chosen]].T, local[:, chosen])
+            normal[:, chosen] = outward_normal(each, size[surface[chosen]].T, local[:, chosen])
     normal[:, surface < ROOM_FACES] *= -1  # the room is seen from inside
     return local, np.stack([sum(turn[j][i] * normal[j] for j in range(3)) for i in range(3)])
-
-
-def _unit(vector: np.ndarray) -> np.ndarray:
-    length = np.sqrt(vector[0] * vector[0] + vector[1] * vector[1] + vector[2] * vector[2])
-    return vector / np.maximum(length, np.float32(1e-12))
-
-
-def _box_normal(size: np.ndarray, point: np.ndarray) -> np.ndarray:
-    outside = np.abs(point) - size
-    face = outside.argmax(axis=0)
-    return np.where(np.arange(3)[:, None] == face, np.sign(point), 0)
-
-
-def _frustum_normal(size: np.ndarray, point: np.ndarray) -> np.ndarray:
-    (bottom, top, half), (x, y, z) = size, point
-    slope = (top - bottom) / (2 * half)
-    along = np.hypot(x, y)
-    on_cap = half - np.abs(z) < ((bottom + top) / 2 + slope * z) - along
-    side = _unit(np.stack([x, y, -slope * along]))
-    cap = np.stack([np.zeros_like(z), np.zeros_like(z), np.sign(z)])
-    return np.where(on_cap, cap, side)
-
-
-def _capsule_normal(size: np.ndarray, point: np.ndarray) -> np.ndarray:
-    x, y, z = point
-    return _unit(np.stack([x, y, z - np.clip(z, -size[2], size[2])]))
-
-
-_NORMALS: dict[int, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    BOX: _box_normal,
-    ELLIPSOID: lambda size, point: _unit(point / (size * size)),
-    FRUSTUM: _frustum_normal,
-    CAPSULE: _capsule_normal,
-}
-
-_SHADOW_BLOCK = 8192  # points tested at a time: bounds the memory of the (solids, points) culling table
 
 
 def shadowed(solids: Solids, points: np.ndarray, light: np.ndarray) -> np.ndarray:
@@ -266,36 +154,46 @@ def shadowed(solids: Solids, points: np.ndarray, light: np.ndarray) -> np.ndarra
     """
     result = np.zeros(points.shape[1], bool)
     with np.errstate(divide="ignore", invalid="ignore"):
-        for start in range(0, points.shape[1], _SHADOW_BLOCK):
-            block = slice(start, start + _SHADOW_BLOCK)
+        for start in range(0, points.shape[1], SHADOW_BLOCK):
+            block = slice(start, start + SHADOW_BLOCK)
             result[block] = _block_shadowed(solids, points[:, block], light.astype(np.float32))
     return result
 
 
 def _block_shadowed(solids: Solids, points: np.ndarray, light: np.ndarray) -> np.ndarray:
     shaded = np.zeros(points.shape[1], bool)
-    extents = solids.half_extents()
-    radius = np.sqrt((extents * extents).sum(axis=1)).astype(np.float32)
+    centre, sizes = solids.centre.T.astype(np.float32), solids.size.T.astype(np.float32)
+    rotation = np.ascontiguousarray(np.moveaxis(solids.rotation, 0, 2), np.float32)
+    lamp = (rotation * (light[:, None] - centre)).sum(axis=1)  # the light in every solid's local coordinates
+    which, point = np.nonzero(_may_shade(solids, points, light))
+    kinds = solids.kind[which]
+    for kind in KINDS:
+        chosen = np.flatnonzero(kinds == kind)
+        if not len(chosen):
+            continue
+        solid, seen = which[chosen], point[chosen]
+        offset = [points[i, seen] - centre[i, solid] for i in range(3)]
+        turn = [[rotation[i, j, solid] for j in range(3)] for i in range(3)]
+        start = [turn[i][0] * offset[0] + turn[i][1] * offset[1] + turn[i][2] * offset[2] for i in range(3)]
+        ray = [lamp[i, solid] - start[i] for i in range(3)]
+        enter, leave = crossing(kind, sizes[:, solid], start, ray)
+        shaded[seen[(enter <= leave) & (leave > 0) & (enter < 1)]] = True
+    return shaded
+
+
+def _may_shade(solids: Solids, points: np.ndarray, light: np.ndarray) -> np.ndarray:
+    """(solids, points) bool: whether a solid's bounding ball meets the segment from the light to a point."""
     towards = points - light[:, None]
     distance = np.sqrt(towards[0] ** 2 + towards[1] ** 2 + towards[2] ** 2)
     unit = towards / distance
+    extents = solids.half_extents()
+    radius = np.sqrt((extents * extents).sum(axis=1)).astype(np.float32)[:, None]
     offset = solids.centre.astype(np.float32) - light
-    # A bounding ball can shade a point only if it meets the segment from the light to the point.
-    along = offset[:, 0, None] * unit[0] + offset[:, 1, None] * unit[1] + offset[:, 2, None] * unit[2]
-    beside = (offset * offset).sum(axis=1)[:, None] - along * along
-    near = (beside < (radius * radius)[:, None]) & (along > -radius[:, None]) & (along < distance + radius[:, None])
-    kinds = solids.kind
-    rotation, sizes, origin = solids.rotation.astype(np.float32), solids.size.astype(np.float32), solids.centre.astype(np.float32)
-    for kind in _INSIDE:
-        members = np.flatnonzero(kinds == kind)
-        which, point = np.nonzero(near[members])
-        if not len(which):
-            continue
-        solid = members[which]
-        start = [points[i, point] - origin[solid, i] for i in range(3)]
-        ray = [-towards[i, point] for i in range(3)]
-        turn = rotation[solid]
-        local = [[sum(turn[:, i, j] * vector[j] for j in range(3)) for i in range(3)] for vector in (start, ray)]
-        enter, leave = crossing(kind, sizes[solid].T, *local)
-        shaded[point[(enter <= leave) & (leave > 0) & (enter < 1)]] = True
-    return shaded
+    along = offset[:, 0, None] * unit[0]
+    along += offset[:, 1, None] * unit[1]
+    along += offset[:, 2, None] * unit[2]
+    result = along < distance + radius
+    result &= along > -radius
+    along *= along
+    result &= along > (offset * offset).sum(axis=1)[:, None] - radius * radius
+    return result

@@ -4,14 +4,17 @@ import numpy as np
 
 from data_pipelines.rooms import materials, shading, targets
 from data_pipelines.rooms.layout import Scene
-from data_pipelines.rooms.raycast import ROOM_FACES, Rays, Solids, cast, surface_points
+from data_pipelines.rooms.raycast import Rays, Solids, cast, surface_points
 from data_pipelines.rooms.shading import look_up
 
 IGNORE = 255
+BUILT_IN = ("wall", "floor", "ceiling", "window", "door")
 
 
-def render(scene: Scene, size: tuple[int, int], classes: tuple[str, ...], random: np.random.Generator) -> dict[str, np.ndarray]:
-    """image (H, W, 3) uint8; semseg, human_parts (H, W) uint8; depth (H, W), normals (H, W, 3) float32; edges, saliency (H, W) bool.
+def render(
+    scene: Scene, size: tuple[int, int], classes: tuple[str, ...], random: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Every field of the record, before its compact types: edges and saliency are bool, depth and normals exact.
 
     `random` draws only what the sensor adds (noise, holes). A surface whose name is not in `classes` is ignored.
     """
@@ -57,9 +60,8 @@ def _shade(scene: Scene, room: Solids, solids: Solids, rays: Rays, points, local
 
 
 def _appeal(scene: Scene) -> np.ndarray:
-    """Per instance: how strongly it draws the eye (2 a person, 1 an object, 0 the room and what is built into it)."""
+    """Per instance: how strongly it draws the eye (3 a person, 1 an object, 0 the room and what is built into it)."""
     appeal = np.zeros(int(scene.instance.max()) + 1)
     for name, instance in zip(scene.names, scene.instance.tolist(), strict=True):
-        appeal[instance] = 2.0 if name == "person" else 0.0 if name in ("wall", "floor", "ceiling", "window", "door") else 1.0
-    appeal[:ROOM_FACES] = 0
+        appeal[instance] = 3.0 if name == "person" else 0.0 if name in BUILT_IN else 1.0
     return appeal

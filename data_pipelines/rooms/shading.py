@@ -1,4 +1,4 @@
-"""From geometry to a photograph: lights with cast shadows, highlights, exposure, and a slightly blurred and noisy sensor."""
+"""From geometry to a photograph: lights with cast shadows, highlights, exposure, and a slightly imperfect sensor."""
 
 import dataclasses
 
@@ -8,7 +8,6 @@ from data_pipelines.rooms import materials
 from data_pipelines.rooms.raycast import Rays, Solids, shadowed
 
 LIFT = 0.004  # metres: points are lifted off their surface by this before shadow rays start
-GLASS_REACH = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ def shade(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Radiance (3, n) and the highlight's share of it (n,), by the Blinn-Phong model with inverse-square-like falloff.
 
-    points, normals, colour (3, n) in the camera frame; gloss, glow (n,); ambient (3, n) linear RGB; `casters` throw shadows.
+    points, normals, colour (3, n), camera frame; gloss, glow (n,); ambient (3, n) linear RGB; `casters` throw shadows.
     """
     view, _ = _unit(-points)
     radiance = colour * (ambient + glow)
@@ -57,7 +56,7 @@ def shade(
 
 
 def corner_dimming(points_in_room: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """(n,) ambient light left near the room's faces: corners receive less. `points_in_room` (3, n) from the room's centre."""
+    """(n,) the share of ambient light that reaches points (3, n), given from the room's centre: less in corners."""
     dim = np.ones(points_in_room.shape[1], np.float32)
     for axis in range(3):
         gap = np.float32(half[axis]) - np.abs(points_in_room[axis])

@@ -1,10 +1,10 @@
-"""The vocabulary furniture is built from: boxes, balls, cylinders, cones and limbs in an object's own frame (z up, metres)."""
+"""What furniture is built from: boxes, balls, cylinders, cones and limbs in an object's own frame (z up, metres)."""
 
 import math
 from typing import NamedTuple
 
+from data_pipelines.rooms.intersection import BOX, CAPSULE, ELLIPSOID, FRUSTUM
 from data_pipelines.rooms.materials import Material
-from data_pipelines.rooms.raycast import BOX, CAPSULE, ELLIPSOID, FRUSTUM
 
 Vector = tuple[float, float, float]
 UPRIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)

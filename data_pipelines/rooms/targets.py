@@ -1,53 +1,48 @@
-"""Exact targets of a cast scene: edges, the attended object, depth with sensor-like holes, normals that face the camera."""
+"""Targets beyond what the cast itself tells: edges, the attended object, and where a depth camera reads nothing."""
 
 import numpy as np
 
 from data_pipelines.rooms.raycast import Rays
 
 DEPTH_RANGE = 6.5  # metres: the sensor sees no further
-JUMP = 0.06  # metres, plus JUMP_SHARE of the depth: a gap to the neighbour's tangent plane that counts as a depth discontinuity
-JUMP_SHARE = 0.02
+JUMP = 0.04  # share of the depth: a larger gap is a depth discontinuity
+
+Slices = tuple[slice, slice]
 
 
 def edges(instance: np.ndarray, depth: np.ndarray, normals: np.ndarray, rays: Rays) -> np.ndarray:
-    """bool (H, W): a pixel whose right or lower neighbour belongs to another instance, or lies across a depth discontinuity.
+    """bool (H, W): pixels whose right or lower neighbour is of another instance, or lies across a depth discontinuity.
 
-    Two neighbours of one instance are discontinuous if each lies further than JUMP + JUMP_SHARE z from the other's
-    tangent plane along its own ray; so neither a slanted plane nor a crease is an edge. instance, depth (H, W); normals
-    (3, H, W) in the camera frame, of every pixel.
+    Two neighbours of one instance are continuous if the tangent plane of either passes within JUMP of the other, or if
+    the two planes cross between them: then neither a slanted surface nor a crease is an edge. Planes are compared in
+    inverse depth, where a plane is linear in the pixel grid: n . ray / (n . point).
+    instance, depth (H, W); normals (3, H, W) in the camera frame, of every pixel.
     """
-    facing = normals[0] * rays.x + normals[1] * rays.y[:, None] + normals[2]
-    offset = facing * depth  # the tangent plane of a pixel is {p: n . p = offset}
+    offset = (normals[0] * rays.x + normals[1] * rays.y[:, None] + normals[2]) * depth
     marked = np.zeros(depth.shape, bool)
-    for axis in (0, 1):
-        here, there = (slice(None, -1), slice(None)), (slice(1, None), slice(None))
-        if axis == 1:
-            here, there = here[::-1], there[::-1]
-        gap = np.minimum(
-            _distance_to_plane(normals, offset, here, there, rays, depth), _distance_to_plane(normals, offset, there, here, rays, depth)
-        )
-        limit = JUMP + JUMP_SHARE * np.minimum(depth[here], depth[there])
-        marked[here] |= (instance[here] != instance[there]) | (gap > limit)
+    down = (slice(None, -1), slice(None)), (slice(1, None), slice(None))
+    for here, there in (down, (down[0][::-1], down[1][::-1])):
+        ahead = 1 / depth[here] - _inverse_depth(normals, offset, there, here, rays)
+        beyond = _inverse_depth(normals, offset, here, there, rays) - 1 / depth[there]
+        apart = np.minimum(np.abs(ahead) * depth[here], np.abs(beyond) * depth[there]) > JUMP
+        marked[here] |= (instance[here] != instance[there]) | (apart & (ahead * beyond > 0))
     return marked
 
 
-def _distance_to_plane(normals, offset, plane, pixel, rays: Rays, depth: np.ndarray) -> np.ndarray:
-    """How far along z each pixel of the slice `pixel` lies from where its ray meets the tangent plane of its neighbour in `plane`."""
-    n = normals[(slice(None), *plane)]
-    along = n[0] * rays.x[pixel[1]] + n[1] * rays.y[pixel[0], None] + n[2]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        expected = offset[plane] / along
-    # A plane that the neighbour's ray does not meet in front of the camera predicts nothing: infinitely far.
-    return np.where((along < 0) & (expected > 0), np.abs(expected - depth[pixel]), np.inf)
+def _inverse_depth(normals: np.ndarray, offset: np.ndarray, plane: Slices, pixel: Slices, rays: Rays) -> np.ndarray:
+    """1 / z at which the rays of the slice `pixel` meet the tangent planes of the slice `plane` beside it."""
+    x, y, z = normals[(slice(None), *plane)]
+    return (x * rays.x[pixel[1]] + y * rays.y[pixel[0], None] + z) / offset[plane]
 
 
 def attended(instance: np.ndarray, image: np.ndarray, appeal: np.ndarray) -> np.ndarray:
     """bool (H, W): the pixels of the one object that a viewer would look at first; all False if no object is in view.
 
-    score(object) = sum over its pixels of exp(-r^2 / (2 0.35^2)), r the distance from the image centre in half diagonals,
-    times 1 + contrast (the distance of its mean colour from the image's, RGB, as a share of 255),
-    times appeal[object]: 2 for a person, 1 for furniture and clutter, 0 for the room, its doors and its windows.
-    instance (H, W) int; image (H, W, 3) uint8. Our decision.
+    score(object) = sqrt(S) (1 + c) a with
+      S the sum over its pixels of exp(-r^2 / (2 0.35^2)), r the distance from the image centre in half diagonals;
+      c the contrast: the distance of its mean colour from the image's (RGB) as a share of 255;
+      a = appeal[object]: 3 for a person, 1 for furniture and clutter, 0 for the room, its doors and its windows.
+    The highest score wins. instance (H, W) int; image (H, W, 3) uint8. Our decision.
     """
     height, width = instance.shape
     rows, columns = np.arange(height) + 0.5 - height / 2, np.arange(width) + 0.5 - width / 2
@@ -56,11 +51,10 @@ def attended(instance: np.ndarray, image: np.ndarray, appeal: np.ndarray) -> np.
     flat, count = instance.ravel(), len(appeal)
     area = np.maximum(np.bincount(flat, minlength=count), 1)
     centred = np.bincount(flat, weight.ravel(), count)
-    shift = [
-        np.bincount(flat, channel.ravel(), count) / area - channel.mean() for channel in np.moveaxis(image.astype(np.float64), 2, 0)
-    ]
+    channels = np.moveaxis(image.astype(np.float64), 2, 0)
+    shift = [np.bincount(flat, channel.ravel(), count) / area - channel.mean() for channel in channels]
     contrast = np.sqrt(sum(s * s for s in shift)) / 255
-    score = centred * (1 + contrast) * appeal
+    score = np.sqrt(centred) * (1 + contrast) * appeal
     winner = int(score.argmax())
     return (instance == winner) & (score[winner] > 0)
 

@@ -42,22 +42,24 @@ class ViT(nn.Module):
     """ViT (Dosovitskiy et al. 2021) without a class token, its taps made into a pyramid of maps.
 
     Blocks are one scanned stack (compile time does not grow with depth; FSDP gathers one layer at a time), optionally
-    rematerialised. Four taps, the outputs of layers at 1/4, 2/4, 3/4 and 4/4 of the depth (the last after the final norm), become
-    the maps of strides 4, 8, 16 and 32 by sub-pixel or strided convolutions (as in ViTDet, Li et al. 2022).
+    rematerialised. Four taps, the outputs of layers at 1/4, 2/4, 3/4 and 4/4 of the depth (the last after the final
+    norm), become the maps of strides 4, 8, 16 and 32 by sub-pixel or strided convolutions (as in ViTDet, Li et al.
+    2022).
     Layer norm only: no running statistics, hence nothing to synchronise over devices, the same function in training
     and evaluation, and k accumulated micro-batches equal to one batch.
 
     Attributes:
-      patch_size, width, depth, num_heads, mlp_ratio: as in the paper. depth must be a multiple of 4.
+      patch_size, width, depth, num_heads, mlp_ratio: as in the paper. patch_size must be a power of two, depth a
+        multiple of 4.
       image_size: (height, width) in pixels that the position embedding is made for; other sizes interpolate it.
       patch_embed: "patch" or "conv" (see layers/patch_embed.py); with "conv" its finer maps join the pyramid.
-      drop_path: rate of the last layer, linear from 0.
+      drop_path: rate of the last layer, in [0, 1), linear from 0 at the first.
       remat: recompute a block's inside in the backward pass.
 
     Call: (image (batch, H, W, 3), train) -> {stride: (batch, H / stride, W / stride, width)}.
 
     Raises:
-      ValueError: H or W that 32 (and the patch size) does not divide.
+      ValueError: H or W that 32 (and the patch size) does not divide; an attribute out of the range given above.
     """
 
     patch_size: int = 16
@@ -87,7 +89,8 @@ class ViT(nn.Module):
             split_rngs={"params": True, "drop_path": True},
             length=self.depth,
         )
-        blocks = stack(self.num_heads, self.mlp_ratio, train, self.dtype, name="blocks")
+        dropping = train and self.drop_path > 0  # known when traced: at rate 0 no random number is drawn
+        blocks = stack(self.num_heads, self.mlp_ratio, dropping, self.dtype, name="blocks")
         _, outputs = blocks(tokens, jnp.linspace(0.0, self.drop_path, self.depth))
         quarter = self.depth // 4
         taps = [outputs[quarter * (i + 1) - 1] for i in range(4)]
@@ -98,7 +101,8 @@ class ViT(nn.Module):
             level = self._resample(tap.reshape(grid.shape), stride)
             if stride in finer:
                 level += nn.Conv(channels, (1, 1), dtype=self.dtype, name=f"lateral{stride}")(finer[stride])
-            maps[stride] = constrain_batch(nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"pyramid_norm{stride}")(level))
+            norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"pyramid_norm{stride}")
+            maps[stride] = constrain_batch(norm(level))
         return maps
 
     def _resample(self, grid: Array, stride: int) -> Array:
@@ -119,10 +123,16 @@ class ViT(nn.Module):
 
     def _check(self, shape: tuple[int, ...]) -> None:
         multiple = max(self.patch_size, self.strides[-1])
+        if self.patch_size < 1 or self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"ViT: patch_size {self.patch_size} must be a power of two, as {self.strides} are.")
         if shape[1] % multiple or shape[2] % multiple:
-            raise ValueError(f"ViT: the image is {shape[1]} x {shape[2]}; both must be multiples of {multiple} (pad it).")
-        if self.depth % 4:
+            raise ValueError(
+                f"ViT: the image is {shape[1]} x {shape[2]}; both must be multiples of {multiple} (pad it)."
+            )
+        if self.depth < 4 or self.depth % 4:
             raise ValueError(f"ViT: depth {self.depth} must be a multiple of 4, because four layers are tapped.")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"ViT: drop_path {self.drop_path} must be in [0, 1).")
         if self.patch_embed not in PATCH_EMBEDS:
             raise ValueError(f"ViT: patch_embed {self.patch_embed!r}; it must be one of {sorted(PATCH_EMBEDS)}.")
 

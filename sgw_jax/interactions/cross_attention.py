@@ -35,7 +35,8 @@ class CrossTaskAttention(nn.Module):
         channels = tokens.shape[-1]
         if channels % self.num_heads:
             raise ValueError(
-                f"CrossTaskAttention: the features' channels = {channels} do not divide by num_heads = {self.num_heads}."
+                f"CrossTaskAttention: the features' channels = {channels} do not divide by "
+                f"num_heads = {self.num_heads}."
             )
         normed = nn.LayerNorm(dtype=self.dtype, name="norm")(tokens) if self.pre_norm else tokens
 

@@ -1,4 +1,4 @@
-"""KEM, the knowledge extraction module: slots retrieve from all tasks with top-k attention and write back (and sKEM)."""
+"""KEM, the knowledge extraction module (and sKEM): slots retrieve from all tasks by top-k attention and write back."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -33,15 +33,15 @@ class _Projections(nn.Module):
 class KEM(nn.Module):
     """Knowledge extraction module (arXiv 2410.03778): a few slots carry all that passes between tasks.
 
-    The tokens of all T tasks are concatenated to F (batch, n_s, C). With learned slots R (L, d_e), h heads, d = d_e / h:
+    The tokens of all T tasks are concatenated to F (batch, n_s, C). Slots R (L, d_e) are learned; h heads, d = d_e / h:
 
       1. retrieve   R^ = topk-softmax((R W_qr)(F W_kr)^T / sqrt(d)) (F W_vr)            [paper]
       2. write      F^ = softmax((F W_qw)(R^ W_kw)^T / sqrt(d)) (R^ W_vw)               [paper]
-      3. broadcast  F <- F + F^, and each task takes its own tokens back                 [paper; residual weight 1]
+      3. broadcast  F <- F + F^, and each task takes its own tokens back                [paper; residual weight 1]
 
     Cost O(L n_s d_e + n_s d_e^2): linear in the tokens, where dense cross-task attention is O(n_s^2 d_e).
-    sKEM is KEM with ``etf_vertices`` set: F is projected onto a fixed simplex ETF before it enters W_kr, W_vr and W_qw,
-    so that the choice of tokens is stable; the residual still adds to the un-projected F [paper].
+    sKEM is KEM with ``etf_vertices`` set: F is projected onto a fixed simplex ETF before it enters W_kr, W_vr and
+    W_qw, so that the choice of tokens is stable; the residual still adds to the un-projected F [paper].
 
     Shapes (our decision; the paper is silent): W_qr, W_kw (d_e, d_e); W_kr, W_vr, W_qw (C or K, d_e); W_vw (d_e, C).
     No biases, no output projection; d_e and C must divide by the heads. Slots start as orthogonal rows with entries of
@@ -71,12 +71,14 @@ class KEM(nn.Module):
     Returns:
       The same mapping: keys, order, shapes and dtype; with ``return_slots`` a pair (mapping, (batch, L, d_e)).
 
-    Collections: ``params`` (slots, retrieve/{query,key,value}/kernel, write/{query,key,value}/kernel), ``constants``
-    (the ETF, if any) and, when made mutable, ``diagnostics``: retrieve_weights, retrieve_index, write_weights,
-    readout (R^) and update_ratio (||F^|| / ||F||) of every round.
+    Collections: ``params`` (slots, retrieve/{query,key,value}/kernel, write/{query,key,value}/kernel; with the options
+    also task_embedding_NAME, task_gate_NAME and norm), ``constants`` (the ETF, if any) and, when made mutable,
+    ``diagnostics``: retrieve_weights, retrieve_index, write_weights, readout (R^) and update_ratio (||F^|| / ||F||) of
+    every round.
 
     Raises:
-      ValueError: no task, different channels, widths that do not divide by the heads, an unknown ``etf_for``.
+      ValueError: no task, tasks of different channels, batch size or dtype, widths that do not divide by the heads,
+        an unknown ``etf_for``, a count below 1, ``slots`` of another shape, an impossible ETF (see `simplex_etf`).
     """
 
     num_slots: int
@@ -98,20 +100,26 @@ class KEM(nn.Module):
         features: Mapping[str, Float[Array, "batch *space channels"]],
         slots: Float[Array, "batch slots slot_dim"] | None = None,
         return_slots: bool = False,
-    ):
+    ) -> dict[str, Array] | tuple[dict[str, Array], Array]:
         tokens, layout = concatenate_tasks(features, "KEM")
         channels = tokens.shape[-1]
-        width = self.slot_dim or channels
+        width = channels if self.slot_dim is None else self.slot_dim
         self._check(channels, width)
 
         initial = self.param("slots", _orthogonal_rows, (self.num_slots, width))
         if slots is None:
             slots = jnp.broadcast_to(initial.astype(self.dtype), (tokens.shape[0], *initial.shape))
+        elif slots.shape != (tokens.shape[0], *initial.shape):
+            raise ValueError(
+                f"KEM: the initial slots have shape {slots.shape}; they must have (batch, num_slots, slot_dim) = "
+                f"{(tokens.shape[0], *initial.shape)}."
+            )
         retrieve = _Projections(width, width, width, self.dtype, name="retrieve")
         write = _Projections(width, width, channels, self.dtype, name="write")
         norm = nn.LayerNorm(dtype=self.dtype, name="norm") if self.pre_norm else lambda x: x
-        project = SimplexETF(self.etf_vertices, self.etf_seed, name="etf") if self.etf_vertices else lambda x: x
-        selected_width = self.etf_vertices or channels
+        vertices = self.etf_vertices
+        project = SimplexETF(vertices, self.etf_seed, name="etf") if vertices is not None else lambda x: x
+        selected_width = channels if vertices is None else vertices
         embedding = self._per_task("task_embedding", nn.initializers.zeros, selected_width, layout)
         gate = self._per_task("task_gate", nn.initializers.ones, 1, layout)
 
@@ -123,7 +131,7 @@ class KEM(nn.Module):
             slots = self._retrieve(retrieve, slots, chooser, source)
             update = self._write(write, chooser, slots)
             update = update if gate is None else update * gate
-            self._sow_update_ratio(update, tokens)
+            self._record("update_ratio", _norm(update) / _norm(tokens))
             tokens = tokens + update.astype(tokens.dtype)
 
         result = split_tasks(tokens, layout)
@@ -133,41 +141,58 @@ class KEM(nn.Module):
         query, key, value = (split_heads(x, self.num_heads) for x in project(slots, chooser, source))
         readout, weights, index = topk_attention(query, key, value, self.top_k)
         readout = readout.reshape(*readout.shape[:2], -1)
-        self.sow("diagnostics", "retrieve_weights", weights)
+        self._record("retrieve_weights", weights)
         if index is not None:
-            self.sow("diagnostics", "retrieve_index", index)
-        self.sow("diagnostics", "readout", readout)
+            self._record("retrieve_index", index)
+        self._record("readout", readout)
         return readout
 
     def _write(self, project: nn.Module, chooser: Array, slots: Array) -> Array:
         query, key, value = (split_heads(x, self.num_heads) for x in project(chooser, slots, slots))
         weights = nn.softmax(attention_scores(query, key), axis=-1)
-        self.sow("diagnostics", "write_weights", weights)
+        self._record("write_weights", weights)
         update = apply_weights(weights, value)
         return update.reshape(*update.shape[:2], -1)
 
-    def _per_task(self, option: str, init: nn.initializers.Initializer, width: int, layout: TokenLayout) -> Array | None:
-        """A learned vector per task, repeated over the task's tokens; None if the option is off."""
+    def _per_task(
+        self, option: str, init: nn.initializers.Initializer, width: int, layout: TokenLayout
+    ) -> Array | None:
+        """A learned vector per task, repeated over the task's tokens; None if the option is off.
+
+        A parameter per task name, not rows of one table: jit sorts the keys of a mapping, which must not swap rows.
+        """
         if not getattr(self, option):
             return None
-        table = self.param(f"{option}s", init, (len(layout.names), width)).astype(self.dtype)
-        return jnp.concatenate([jnp.broadcast_to(row, (n, width)) for row, n in zip(table, layout.lengths, strict=True)])
+        vectors = [self.param(f"{option}_{name}", init, (width,)).astype(self.dtype) for name in layout.names]
+        rows = zip(vectors, layout.lengths, strict=True)
+        return jnp.concatenate([jnp.broadcast_to(vector, (length, width)) for vector, length in rows])
 
-    def _sow_update_ratio(self, update: Array, tokens: Array) -> None:
-        norm = jnp.linalg.norm(tokens.astype(jnp.float32), axis=(1, 2))
-        self.sow("diagnostics", "update_ratio", jnp.linalg.norm(update.astype(jnp.float32), axis=(1, 2)) / norm)
+    def _record(self, name: str, value: Array) -> None:
+        if not self.is_initializing():  # so that `init` returns variables alone
+            self._record(name, value)
+
+    def _record(self, name: str, value: Array) -> None:
+        if not self.is_initializing():  # else `init` would return it, and a later `apply` add to it
+            self.sow("diagnostics", name, value)
 
     def _check(self, channels: int, width: int) -> None:
         if self.etf_for not in ("all", "selection"):
             raise ValueError(f"KEM: etf_for is {self.etf_for!r}; it must be 'all' or 'selection'.")
-        if self.num_slots < 1 or self.rounds < 1 or (self.top_k is not None and self.top_k < 1):
-            raise ValueError(
-                f"KEM: num_slots ({self.num_slots}), rounds ({self.rounds}) and top_k ({self.top_k}) must be positive "
-                "(top_k=None for no selection)."
-            )
+        counts = {"num_slots": self.num_slots, "num_heads": self.num_heads, "slot_dim": width, "rounds": self.rounds}
+        counts |= {} if self.top_k is None else {"top_k": self.top_k}
+        for name, number in counts.items():
+            if number < 1:
+                raise ValueError(
+                    f"KEM: {name} is {number}; it must be at least 1 (top_k=None for no selection, slot_dim=None for "
+                    "the width of the features)."
+                )
         for name, size in (("slot_dim", width), ("the features' channels", channels)):
             if size % self.num_heads:
                 raise ValueError(f"KEM: {name} = {size} does not divide by num_heads = {self.num_heads}.")
+
+
+def _norm(tokens: Float[Array, "batch tokens width"]) -> Float[Array, " batch"]:
+    return jnp.sqrt(jnp.sum(jnp.square(tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32))), axis=(1, 2)))
 
 
 def _orthogonal_rows(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:

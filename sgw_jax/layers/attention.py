@@ -18,7 +18,12 @@ def attention(
 
     With ``chunk`` the queries are taken ``chunk`` at a time and the scores of a chunk are recomputed in the backward
     pass, so that no array of size queries x tokens ever exists; the result is the same up to rounding.
+
+    Raises:
+      ValueError: chunk < 1.
     """
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"attention: chunk is {chunk}; it must be positive, or None for all queries at once.")
     if chunk is None or query.shape[1] <= chunk:
         return _dense(query, key, value)
     batch, queries, heads, dim = query.shape

@@ -32,8 +32,8 @@ class ConvStem(nn.Module):
     @nn.compact
     def __call__(self, image: Float[Array, "batch height width 3"]) -> tuple[Array, dict[int, Array]]:
         steps = self.patch_size.bit_length() - 1
-        if 2**steps != self.patch_size:
-            raise ValueError(f"ConvStem: patch_size must be a power of two, not {self.patch_size}.")
+        if steps < 1 or 2**steps != self.patch_size:
+            raise ValueError(f"ConvStem: patch_size must be a power of two from 2 on, not {self.patch_size}.")
         maps, x = {}, image
         for step in range(1, steps + 1):
             x = nn.Conv(max(self.width >> (steps - step), 16), (3, 3), 2, dtype=self.dtype, name=f"conv{step}")(x)

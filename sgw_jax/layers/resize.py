@@ -19,7 +19,8 @@ def depth_to_space(
     features: Float[Array, "batch height width packed"], factor: int
 ) -> Float[Array, "batch tall wide channels"]:
     """Spreads groups of channels over ``factor x factor`` pixels: with a 1x1 convolution before it, a transposed
-    convolution whose kernel equals its stride (sub-pixel convolution, Shi et al. 2016)."""
+    convolution whose kernel equals its stride (sub-pixel convolution, Shi et al. 2016). The channel is the fast part
+    of the packed axis, the cell's row the slow one."""
     batch, height, width, packed = features.shape
     channels = packed // factor**2
     cells = features.reshape(batch, height, width, factor, factor, channels)

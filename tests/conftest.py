@@ -1,0 +1,29 @@
+"""What every test runs under: the CPU, eight fake devices, and a compilation cache that survives between runs."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before jax is imported by any test: afterwards they are read no more.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+
+import jax
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sgw_jax" / "xla_tests"
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a read-only home
+        folder = Path(tempfile.gettempdir()) / "sgw_jax_xla_tests"
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+# Half of the tests' time is compilation. A program that is found here need not be compiled again; the cache's key holds
+# the program, the compiler's version and its options, so that a stale entry is never used.
+jax.config.update("jax_compilation_cache_dir", str(_writable(CACHE)))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
