@@ -5,14 +5,17 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
 from rich.console import Console
 from rich.markup import escape
 
+from data_pipelines.loader import ExampleError
 from sgw_jax.build import Experiment, build
 from sgw_jax.checkpoints import CheckpointError
 from sgw_jax.config_files import UsageError, read_config
@@ -34,8 +37,11 @@ examples:
   python -m sgw_jax predict --workdir=runs/scenes --output=pictures photo.jpg folder/
 """
 
+# Slurm's srun and Open MPI's mpirun set these in every process that they start.
+SEVERAL_PROCESSES = {"SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"}
+
 # Errors whose message is written for the user. Anything else is a defect and shows its trace.
-EXPECTED = (UsageError, WorkdirError, CheckpointError, NonFiniteError, ValueError, OSError)
+EXPECTED = (UsageError, WorkdirError, CheckpointError, NonFiniteError, ExampleError, ValueError, OSError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,38 +55,58 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments, rest, console)
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on from the last checkpoint, if there is one.")
-        return 128 + signal.SIGINT
+        return _leave(128 + signal.SIGINT)
     except EXPECTED as error:
         if arguments.traceback:
-            raise
+            traceback.print_exc()
         Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
-        return 1
+        return _leave(1)
+    except Exception:  # a defect
+        traceback.print_exc()
+        return _leave(1)
+
+
+def _leave(code: int) -> int:
+    """The exit code of a failure; one of several processes ends at once, for the ordinary exit would wait minutes for
+    the others, which in turn wait for this one in some collective operation."""
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
-    shape = {"epilog": EPILOG, "formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    shape: dict[str, Any] = {
+        "epilog": EPILOG,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+        "allow_abbrev": False,  # or --conf would be taken for --config
+    }
     parser = argparse.ArgumentParser("sgw-jax", description="Multi-task dense vision in JAX.", **shape)
     commands = parser.add_subparsers(required=True, metavar="train | evaluate | predict")
 
-    def command(name: str, run, text: str) -> argparse.ArgumentParser:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgw_jax"
+
+    def command(name: str, run: Callable, text: str, checkpoint: bool = True) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, **shape)
         sub.set_defaults(run=run)
         sub.add_argument("--workdir", required=True, help="directory of the run")
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgw_jax"
-        sub.add_argument("--cache_dir", default=str(cache), help="rendered scenes, compiled programs (default: %(default)s)")
+        if checkpoint:
+            help = "best by validation, or last (default: %(default)s)"
+            sub.add_argument("--checkpoint", default="best", choices=("best", "last"), help=help)
+        help = "of rendered scenes and compiled programs (default: %(default)s)"
+        sub.add_argument("--cache_dir", default=str(cache), help=help)
         sub.add_argument("--traceback", action="store_true", help="show where in the code an error came up")
         return sub
 
-    sub = command("train", _train, "Train, or go on where --workdir stands; then evaluate and write report.html.")
+    text = "Train, or go on where --workdir stands; then evaluate and write report.html."
+    sub = command("train", _train, text, checkpoint=False)
     sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
     sub.add_argument("--init_from", help="workdir of another run whose parameters are the start")
-    which = {"default": "best", "choices": ("best", "last"), "help": "which checkpoint (default: %(default)s)"}
     sub = command("evaluate", _evaluate, "Evaluate a run's checkpoint on a split.")
     sub.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
-    sub.add_argument("--checkpoint", **which)
     sub = command("predict", _predict, "Predict on image files: panels (PNG) and arrays (npz).")
     sub.add_argument("--output", required=True, help="directory for the results")
-    sub.add_argument("--checkpoint", **which)
     sub.add_argument("inputs", nargs="+", help="image files or directories")
     return parser
 
@@ -89,7 +115,7 @@ def _join_cluster() -> None:
     """Several processes are one program. launch/ sets SGW_*; on TPU pods and under Slurm or MPI JAX finds the rest."""
     if address := os.environ.get("SGW_COORDINATOR"):
         jax.distributed.initialize(address, int(os.environ["SGW_PROCESSES"]), int(os.environ["SGW_PROCESS"]))
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or {"SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"} & set(os.environ):
+    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or SEVERAL_PROCESSES & set(os.environ):
         jax.distributed.initialize()
 
 
@@ -100,7 +126,8 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str], console: Con
     prepare(experiment)
     trained = train(experiment, arguments.workdir, console, arguments.init_from)
     if trained.stopped_by:
-        console.print(f"Stopped by {trained.stopped_by.name}; saved at step {trained.step} of {experiment.settings.steps}.")
+        steps = f"{trained.step} of {experiment.settings.steps}"
+        console.print(f"Stopped by {trained.stopped_by.name}; saved at step {steps}.")
         console.print("The same command goes on from there.")
         return 128 + trained.stopped_by
     split = next((split for split in ("test", "validation") if split in experiment.data.sources), None)

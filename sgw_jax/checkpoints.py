@@ -112,6 +112,7 @@ class Checkpoints:
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
         """Turns whatever Orbax and its formats raise over missing, cut or altered files into one clear error."""
+        self.wait()  # for a save of the step that may still be under way
         try:
             yield
         except Exception as error:

@@ -35,11 +35,11 @@ class TaskStem(nn.Module):
         ]
         fused = sum(levels[1:], start=levels[0])
         normed = nn.LayerNorm(dtype=self.dtype, name="norm")(fused)
-        return fused + nn.gelu(nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv")(normed), approximate=False)
+        return fused + nn.relu(nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv")(normed))
 
 
 class PredictionHead(nn.Module):
-    """One task's decoder: norm, 3x3 convolution, GELU, 1x1 convolution, then to the image's size.
+    """One task's decoder: norm, 3x3 convolution, ReLU, 1x1 convolution, then to the image's size.
 
     ``upsample="bilinear"`` interpolates the output (the field's customary head); ``"subpixel"`` predicts the pixels of
     each cell from its channels, which keeps thin structures at small image sizes. Predictions leave in float32
@@ -60,7 +60,7 @@ class PredictionHead(nn.Module):
             raise ValueError(f"PredictionHead: upsample is {self.upsample!r}; it must be one of {UPSAMPLES}.")
         wide = jnp.promote_types(self.dtype, jnp.float32)
         x = nn.LayerNorm(dtype=self.dtype, name="norm")(features)
-        x = nn.gelu(nn.Conv(features.shape[-1], (3, 3), dtype=self.dtype, name="conv")(x), approximate=False)
+        x = nn.relu(nn.Conv(features.shape[-1], (3, 3), dtype=self.dtype, name="conv")(x))
         # The last layer starts small, so that the first losses are those of a constant predictor.
         init = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal")
         if self.upsample == "bilinear":

@@ -132,7 +132,7 @@ class Panel:
         columns = max(1, min((width + SPACE) // (widest + SPACE), len(legend)))
         places = columns * LEGEND_LINES
         shown = legend if len(legend) <= places else legend[: places - 1]
-        cell = width // columns
+        cell = min(width // columns, widest + 3 * SPACE)
         picture = Image.new("RGB", (width, LINE * math.ceil(min(len(legend), places) / columns)), PAPER)
         draw = ImageDraw.Draw(picture)
         for index, (text, colour) in enumerate(shown):

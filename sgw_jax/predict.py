@@ -248,7 +248,7 @@ def predict_files(
     files = find_images(inputs)
     output = Path(output)
     names = output_names(files)
-    check_output(output, files, names)
+    check_output(output, inputs, files, names)
     predictor = Predictor.from_workdir(workdir, which)
     for _ in _counted(in_background(check_file, files), len(files), "check", console):
         pass
@@ -278,7 +278,10 @@ def predict_files(
             yield name, file.name, held.popleft(), maps
 
     written = list(_counted(in_background(write, predicted(), ahead=2), len(files), "predict", console))
-    console.print(f"{len(written)} panels (png) and arrays (npz) in {output}, by step {predictor.step} of {workdir}.")
+    console.print(
+        f"{len(written)} panels (png) and arrays (npz) in {output}, by step {predictor.step} of {workdir}.",
+        soft_wrap=True,
+    )
     return written
 
 
@@ -319,15 +322,17 @@ def output_names(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def check_output(output: Path, files: Sequence[Path], names: Sequence[str]) -> None:
-    """Raises where a result would replace an image that is an input, or could be taken for one the next time."""
+def check_output(output: Path, inputs: Sequence[Path | str], files: Sequence[Path], names: Sequence[str]) -> None:
+    """Raises where a panel would replace an image that is an input, or be taken for an input the next time."""
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output: {output} is a file; give a directory.")
-    inputs = {file.resolve() for file in files}
+    if output.resolve() in {Path(path).resolve() for path in inputs if Path(path).is_dir()}:
+        raise ValueError(f"--output: {output} is also an input, whose images the panels would join; give another.")
+    images = {file.resolve() for file in files}
     for name in names:
         target = (output / f"{name}.png").resolve()
-        if target in inputs:
-            raise ValueError(f"The panel of {target.stem} would replace the input {target}; give another --output.")
+        if target in images:
+            raise ValueError(f"--output: the panel {target.name} would replace the input {target}; give another.")
 
 
 def class_names(tasks: Iterable[Task]) -> dict[str, np.ndarray]:

@@ -4,12 +4,13 @@ import base64
 import importlib.resources
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
+import rich.box
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
@@ -21,7 +22,7 @@ MISSING = "–"
 REFERENCES = {"linear": "linear probe", "constant": "constant"}  # known references, in the order of the columns
 ABLATIONS = {"zeroed": "read-out zeroed", "swapped": "read-out of another image"}
 PICTURE_BYTES = 2_900_000  # of all pictures as base64, so that the page stays below 4 MB
-PICTURE_SIZES = (512, 384, 256, 192, 160, 128, 96, 64, 48, 32)  # longer side; the largest that fits is taken
+PICTURE_SIZE = 512  # largest longer side of a picture
 IMAGES_WITH_MAPS = 2
 CURVE_POINTS = 160  # a training curve is averaged over this many intervals of steps
 
@@ -34,14 +35,14 @@ DIAGNOSTICS: Sequence[tuple[str, str, str, str, Callable[[float], bool]]] = (
     (
         "slot_diversity",
         "Slot diversity",
-        "1 − mean Jaccard overlap of the token sets that two slots keep: 1 if no two share a token, 0 if all keep the same.",
+        "1 − mean Jaccard overlap of the token sets that two slots keep: 1 if no two share one, 0 if all are equal.",
         "near 1; below 0.5 slots duplicate each other",
         lambda value: value < 0.5,
     ),
     (
         "retrieve_entropy",
         "Retrieve entropy",
-        "Entropy of a slot's attention over the tokens it keeps, relative to the maximum: 1 is a plain average of them.",
+        "Entropy of a slot's attention over the tokens it keeps, relative to the maximum: 1 if it averages them.",
         "clearly below 1; above 0.98 slots average, they do not weigh",
         lambda value: value > 0.98,
     ),
@@ -91,7 +92,7 @@ def print_table(console: Console, results: Values) -> None:
     """Rows are tasks; columns are the network, the reference predictors and the gains over them."""
     headline = _headline(results)
     title = f"{escape(str(results.get('name', '')))} on {escape(str(results.get('split', 'test')))}"
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task")
     table.add_column("metric")
     for name in headline["columns"]:
@@ -115,7 +116,7 @@ def page_of(results: Values, examples: Values | None, history: Sequence[Values])
     """Everything that the template shows, as text, numbers in [0, 1] and points; no formatting is left to it."""
     album = _Album()
     found = results.get("diagnostics")
-    page = {
+    page: Record = {
         "title": str(results.get("name") or "run"),
         "sentence": _sentence(results),
         "cards": _cards(results),
@@ -170,13 +171,13 @@ def _references(results: Values) -> dict[str, Values]:
     """Title -> metrics of the reference predictors; known ones first."""
     there = results.get("references") or {}
     order = [name for name in REFERENCES if name in there] + [name for name in there if name not in REFERENCES]
-    return {REFERENCES.get(name, name): there[name] for name in order}
+    return {REFERENCES[name] if name in REFERENCES else str(name): there[name] for name in order}
 
 
 def _sentence(results: Values) -> str:
     names = [task["name"] for task in _tasks(results)]
-    many = f"One network predicts {len(names)} tasks from an image" if len(names) != 1 else "The network predicts one task"
-    parts = [f"{many}: {', '.join(names)}." if names else ""]
+    subject = "The network predicts one task" if len(names) == 1 else f"One network predicts {len(names)} tasks at once"
+    parts = [f"{subject}: {', '.join(names)}." if names else ""]
     checkpoint = f"{str(results.get('checkpoint', 'last')).capitalize()} checkpoint"
     step = f" (step {results['step']:,})" if "step" in results else ""
     images = (results.get("diagnostics") or {}).get("images")
@@ -221,12 +222,12 @@ def _duration(seconds: float) -> str:
 def _headline(results: Values) -> Record:
     """The table of headline metrics: network, references, relative gains, and their mean (delta_m)."""
     references = _references(results)
-    sources = {"network": results.get("metrics") or {}, **references}
+    sources: dict[str, Values] = {"network": results.get("metrics") or {}, **references}
     rows = []
     for task in _tasks(results):
-        values = [(source.get(task["name"]) or {}).get(task["metric"]) for source in sources.values()]
+        values: list[Any] = [(source.get(task["name"]) or {}).get(task["metric"]) for source in sources.values()]
         gains = [relative_gain(values[0], baseline, task["higher_is_better"]) for baseline in values[1:]]
-        known = [value for value in values if _finite(value)]
+        known: list[float] = [value for value in values if _finite(value)]
         best = (max if task["higher_is_better"] else min)(known) if known else None
         rows.append(
             {
@@ -253,14 +254,14 @@ def _all_metrics(results: Values) -> Record:
     tables = []
     for task in _tasks(results):
         units = {task["metric"]: task.get("unit", ""), **task.get("units", {})}
-        names = list(sources["network"].get(task["name"]) or {})
+        found = [source.get(task["name"]) or {} for source in sources.values()]
         rows = [
             {
                 "name": name,
                 "unit": units.get(name, ""),
-                "values": [number((s.get(task["name"]) or {}).get(name), units.get(name, "")) for s in sources.values()],
+                "values": [number(values.get(name), units.get(name, "")) for values in found],
             }
-            for name in names
+            for name in found[0]
         ]
         loss = (results.get("losses") or {}).get(task["name"])
         tables.append({"task": task["name"], "rows": rows, "loss": None if loss is None else number(loss)})
@@ -312,23 +313,22 @@ def _curves(results: Values, history: Sequence[Values]) -> list[Record]:
     names |= {"grad_norm": "gradient norm", "learning_rate": "learning rate"}
     charts = []
     for key, title in names.items():
-        train = _binned([(line["step"], line[key]) for line in history if line["split"] == "train" and key in line])
-        validation = [
-            (line["step"], line[key])
-            for line in history
-            if line["split"] == "validation" and _finite(line.get(key))
-        ]
+        train, validation = _binned(_series(history, "train", key)), _series(history, "validation", key)
         if train or validation:
             charts.append({"title": title, **_chart(train, validation)})
     return charts
 
 
-def _binned(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means over equal intervals of steps; values that are not finite are left out."""
-    points = [(step, value) for step, value in points if _finite(value)]
+def _series(history: Sequence[Values], split: str, key: str) -> list[tuple[float, float]]:
+    return [(line["step"], line[key]) for line in history if line["split"] == split and _finite(line.get(key))]
+
+
+def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Means over equal numbers of neighbouring points, where there are too many to draw."""
     if len(points) <= CURVE_POINTS:
         return points
-    return [tuple(np.mean(part, axis=0).tolist()) for part in np.array_split(np.asarray(points), CURVE_POINTS)]
+    means = [np.mean(part, axis=0) for part in np.array_split(np.asarray(points), CURVE_POINTS)]
+    return [(float(step), float(value)) for step, value in means]
 
 
 def _chart(train: Sequence[tuple[float, float]], validation: Sequence[tuple[float, float]]) -> Record:
@@ -366,8 +366,8 @@ def _chart(train: Sequence[tuple[float, float]], validation: Sequence[tuple[floa
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Three to six round numbers between low and high."""
-    rough = (high - low) / 4
+    """Two to seven round numbers between low and high."""
+    rough = (high - low) / 5.5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
     return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
@@ -376,7 +376,7 @@ def _ticks(low: float, high: float) -> list[float]:
 def _log_ticks(low: float, high: float) -> list[float]:
     """Round numbers between 10^low and 10^high: powers of ten, with 2 and 5 between where there is room."""
     factors = (1, 2, 5) if high - low < 2.5 else (1,)
-    decades = range(math.floor(low), math.ceil(high) + 1)
+    decades = range(math.floor(low), math.floor(min(high, 307)) + 1, math.ceil((high - low) / 8))
     ticks = [factor * 10.0**decade for decade in decades for factor in factors]
     return [tick for tick in ticks if low <= math.log10(tick) <= high]
 
@@ -398,12 +398,16 @@ class _Album:
 
     def encode(self) -> None:
         """Fills every "src" with a data URI."""
-        for size in PICTURE_SIZES:
-            sources = [_data_uri(picture, photo, size) for picture, photo, _ in self._pictures]
-            if sum(map(len, sources)) <= PICTURE_BYTES:
+        size: float = PICTURE_SIZE
+        while True:
+            sources = [_data_uri(picture, photo, int(size)) for picture, photo, _ in self._pictures]
+            total = sum(map(len, sources))
+            if total <= PICTURE_BYTES:
                 break
-        else:
-            raise ValueError(f"report: {len(sources)} pictures do not fit into {PICTURE_BYTES} bytes; show fewer examples.")
+            if size < 16:
+                raise ValueError(f"report: {len(sources)} pictures are too many for {PICTURE_BYTES} bytes.")
+            longest = max(max(picture.size) for picture, _, _ in self._pictures)
+            size = 0.95 * min(size, longest) * math.sqrt(PICTURE_BYTES / total)  # bytes grow with the area
         for source, (_, _, place) in zip(sources, self._pictures, strict=True):
             place["src"] = source
 
@@ -414,7 +418,7 @@ def _data_uri(picture: Image.Image, photo: bool, size: int) -> str:
         width, height = (max(1, round(side * size / longer)) for side in picture.size)
         picture = picture.resize((width, height), Image.Resampling.BOX if photo else Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -433,7 +437,7 @@ def _examples(examples: Values | None, album: _Album) -> Record | None:
         ]
         rows.append({"image": album.add(image, f"image {i + 1}", photo=True), "cells": cells})
     legends = [
-        {"task": name, "entries": [{"text": text, "colour": "#%02x%02x%02x" % tuple(colour)} for text, colour in legend]}
+        {"task": name, "entries": [{"text": text, "colour": f"#{bytes(colour).hex()}"} for text, colour in legend]}
         for name, found in examples["tasks"].items()
         if (legend := found.get("legend"))
     ]
@@ -469,8 +473,8 @@ def _ablations(results: Values, ablations: Values) -> Record | None:
             value = (ablated["metrics"].get(task["name"]) or {}).get(task["metric"])
             change = relative_gain(value, whole, task["higher_is_better"])
             cells.append({"text": number(value, task.get("unit", "")), "change": _percent(change)})
-        label = " ".join(part for part in (task["metric"], task.get("unit", "")) if part)
-        rows.append({"task": task["name"], "metric": label, "whole": number(whole, task.get("unit", "")), "cells": cells})
+        row = {"task": task["name"], "metric": task["metric"], "unit": task.get("unit", "")}
+        rows.append({**row, "whole": number(whole, row["unit"]), "cells": cells})
     return {"columns": [ABLATIONS.get(name, name) for name in ablations], "rows": rows}
 
 
@@ -480,21 +484,21 @@ def _heat_maps(found: Values) -> list[Record]:
     return [
         _heat_map(
             "Who learns from whom",
-            "The share of a task's update (row) that comes, through the slots, from the tokens of each task (column).",
+            "Of a task's attention through the slots (row), the percentage that falls on each task's tokens (column).",
             found["flow"],
             (tasks, tasks),
             ("to", "from"),
         ),
         _heat_map(
             "What the slots read",
-            "Of all that a slot retrieves (column), the share from the tokens of each task; a column sums to 100 %.",
+            "Of a slot's attention (column), the percentage that falls on the tokens of each task.",
             np.transpose(found["reads"]).tolist(),
             (tasks, slots),
             ("task", "slot"),
         ),
         _heat_map(
             "Whom the slots write to",
-            "How the tokens of a task (row) divide their attention over the slots; a row sums to 100 %.",
+            "How the tokens of a task (row) divide their attention over the slots, in percent.",
             found["writes"],
             (tasks, slots),
             ("task", "slot"),
@@ -561,7 +565,8 @@ def _retrieve_maps(examples: Values | None, album: _Album) -> list[Record]:
 def _overlay(image: np.ndarray, strength: np.ndarray) -> np.ndarray:
     """The image, dim and grey, with the map (h, w) in [0, 1] glowing on it."""
     height, width = image.shape[:2]
-    rows, columns = (np.arange(size) * cells // size for size, cells in zip((height, width), strength.shape, strict=True))
+    rows = np.arange(height) * strength.shape[0] // height
+    columns = np.arange(width) * strength.shape[1] // width
     glow = strength[rows][:, columns, None]
     grey = 20 + 0.42 * (image.astype(np.float64) @ [0.299, 0.587, 0.114])[..., None]
     return np.rint((1 - glow) * grey + glow * np.array([255, 176, 46])).astype(np.uint8)

@@ -121,7 +121,7 @@ def make_train_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": total, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": total, "grad_norm": optax.tree.norm(grads)}
         metrics |= {f"loss/{task.name}": loss for task, loss in zip(tasks, losses, strict=True)}
         new_state = state.replace(
             step=state.step + 1,

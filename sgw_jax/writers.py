@@ -29,7 +29,9 @@ class MetricsWriter:
             return
         _keep_until(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".{resume_step}"
+        )
 
     def write(self, step: int, split: str, values: Mapping[str, float]) -> None:
         """One line {"step", "split", values...}; a metric without anything to measure, NaN, is null."""

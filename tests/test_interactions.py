@@ -54,7 +54,7 @@ def initialise(module, features, seed=0):
     return variables
 
 
-# ---- every member -----------------------------------------------------------------------------------------------
+# ---- every member --------------------------------------------------------------------------------------------------
 
 
 def test_every_member_is_covered():
@@ -112,7 +112,7 @@ def test_features_that_do_not_fit_are_refused(name, features, message):
         INTERACTIONS[name](**MEMBERS[name]).init(jax.random.key(0), features)
 
 
-# ---- KEM against a reference -----------------------------------------------------------------------------------------
+# ---- KEM against a reference ---------------------------------------------------------------------------------------
 
 SIXTEEN = {f"task{i:02}": (1, 2, CHANNELS) for i in range(16)}
 CASES: dict[str, tuple[KEM, dict]] = {
@@ -238,7 +238,7 @@ def as_float64(tree):
 
 
 def rounding(module, largest):
-    """What float32 may lose: per round five products in a chain, each a sum of at most N = 24 terms, so N eps relative to
+    """What float32 may lose: per round five products in a chain, each a sum of at most N = 24 terms, N eps relative to
     intermediates of at most M; scores pass through exponentials, which multiplies by M once more."""
     return module.rounds * 5 * 24 * EPS32 * largest**2
 
@@ -332,7 +332,7 @@ def test_options_that_do_not_fit_are_refused(options, message):
         KEM(**options).init(jax.random.key(0), make_features())
 
 
-# ---- KEM's properties ------------------------------------------------------------------------------------------------
+# ---- KEM's properties ----------------------------------------------------------------------------------------------
 
 
 def test_parameter_tree():
@@ -550,7 +550,7 @@ def test_kem_in_nnx():
         assert outputs[name].shape == value.shape
 
 
-# ---- memory -------------------------------------------------------------------------------------------------------
+# ---- memory --------------------------------------------------------------------------------------------------------
 
 
 def largest_array(function, *args):

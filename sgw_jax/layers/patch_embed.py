@@ -37,7 +37,7 @@ class ConvStem(nn.Module):
         maps, x = {}, image
         for step in range(1, steps + 1):
             x = nn.Conv(max(self.width >> (steps - step), 16), (3, 3), 2, dtype=self.dtype, name=f"conv{step}")(x)
-            x = nn.gelu(nn.LayerNorm(dtype=self.dtype, name=f"norm{step}")(x), approximate=False)
+            x = nn.relu(nn.LayerNorm(dtype=self.dtype, name=f"norm{step}")(x))
             maps[2**step] = x
         tokens = nn.Conv(self.width, (1, 1), dtype=self.dtype, name="projection")(maps.pop(self.patch_size))
         return tokens, maps

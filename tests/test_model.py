@@ -1,0 +1,146 @@
+"""The whole network: what it returns, how tasks hang together, and that users can bring their own parts."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sgw_jax.backbones.vit import ViT
+from sgw_jax.interactions import KEM, NoInteraction
+from sgw_jax.model import PRELIMINARY, MultiTaskModel
+from sgw_jax.tasks import TASKS, Depth, Normals, SemSeg, Task
+from sgw_jax.tasks.base import count
+
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+ALL = tuple(kind() for kind in TASKS.values())
+SIZE = (32, 64)
+
+
+def make_model(tasks=ALL, interaction=None, **options):
+    dtype = options.get("dtype", jnp.float32)
+    backbone = ViT(width=8, depth=4, num_heads=2, mlp_ratio=2.0, image_size=SIZE, dtype=dtype)
+    return MultiTaskModel(tasks, backbone, interaction or KEM(3, top_k=4), channels=8, **options)
+
+
+def shapes_of(model, image=(2, *SIZE, 3), **kwargs):
+    """Predictions and variables as shapes."""
+    return jax.eval_shape(
+        lambda x: model.init_with_output(jax.random.key(0), x, **kwargs), jax.ShapeDtypeStruct(image, jnp.float32)
+    )
+
+
+@pytest.mark.parametrize("upsample", ["bilinear", "subpixel"])
+@pytest.mark.parametrize("stride", [4, 8])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_one_float32_map_per_task(upsample, stride, dtype):
+    predictions, variables = shapes_of(make_model(upsample=upsample, stride=stride, dtype=dtype), train=True)
+    assert {n: p.shape for n, p in predictions.items()} == {t.name: (2, *SIZE, t.channels) for t in ALL}
+    assert {p.dtype for p in predictions.values()} == {jnp.dtype(jnp.float32)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    stems, heads = ({f"{part}_{task.name}" for task in ALL} for part in ("stem", "head"))
+    assert set(variables["params"]) == {"backbone", "interaction"} | stems | heads
+
+
+def test_preliminary_predictions_are_for_training_only():
+    model = make_model(preliminary=True)
+    trained, _ = shapes_of(model, train=True)
+    names = {task.name for task in ALL}
+    assert set(trained) == names | {PRELIMINARY + name for name in names}
+    assert all(trained[name].shape == trained[PRELIMINARY + name].shape for name in names)
+    assert set(shapes_of(model, train=False)[0]) == names
+    assert set(shapes_of(make_model(), train=True)[0]) == names
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (make_model(tasks=()), r"tasks are \[\]"),
+        (make_model(tasks=(Depth(), Depth())), r"\['depth', 'depth'\]; give at least one, each name once"),
+        (make_model(upsample="nearest"), "upsample is 'nearest'"),
+        (make_model(stride=2), r"stride 2 is not in the pyramid, which has \[4, 8, 16, 32\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(model, message):
+    with pytest.raises(ValueError, match=message):
+        shapes_of(model)
+
+
+@pytest.mark.parametrize(("interaction", "mixes"), [(NoInteraction(), False), (KEM(3), True)])
+def test_tasks_meet_in_the_interaction_alone(interaction, mixes):
+    """Another task's stem changes a prediction through KEM and through nothing else; another's head never does."""
+    image = np.random.default_rng(0).normal(size=(1, 32, 32, 3)).astype(np.float32)
+    model = make_model((Depth(), Normals()), interaction, stride=8)
+    _, variables = shapes_of(model, image.shape)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape).astype(leaf.dtype), variables["params"])
+    depth = jit(lambda params: model.apply({"params": params}, image)["depth"])
+    for part, changes in (("stem_normals", mixes), ("head_normals", False), ("stem_depth", True), ("backbone", True)):
+        moved = {**params, part: jax.tree.map(lambda leaf: leaf + 0.1, params[part])}
+        assert np.array_equal(depth(params), depth(moved)) != changes, part
+
+
+@dataclasses.dataclass(frozen=True)
+class Albedo(Task):
+    """A task that the package does not know."""
+
+    name: str = "albedo"
+
+    @property
+    def channels(self):
+        return 2
+
+    @property
+    def target(self):
+        return {"kind": "mask", "fill": -1.0, "resample": "linear"}
+
+    @property
+    def metric(self):
+        return "mse"
+
+    @property
+    def higher_is_better(self):
+        return False
+
+    def valid(self, target):
+        return target[..., 0] >= 0
+
+    def loss_terms(self, prediction, target, statistics=None):
+        valid = self.valid(target)
+        error = jnp.sum(jnp.square(self.float32(prediction) - target), axis=-1)
+        return jnp.sum(jnp.where(valid, error, 0)), count(valid)
+
+    def metric_sums(self, prediction, target):
+        total, number = self.loss_terms(prediction, target)
+        return {"squared": total, "pixels": number}
+
+    def metric_values(self, sums):
+        return {"mse": float(sums["squared"]) / int(sums["pixels"])}
+
+    def decode(self, prediction):
+        return prediction
+
+    def draw(self, decoded, like=None):
+        return np.zeros((*decoded.shape[:2], 3), np.uint8)
+
+
+class Mean(nn.Module):
+    """An interaction that the package does not know: every task gets the mean of all."""
+
+    @nn.compact
+    def __call__(self, features):
+        mean = sum(features.values()) / len(features)
+        return {name: nn.Dense(value.shape[-1], name=name)(mean) for name, value in features.items()}
+
+
+def test_users_bring_their_own_task_and_interaction():
+    task = Albedo()
+    model = make_model((SemSeg(num_classes=3), task), Mean())
+    predictions, variables = shapes_of(model)
+    assert predictions["albedo"].shape == (2, *SIZE, 2)
+    assert set(variables["params"]["interaction"]) == {"semseg", "albedo"}
+    loss = jax.eval_shape(task.loss, predictions["albedo"], jax.ShapeDtypeStruct((2, *SIZE, 2), jnp.float32))
+    assert loss.shape == ()

@@ -1,0 +1,300 @@
+"""The report: it holds what the run found, stands alone, survives what is missing, and never trusts a name."""
+
+import html.parser
+import io
+import math
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from sgw_jax import report
+from sgw_jax.report import number, print_table, relative_gain, write_report
+
+SLOTS = 4
+NAMES = ["semseg", "depth", "mine"]
+SECTIONS = {"results", "classes", "training", "examples", "interaction", "run"}
+VOID = {"wbr", "meta", "link", "img", "col", "line", "circle", "polyline"}
+
+
+def task(name, metric, unit, higher):
+    return {"name": name, "metric": metric, "unit": unit, "higher_is_better": higher}
+
+
+def make_results():
+    """A finished run of three tasks, one of them someone's own."""
+    shares = np.full((SLOTS, 3), 1 / 3).tolist()
+    ablated = {"semseg": {"miou": 30.0}, "depth": {"rmse": 0.84}, "mine": {"score": 0.5}}
+    losses = dict.fromkeys(NAMES, 1.0)
+    return {
+        "name": "kem",
+        "step": 1200,
+        "checkpoint": "best",
+        "protocol": "exact",
+        "split": "test",
+        "tasks": [
+            task("semseg", "miou", "%", True),
+            task("depth", "rmse", "m", False),
+            task("mine", "score", "", True),
+        ],
+        "metrics": {"semseg": {"miou": 40.0, "pixel_accuracy": 81.25}, "depth": {"rmse": 0.42}, "mine": {"score": 0.5}},
+        "losses": losses,
+        "per_class": {"semseg": {"wall": 91.17, "chair": 12.0, "sofa": math.nan}},
+        "references": {
+            "constant": {
+                "semseg": {"miou": 4.0, "pixel_accuracy": 20.0},
+                "depth": {"rmse": 1.2},
+                "mine": {"score": 0.0},
+            },
+            "linear": {"semseg": {"miou": 8.0, "pixel_accuracy": 30.0}, "depth": {"rmse": 0.8}, "mine": {"score": 0.6}},
+        },
+        "delta_m": {"constant": 512.5, "linear": 143.6},
+        "diagnostics": {
+            "tasks": NAMES,
+            "images": 256,
+            "slot_diversity": 0.913,
+            "retrieve_entropy": 0.994,
+            "write_entropy": 0.52,
+            "readout_cosine": None,
+            "update_ratio": 0.31,
+            "reads": shares,
+            "writes": np.full((3, SLOTS), 1 / SLOTS).tolist(),
+            "flow": [[0.7, 0.2, 0.1], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8]],
+            "ablations": {
+                "zeroed": {"metrics": ablated, "losses": losses},
+                "swapped": {"metrics": ablated, "losses": losses},
+            },
+        },
+        "speed": {"images_per_second": 151.3, "train_seconds": 341.0},
+        "parameters": {"total": 1_234_567, "backbone": 1_000_000, "interaction": 234_567},
+        "environment": {"python": "3.12.1", "devices": "2 x cpu", "mesh": "data 2, fsdp 1"},
+        "config": {"steps": 1200, "optimizer.name": "adamw"},
+        "identity": {"steps": 1200, "data.train.version": "scenes 1"},
+    }
+
+
+def make_history(steps=50):
+    train = [
+        {"step": s, "split": "train", "loss": 10 / s, "loss/depth": 1 / s, "grad_norm": 1.0, "learning_rate": 1e-3}
+        for s in range(1, steps + 1)
+    ]
+    return [*train, {"step": steps, "split": "validation", "loss": 0.4, "loss/depth": 0.05, "depth/rmse": 0.5}]
+
+
+def make_examples(count=2, size=(24, 32), slots=2):
+    rng = np.random.default_rng(0)
+
+    def pictures():
+        return rng.integers(0, 256, (count, *size, 3), dtype=np.uint8)
+
+    maps = {name: rng.uniform(size=(count, slots, 3, 4)) / (36 * slots) for name in NAMES}
+    legends = {"semseg": [("wall", (255, 0, 128))], "depth": [("1 m", (0, 0, 0)), ("5 m", (9, 9, 9))], "mine": []}
+    return {
+        "image": pictures(),
+        "tasks": {
+            n: {"pictures": {"truth": pictures(), "prediction": pictures()}, "legend": legends[n]} for n in NAMES
+        },
+        "retrieve": {"slots": [3, 0], "maps": maps},
+    }
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would see: sections, text, images, links; fails on tags that do not nest."""
+
+    def __init__(self, source):
+        super().__init__(convert_charrefs=True)
+        self.sections, self.words, self.images, self.links, self.open = set(), [], [], [], []
+        self.feed(source)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "section":
+            self.sections.add(attributes["id"])
+        if tag == "img":
+            self.images.append(attributes)
+        self.links += [value for name, value in attrs if name in ("href", "src", "action", "data", "poster", "srcset")]
+        assert not any(name.startswith("on") for name in attributes)
+        assert tag not in ("script", "iframe", "object", "embed")
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+def written(tmp_path, results=None, examples=None, history=()):
+    path = tmp_path / "report.html"
+    write_report(path, make_results() if results is None else results, examples, history)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]  # no temporary file is left
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_page_holds_every_part_of_the_run(tmp_path):
+    page = Page(written(tmp_path, examples=make_examples(), history=make_history()))
+    assert page.sections == SECTIONS
+    shown = (
+        ("headline", "40.00", "0.420", "+400.0 %", "+47.5 %", "-16.7 %", "+143.6 %", "256 images", "step 1,200"),
+        ("all metrics", "pixel_accuracy", "81.25", "loss 1.000"),
+        ("classes", "wall", "91.2"),
+        ("diagnostics", "Slot diversity", "0.913", "0.994", "look closer", "read-out zeroed", "-25.0 %", "-100.0 %"),
+        ("heat maps", "70", "33"),
+        ("maps", "slot 3", "slot 0"),
+        ("run", "1,234,567", "3.12.1", "optimizer.name", "adamw", "data.train.version", "151.3", "6 min"),
+    )
+    for part, *texts in shown:
+        for text in texts:
+            assert text in page.text, f"{part}: {text}"
+    assert "mine" not in [title for title in page.text.split() if title == "legend"]
+
+
+def test_it_stands_alone(tmp_path):
+    source = written(tmp_path, examples=make_examples(), history=make_history())
+    page = Page(source)
+    assert all(link.startswith(("#", "data:")) for link in page.links)
+    style = re.search(r"<style>(.*?)</style>", source, re.DOTALL).group(1)
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_every_picture_says_what_it_is(tmp_path):
+    page = Page(written(tmp_path, examples=make_examples()))
+    # 2 images, with truth and prediction of 3 tasks; and for both images 2 slots x 3 tasks and the image again
+    assert len(page.images) == 2 * (1 + 2 * 3) + 2 * (1 + 2 * 3)
+    alts = [image["alt"] for image in page.images]
+    assert "depth of image 2, prediction" in alts
+    assert "where slot 3 reads the tokens of mine in image 1" in alts
+
+
+def test_what_is_missing_is_left_out(tmp_path):
+    assert Page(written(tmp_path, {})).sections == {"results"}
+    bare = {name: value for name, value in make_results().items() if name in ("tasks", "metrics")}
+    assert Page(written(tmp_path, bare)).sections == {"results"}
+    without = {**make_results(), "diagnostics": None}
+    assert Page(written(tmp_path, without, {**make_examples(), "retrieve": None})).sections == {
+        "results", "classes", "examples", "run"
+    }  # fmt: skip
+
+
+def test_numbers_that_are_not_there_are_dashes(tmp_path):
+    results = make_results()
+    results["metrics"]["depth"]["rmse"] = math.nan
+    results["references"]["linear"]["semseg"]["miou"] = None
+    results["references"]["constant"]["depth"] = {}
+    results["delta_m"] = {"constant": None, "linear": math.nan}
+    for name in ("slot_diversity", "update_ratio"):
+        results["diagnostics"][name] = math.nan
+    history = [*make_history(), {"step": 51, "split": "train", "loss": math.nan, "grad_norm": math.inf}]
+    page = Page(written(tmp_path, results, make_examples(), history))
+    assert page.sections == SECTIONS
+    assert not re.search(r"\b(nan|None|inf)\b", page.text)
+    assert report.MISSING in page.text
+    print_table(Console(file=io.StringIO()), results)
+
+
+def test_names_are_text_not_markup(tmp_path):
+    evil = '<script>alert("x")</script>'
+    results = make_results()
+    results["name"] = results["environment"]["devices"] = results["config"]["steps"] = evil
+    results["per_class"] = {evil: {evil: 1.0}}
+    results["references"][evil] = results["references"]["linear"]
+    examples = make_examples()
+    examples["tasks"][evil] = {**examples["tasks"]["mine"], "legend": [(evil, (0, 0, 0))]}
+    source = written(tmp_path, results, examples)
+    assert evil in Page(source).text
+    assert "<script" not in source
+
+
+def test_large_pictures_shrink_until_the_page_fits(tmp_path):
+    """Noise, which no compression helps."""
+    source = written(tmp_path, examples=make_examples(count=4, size=(200, 300)))
+    assert len(source) < 4_000_000
+    assert len(Page(source).images) == 4 * (1 + 2 * 3) + report.IMAGES_WITH_MAPS * (1 + 2 * 3)
+
+
+def test_an_ordinary_run_with_long_history_is_small(tmp_path):
+    assert len(written(tmp_path, history=make_history(20_000))) < 150_000
+
+
+@pytest.mark.parametrize(
+    "values", [[3.0], [2.0, 2.0], [0.0, 0.0], [-1.0, 5.0], [1e-9, 1e9], [1.0, 1e300], [5.0, 5.0 + 1e-9]], ids=str
+)
+def test_any_curve_has_its_points_inside_the_frame(values):
+    history = [{"step": i + 1, "split": "train", "loss": value} for i, value in enumerate(values)]
+    (chart,) = report.page_of({}, None, history)["curves"]
+    assert len(chart["train"]) == len(values)
+    for x, y in chart["train"]:
+        assert 0 <= x <= chart["width"]
+        assert 0 <= y <= chart["height"]
+    assert len(chart["x_ticks"]) <= 8
+    assert len(chart["y_ticks"]) <= 24
+
+
+def test_a_long_curve_is_averaged_and_a_short_one_is_not():
+    history = [{"step": s, "split": "train", "loss": float(s % 2)} for s in range(1, 3201)]
+    (chart,) = report.page_of({}, None, history)["curves"]
+    assert len(chart["train"]) == report.CURVE_POINTS
+    heights = {y for _, y in chart["train"]}
+    assert len(heights) == 1  # every interval of 20 steps holds as many zeros as ones
+
+
+def test_gains_have_the_sign_of_better():
+    assert relative_gain(3.0, 2.0, True) == 50.0
+    assert relative_gain(3.0, 2.0, False) == -50.0
+    assert math.isnan(relative_gain(3.0, 0.0, True))
+    assert math.isnan(relative_gain(math.nan, 2.0, True))
+    assert math.isnan(relative_gain(1.0, None, True))
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (41.234, "%", "41.23"),
+        (0.4567, "m", "0.457"),
+        (12.3456, "deg", "12.35"),
+        (0.0, "%", "0.00"),
+        (0.00004, "", "4.0e-05"),
+        (math.nan, "%", report.MISSING),
+        (None, "", report.MISSING),
+    ],
+)
+def test_numbers_are_rounded_by_their_unit(value, unit, text):
+    assert number(value, unit) == text
+
+
+def test_the_terminal_shows_the_headline():
+    stream = io.StringIO()
+    print_table(Console(file=stream, width=120), make_results())
+    shown = stream.getvalue()
+    for text in (
+        "semseg",
+        "miou % ↑",
+        "rmse m ↓",
+        "linear probe",
+        "constant",
+        "40.00",
+        "+400.0 %",
+        "mean gain",
+        "+143.6 %",
+    ):
+        assert text in shown
+    assert shown.index("linear probe") < shown.index("constant")
+
+
+def test_a_name_in_brackets_is_printed_as_it_is():
+    results = make_results()
+    results["name"] = results["tasks"][2]["name"] = "[red]mine[/red]"
+    stream = io.StringIO()
+    print_table(Console(file=stream, width=120), results)
+    assert stream.getvalue().count("[red]mine[/red]") == 2

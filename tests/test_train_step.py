@@ -1,0 +1,343 @@
+"""The training step: accumulation, missing labels, averages, randomness, and the same numbers on any mesh."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sgw_jax.backbones.vit import ViT
+from sgw_jax.heads import TaskStem
+from sgw_jax.interactions import KEM
+from sgw_jax.layers.drop_path import DropPath
+from sgw_jax.model import PRELIMINARY, MultiTaskModel
+from sgw_jax.multi_objective import Scalarizer
+from sgw_jax.optimizers import make_optimizer
+from sgw_jax.sharding import global_batch, make_mesh, path_name, replicated, state_sharding
+from sgw_jax.tasks import Depth, Saliency, SemSeg
+from sgw_jax.train_step import init_state, make_eval_step, make_train_step, micro_batches, task_losses
+
+EPS32 = float(np.finfo(np.float32).eps)
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+
+TASKS = (SemSeg(num_classes=3), Depth(), Saliency())
+SGD = make_optimizer(0.02, name="sgd", momentum=0.9)  # after one step its state is the first gradient itself
+ROWS, SIZE = 8, (32, 32)
+
+
+def make_model(tasks=TASKS, top_k=None, dtype=jnp.float32):
+    backbone = ViT(8, 8, 4, 2, 2.0, SIZE, dtype=dtype)
+    interaction = KEM(3, num_heads=2, top_k=top_k, etf_vertices=6, dtype=dtype)
+    return MultiTaskModel(tasks, backbone, interaction, channels=8, stride=8, dtype=dtype)
+
+
+def make_batch(seed=0):
+    """Rows with very different numbers of labels, from none to all, and of positive pixels."""
+    rng = np.random.default_rng(seed)
+    labelled = rng.random((ROWS, *SIZE)) < np.linspace(0, 1, ROWS)[:, None, None]
+    salient = rng.random((ROWS, *SIZE)) < np.linspace(0.8, 0.1, ROWS)[:, None, None]
+    return {
+        "image": rng.normal(size=(ROWS, *SIZE, 3)).astype(np.float32),
+        "semseg": np.where(labelled, rng.integers(0, 3, (ROWS, *SIZE)), 255).astype(np.int32),
+        "depth": np.where(labelled, rng.uniform(1, 2, (ROWS, *SIZE)), 0).astype(np.float32)[..., None],
+        "saliency": np.where(labelled, salient, -1).astype(np.float32)[..., None],
+    }
+
+
+@pytest.fixture(scope="module")
+def start():
+    """The state at step 0, on the host."""
+    make = functools.partial(init_state, make_model(), SGD)
+    return jax.device_get(jit(make)(make_batch()["image"]))
+
+
+@pytest.fixture(scope="module")
+def one_step():
+    """The plain step, compiled once for the tests of this file."""
+    return jit(make_train_step(make_model(), TASKS, SGD))
+
+
+def first_gradient(state):
+    """Path -> the trace of SGD after one step."""
+    (trace,) = (part.trace for part in state.opt_state if hasattr(part, "trace"))
+    return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trace)}
+
+
+def assert_gradients_close(found, expected, tolerance):
+    """Relative to the largest entry of each parameter's gradient, whose entries are sums of terms of that size; a
+    gradient below a millionth of the largest of all is itself a remainder of cancelled sums."""
+    largest = max(np.abs(g).max() for g in expected.values())
+    for name, gradient in expected.items():
+        scale = max(np.abs(gradient).max(), 1e-3 * largest)
+        np.testing.assert_allclose(found[name], gradient, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+# ---- one large batch in parts --------------------------------------------------------------------------------------
+
+
+def test_accumulation_equals_one_large_batch(start, one_step):
+    """Class balance (saliency) and counts differ between the micro-batches; only whole-batch statistics make them add
+    up. Up to float32 sums in another order: 1e-5 of a gradient's size."""
+    batch = make_batch()
+    parts = [SemSeg(num_classes=3).batch_statistics(part)["count"] for part in micro_batches(batch, 4)["semseg"]]
+    assert len({int(part) for part in parts}) == 4
+    whole_state, whole = one_step(start, batch)
+    parts_state, parts = jit(make_train_step(make_model(), TASKS, SGD, accumulate=4))(start, batch)
+    for name, value in whole.items():
+        np.testing.assert_allclose(parts[name], value, rtol=1e-5, err_msg=name)
+    assert_gradients_close(first_gradient(parts_state), first_gradient(whole_state), 1e-5)
+
+
+def test_micro_batches_take_every_kth_row():
+    rows = np.arange(8)
+    assert np.array_equal(micro_batches({"x": rows}, 4)["x"], [[0, 4], [1, 5], [2, 6], [3, 7]])
+    with pytest.raises(ValueError, match="x has 8 rows, not a multiple of 3"):
+        micro_batches({"x": rows}, 3)
+
+
+def test_losses_are_those_of_the_tasks(start, one_step):
+    """The metrics are Task.loss of the whole batch, and "loss" their weighted sum."""
+    batch = make_batch()
+    _, metrics = one_step(start, batch)
+    model = make_model()
+    predictions = jit(lambda x: model.apply(start.variables, x, train=True))(batch["image"])
+    expected = {task.name: float(task.loss(predictions[task.name], batch[task.name])) for task in TASKS}
+    for name, value in expected.items():
+        np.testing.assert_allclose(metrics[f"loss/{name}"], value, rtol=1e-5)
+    total = sum(task.weight * expected[task.name] for task in TASKS)
+    np.testing.assert_allclose(metrics["loss"], total, rtol=1e-5)
+    assert set(metrics) == {"loss", "grad_norm", "loss/semseg", "loss/depth", "loss/saliency"}
+    assert all(value.dtype == jnp.float32 and value.shape == () for value in metrics.values())
+
+
+def test_a_task_without_labels_has_no_loss_and_no_gradient(start, one_step):
+    batch = make_batch()
+    batch["depth"] = np.full_like(batch["depth"], np.nan)
+    state, metrics = one_step(start, batch)
+    assert metrics["loss/depth"] == 0
+    for name, gradient in first_gradient(state).items():
+        assert np.all(np.isfinite(gradient)), name
+        assert np.all(gradient == 0) == name.startswith("head_depth"), name
+
+
+# ---- bookkeeping, on a model that compiles in no time --------------------------------------------------------------
+
+
+class Toy(nn.Module):
+    """A linear map of the colours, behind drop path."""
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        depth = nn.Dense(1, name="head")(image)
+        return {"depth": DropPath()(depth, 0.5, train)}
+
+
+def toy(optimizer=None, **options):
+    optimizer = optimizer or optax.adam(0.1)
+    batch = {"image": make_batch()["image"], "depth": make_batch()["depth"]}
+    ema = options.get("ema_decay") is not None
+    state = init_state(Toy(), optimizer, batch["image"], ema=ema, scalarizer=options.get("scalarizer"))
+    return make_train_step(Toy(), (Depth(),), optimizer, **options), state, batch
+
+
+def test_average_of_the_parameters_and_donation():
+    """ema_t = d_t ema + (1 - d_t) params with d_t = min(d, (1 + t) / (10 + t)): the warm-up rules for t < 3 here. The
+    donated state, of which no two leaves may share memory, is gone."""
+    step, state, batch = toy(ema_decay=0.3)
+    state = jax.tree.map(jnp.array, state)
+    update = jax.jit(step, donate_argnums=0)
+    expected = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params)
+    assert state.variables["params"] is state.ema
+    for t in range(6):
+        old = state
+        state, _ = update(state, batch)
+        decay = min(0.3, (1 + t) / (10 + t))
+        params = jax.tree.map(lambda x: np.asarray(x, np.float64), state.params)
+        expected = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, expected, params)  # noqa: B023
+        assert old.params["head"]["kernel"].is_deleted()
+        assert int(state.step) == t + 1
+    assert decay == 0.3
+    for found, wanted in zip(jax.tree.leaves(state.ema), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=6 * 4 * EPS32)
+    assert not np.allclose(state.ema["head"]["kernel"], state.params["head"]["kernel"])
+
+
+def test_average_must_be_in_step_and_state():
+    step, state, batch = toy(ema_decay=0.9)
+    with pytest.raises(ValueError, match=r"ema_decay is 0.9, but the state holds no average"):
+        jax.eval_shape(step, state.replace(ema=None), batch)
+    step, state, batch = toy()
+    with pytest.raises(ValueError, match=r"ema_decay is None, but the state holds an average"):
+        jax.eval_shape(step, state.replace(ema=state.params), batch)
+
+
+def test_randomness_is_a_function_of_seed_and_step():
+    step, state, batch = toy()
+    other_seed = jax.jit(make_train_step(Toy(), (Depth(),), optax.adam(0.1), seed=1))
+    step = jax.jit(step)
+    first, again = (step(state, batch)[1]["loss"] for _ in range(2))
+    later = step(state.replace(step=jnp.int32(7)), batch)[1]["loss"]
+    resumed = step(jax.tree.map(jnp.array, jax.device_get(state.replace(step=jnp.int32(7)))), batch)[1]["loss"]
+    assert first == again
+    assert later == resumed
+    assert len({float(first), float(later), float(other_seed(state, batch)[1]["loss"])}) == 3
+
+
+def test_scalarizer_state_is_carried():
+    counting = Scalarizer(init=lambda: jnp.zeros(()), apply=lambda losses, n: (2 * jnp.sum(losses), n + 1))
+    for accumulate in (1, 2):
+        step, state, batch = toy(scalarizer=counting, accumulate=accumulate)
+        state, metrics = jax.jit(step)(state, batch)
+        np.testing.assert_allclose(metrics["loss"], 2 * metrics["loss/depth"], rtol=4 * EPS32)
+        assert state.objective == 1  # once a step, not once a micro-batch
+
+
+def test_preliminary_predictions_add_their_loss():
+    rng = np.random.default_rng(0)
+    batch = make_batch()
+    early, final = (rng.normal(size=(ROWS, *SIZE, 1)).astype(np.float32) for _ in range(2))
+    task = Depth()
+    statistics = {"depth": task.batch_statistics(batch["depth"])}
+    (both,) = task_losses((task,), {"depth": final, PRELIMINARY + "depth": early}, batch, statistics)
+    alone = [task_losses((task,), {"depth": p}, batch, statistics)[0] for p in (early, final)]
+    np.testing.assert_allclose(both, alone[0] + alone[1], rtol=4 * EPS32)
+    np.testing.assert_allclose(alone[1], task.loss(final, batch["depth"]), rtol=4 * EPS32)
+
+
+def test_eval_step_sums_add_up_over_batches_and_padding_adds_nothing():
+    task, model = Depth(), Toy()
+    _, state, batch = toy()
+    step = jax.jit(make_eval_step(model, (task,)))
+    whole = step(state.variables, batch)
+    halves = [step(state.variables, {name: value[rows] for name, value in batch.items()})
+              for rows in (slice(0, 4), slice(4, 8))]  # fmt: skip
+    added = jax.tree.map(lambda a, b: a + b, *halves)
+    padded = {"image": np.pad(batch["image"], [(0, 2), (0, 0), (0, 0), (0, 0)]),
+              "depth": np.pad(batch["depth"], [(0, 2), (0, 0), (0, 0), (0, 0)])}  # fmt: skip
+    for other in (added, step(state.variables, padded)):
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(b, a, rtol=ROWS * 1024 * EPS32, err_msg=str(path))  # a sum of that many terms
+
+
+# ---- meshes --------------------------------------------------------------------------------------------------------
+
+
+def train(model, tasks, optimizer, state, batch, mesh, steps):
+    """Losses (steps, tasks) and the first gradient, with every parameter split that can be."""
+    shardings = state_sharding(state, mesh, min_size=1)
+    update = jit(
+        make_train_step(model, tasks, optimizer), out_shardings=(shardings, replicated(mesh)), donate_argnums=0
+    )
+    losses = []
+    with jax.set_mesh(mesh):
+        state = jax.tree.map(lambda x, place: jax.device_put(jnp.array(x), place), state, shardings)
+        placed = global_batch(batch, mesh)
+        for step in range(steps):
+            state, metrics = update(state, placed)
+            losses.append([metrics[f"loss/{task.name}"] for task in tasks])
+            gradient = first_gradient(state) if step == 0 else gradient
+    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    return np.asarray(jax.device_get(losses)), gradient
+
+
+MESHES = [{"data": 8}, {"data": 2, "fsdp": 4}]
+
+
+@pytest.fixture(scope="module")
+def curve(start, one_step):
+    """30 steps on one device without any mesh: losses, and the first gradient."""
+    state, losses, batch = start, [], make_batch()
+    for step in range(30):
+        state, metrics = one_step(state, batch)
+        losses.append([metrics[f"loss/{task.name}"] for task in TASKS])
+        gradient = first_gradient(state) if step == 0 else gradient
+    return np.asarray(jax.device_get(losses)), gradient
+
+
+def test_the_loss_falls(curve):
+    losses, _ = curve
+    weights = [task.weight for task in TASKS]
+    assert losses[-1] @ weights < 0.8 * losses[0] @ weights
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_eight_devices_learn_what_one_does(start, curve, sizes):
+    """The same step on one device and eight: float32 sums in another order, 1e-5 over 20 steps of SGD."""
+    losses, gradient = train(make_model(), TASKS, SGD, start, make_batch(), make_mesh(sizes), 20)
+    np.testing.assert_allclose(losses, curve[0][:20], rtol=1e-5)
+    assert_gradients_close(gradient, curve[1], 1e-5)
+
+
+TOP_K = 5
+
+
+@jit
+def stem_outputs(variables, image):
+    return make_model().apply(variables, image, capture_intermediates=lambda module, _: isinstance(module, TaskStem))[1]
+
+
+def selection_margin(start, batch):
+    """The least difference of the k-th and the (k+1)-th score over rows, heads and slots, in float64."""
+    found = stem_outputs(start.variables, batch["image"])
+    stems = [found["intermediates"][f"stem_{task.name}"]["__call__"][0] for task in TASKS]
+    tokens = np.concatenate([np.asarray(s, np.float64).reshape(ROWS, -1, 8) for s in stems], axis=1)
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), start.params["interaction"])
+    frame = np.asarray(start.constants["interaction"]["etf"]["vertices"], np.float64)
+    tokens = np.sqrt(8) * tokens / np.linalg.norm(tokens, axis=-1, keepdims=True) @ frame
+    query = (params["slots"] @ params["retrieve"]["query"]["kernel"]).reshape(3, 2, 4)
+    key = (tokens @ params["retrieve"]["key"]["kernel"]).reshape(ROWS, -1, 2, 4)
+    scores = np.sort(np.einsum("lhd,bnhd->bhln", query, key) / 2, axis=-1)
+    return np.min(scores[..., -TOP_K] - scores[..., -TOP_K - 1])
+
+
+def test_top_k_on_eight_devices(start):
+    """One step: the numbers agree while both sides select the same tokens, which a margin far above rounding ensures.
+    After it a selection may differ, and the curves with it."""
+    batch = next(b for b in map(make_batch, range(20)) if selection_margin(start, b) > 1e-4)
+    model = make_model(top_k=TOP_K)
+    runs = [
+        train(model, TASKS, SGD, start, batch, mesh, 1)
+        for mesh in (make_mesh({"data": 1}, jax.devices()[:1]), make_mesh(MESHES[1]))
+    ]
+    np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-5)
+    assert_gradients_close(runs[1][1], runs[0][1], 1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class WideDepth(Depth):
+    """Depth whose loss keeps float64, so that a float64 program has no float32 in it."""
+
+    def float32(self, prediction):
+        return prediction
+
+
+def test_top_k_on_eight_devices_in_float64(start):
+    """With rounding far smaller than the distances between scores, the selections agree over several steps."""
+    tasks = (WideDepth("semseg"), WideDepth("depth"), WideDepth("saliency"))
+    batch = make_batch()
+    with jax.enable_x64(True):
+        wide = {"image": batch["image"].astype(np.float64)} | {
+            task.name: np.abs(np.roll(batch["depth"], i, axis=0)).astype(np.float64) for i, task in enumerate(tasks)
+        }
+        model = make_model(tasks, TOP_K, jnp.float64)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), wide["image"])
+        rng = np.random.default_rng(0)
+
+        def draw(path, leaf):
+            value = rng.normal(size=leaf.shape)
+            return value * 0.3 if path_name(path[-1:]) != "scale" else 1 + 0.1 * value
+
+        params = jax.tree_util.tree_map_with_path(draw, shapes["params"])
+        state = start.replace(params=params, opt_state=SGD.init(params))
+        runs = [
+            train(model, tasks, SGD, state, wide, mesh, 5)
+            for mesh in (make_mesh({"data": 1}, jax.devices()[:1]), make_mesh(MESHES[1]))
+        ]
+    assert runs[0][0].dtype == np.float64
+    np.testing.assert_allclose(runs[1][0], runs[0][0], rtol=1e-9)
+    assert_gradients_close(runs[1][1], runs[0][1], 1e-9)

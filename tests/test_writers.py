@@ -1,0 +1,151 @@
+"""metrics.jsonl: what is on disk after crashes and resumptions; TensorBoard events; the progress report's speed."""
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+from tensorboardX.proto import event_pb2
+
+from sgw_jax import writers
+from sgw_jax.writers import MetricsWriter, TrainProgress, read_metrics, write_atomically
+
+
+def write_steps(workdir, steps, resume_step=0):
+    writer = MetricsWriter(workdir, resume_step=resume_step)
+    for step in steps:
+        writer.write(step, "train", {"loss": 1.0 / step})
+    writer.close()
+
+
+def steps_in(workdir):
+    return [line["step"] for line in read_metrics(workdir / "metrics.jsonl")]
+
+
+def test_lines_come_back_as_written(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, "train", {"loss": 0.1})
+    writer.write(1, "validation", {"depth/rmse": 1 / 3})
+    writer.close()
+    expected = [{"step": 1, "split": "train", "loss": 0.1}, {"step": 1, "split": "validation", "depth/rmse": 1 / 3}]
+    assert read_metrics(tmp_path / "metrics.jsonl") == expected
+
+
+def test_flush_puts_lines_on_disk_before_close(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(1, "train", {"loss": 0.1})
+    writer.flush()
+    assert steps_in(tmp_path) == [1]
+    writer.close()
+
+
+def test_resuming_drops_later_lines_and_no_others(tmp_path):
+    write_steps(tmp_path, range(1, 6))
+    before = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    write_steps(tmp_path, range(4, 7), resume_step=3)
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:5] == before
+
+
+@pytest.mark.parametrize("cut", ['{"step": 4, "spl', "{", '{"step": 4, "split": "train", "loss": 0.25}', "\xc3"])
+def test_a_half_written_last_line_is_dropped(tmp_path, cut):
+    write_steps(tmp_path, range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(cut.encode("latin-1"))
+    assert steps_in(tmp_path) == [1, 2, 3]
+    write_steps(tmp_path, [4], resume_step=3)
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+
+
+def test_a_new_run_starts_an_empty_file(tmp_path):
+    write_steps(tmp_path, range(1, 4))
+    write_steps(tmp_path, [])
+    assert steps_in(tmp_path) == []
+
+
+def test_lines_are_strict_json_and_nan_comes_back(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(2, "validation", {"loss": 1.0, "human_parts/miou": math.nan})
+    writer.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["human_parts/miou"] is None
+    assert math.isnan(read_metrics(tmp_path / "metrics.jsonl")[0]["human_parts/miou"])
+    write_steps(tmp_path, [], resume_step=2)  # rewriting the file keeps it so
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\nnonsense\n{"step": 3, "split": "train"}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_an_atomic_write_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_atomically(path, "old")
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writers.os, "fsync", die)
+        with pytest.raises(KeyboardInterrupt):
+            write_atomically(path, "new")
+    assert path.read_text() == "old"
+    write_atomically(path, "newer")
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]  # the leftover .tmp was used up
+    assert path.read_text() == "newer"
+
+
+def test_tensorboard_events_hold_the_scalars(tmp_path):
+    write_steps(tmp_path, [1, 2])
+    write_steps(tmp_path, [2, 3], resume_step=1)
+    runs = [scalars(file) for file in sorted((tmp_path / "tensorboard").iterdir())]
+    found = {}
+    for purge, values in runs:  # TensorBoard hides, of earlier files, what the purge step of a later one names
+        found = {step: value for step, value in found.items() if purge is None or step < purge} | values
+    assert found == pytest.approx({1: 1.0, 2: 0.5, 3: 1 / 3})
+    assert runs[-1][0] == 2
+
+
+def scalars(path):
+    """(purge step or None, {step: value of train/loss}) of one event file: records of length, crc, bytes, crc."""
+    data, position, values, purge = path.read_bytes(), 0, {}, None
+    while position < len(data):
+        length = int.from_bytes(data[position : position + 8], "little")
+        event = event_pb2.Event.FromString(data[position + 12 : position + 12 + length])
+        position += 16 + length
+        if event.HasField("session_log"):
+            purge = event.step
+        for value in event.summary.value:
+            assert value.tag == "train/loss"
+            values[event.step] = value.simple_value
+    return purge, values
+
+
+def test_speed_counts_training_alone(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
+    progress = TrainProgress(Console(file=io.StringIO()), total=100, start=0, batch_size=4)
+    with progress:
+        now[0] = 50.0  # compilation
+        progress.update(1, {"loss/depth": 1.0})
+        for step in (2, 3):
+            now[0] += 0.5
+            progress.update(step, {"loss/depth": 1.0})
+        progress.pause()
+        now[0] += 30.0  # an evaluation
+        progress.update(4, {"loss/depth": 1.0})
+        now[0] += 0.5
+        progress.update(5, {"loss/depth": 1.0})
+    assert progress.images_per_second == pytest.approx(8.0)  # 3 steps of 4 images in 1.5 s
+
+
+def test_without_a_terminal_progress_is_plain_lines():
+    console = Console(file=io.StringIO(), width=40)
+    with TrainProgress(console, total=2, start=0, batch_size=4) as progress:
+        progress.update(2, {"loss": 1.5, "loss/depth": 0.25})
+        progress.note("step 2: validation")
+    lines = console.file.getvalue().splitlines()
+    assert lines == ["step 2/2  loss 1.5  depth 0.25", "step 2: validation"]
