@@ -32,9 +32,9 @@ class Scenes:
                    picture counts as wall, a rug as floor.
       depth        float32 (H, W), metres along the camera's axis (z-depth, not ray length), in whole millimetres; 0 =
                    no reading (glass, highlights, out of range, grazing surfaces, projector shadow, random discs).
-      normals      float32 (H, W, 3), unit to 1e-4, camera frame x right, y down, z forward, z < 0. Zero where a visible
-                   surface has z >= 0, which perspective allows off the optical axis: most of the ceiling below a
-                   camera that looks down, and side walls that turn away.
+      normals      float32 (H, W, 3), unit to 1e-4, camera frame x right, y down, z forward, facing the pixel's ray.
+                   Off the optical axis that allows z > 0 (a ceiling above a camera that looks down). Zero only where
+                   rounding leaves a surface edge-on.
       edges        float32 (H, W) in {0, 1}: instance boundaries and depth discontinuities, one pixel wide, on the left
                    or upper pixel of each pair (`edges` in rooms/targets.py). A crease within an instance is no edge.
       saliency     float32 (H, W) in {0, 1}: the one attended object (`attended` in rooms/targets.py).

@@ -20,6 +20,7 @@ from sgw_jax.sharding import global_batch, replicated
 from sgw_jax.tasks.base import Task
 from sgw_jax.train_step import make_eval_step
 
+ABLATIONS = ("zeroed", "swapped")
 SHOWN_SLOTS = 5  # whose retrieve maps `collect_examples` returns
 
 Batch = Mapping[str, Any]
@@ -84,7 +85,7 @@ def diagnose(
     return {
         "tasks": [task.name for task in tasks],
         **_means(total["module"]),
-        "ablations": {name: _values(sums, tasks) for name, sums in total["ablations"].items()},
+        "ablations": {name: _values(total["ablations"][name], tasks) for name in ABLATIONS},  # jit sorts keys
     }
 
 
@@ -99,9 +100,9 @@ def _make_step(model: nn.Module, tasks: Sequence[Task], mesh: Mesh) -> Callable[
         rows = jnp.arange(batch["image"].shape[0])
         valid = rows < real
         another = jnp.where(valid, (rows - 1) % jnp.maximum(real, 1), rows)
-        ablations: dict[str, Intervention] = {"zeroed": jnp.zeros_like, "swapped": lambda readout: readout[another]}
+        changes: Sequence[Intervention] = (jnp.zeros_like, lambda readout: readout[another])
         found = {}
-        for name, change in ablations.items():
+        for name, change in zip(ABLATIONS, changes, strict=True):
             with _intervene(features, change):
                 found[name] = eval_step(variables, batch)
         layout = _layout(features)
@@ -252,7 +253,7 @@ def collect_examples(
     retrieve = None
     if is_kem:
         slots = np.argsort(-found["use"].mean(axis=0), kind="stable")[:SHOWN_SLOTS]
-        retrieve = {"slots": slots.tolist(), "maps": {name: maps[:, slots] for name, maps in found["maps"].items()}}
+        retrieve = {"slots": slots.tolist(), "maps": {t.name: found["maps"][t.name][:, slots] for t in tasks}}
     return {
         "image": found["image"],
         "tasks": {t.name: _pictures(t, found["prediction"][t.name], found["target"][t.name]) for t in tasks},

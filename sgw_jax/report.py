@@ -89,27 +89,31 @@ def write_report(path: Path, results: Values, examples: Values | None, history: 
 
 
 def print_table(console: Console, results: Values) -> None:
-    """Rows are tasks; columns are the network, the reference predictors and the gains over them."""
+    """Rows are tasks; columns are the network, and each reference predictor with the gain over it. Fits 80 columns."""
     headline = _headline(results)
-    title = f"{escape(str(results.get('name', '')))} on {escape(str(results.get('split', 'test')))}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    title = escape(f"{results.get('name', '')} on {results.get('split', 'test')}")
+    table = Table(title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("task")
-    table.add_column("metric")
+    table.add_column("metric", no_wrap=True)
     for name in headline["columns"]:
-        table.add_column(escape(name), justify="right")
-    for name in headline["gains"]:
-        table.add_column(f"vs {escape(name)}", justify="right")
+        table.add_column(escape(name.replace(" ", "\n")), justify="right", no_wrap=True)
+        if name in headline["gains"]:
+            table.add_column("gain", justify="right", no_wrap=True)
+    colours = {"good": "green", "bad": "red", "": "dim"}
     for row in headline["rows"]:
         values = [f"[bold]{cell['text']}[/bold]" if cell["best"] else cell["text"] for cell in row["values"]]
-        colours = {"good": "green", "bad": "red", "": "dim"}
         gains = [f"[{colours[cell['tone']]}]{cell['text']}[/]" for cell in row["gains"]]
         metric = " ".join(part for part in (row["metric"], row["unit"], row["arrow"]) if part)
-        table.add_row(escape(row["task"]), escape(metric), *values, *gains)
+        table.add_row(escape(row["task"]), escape(metric), values[0], *_interleaved(values[1:], gains))
     if headline["means"]:
         means = [f"[bold]{cell['text']}[/bold]" for cell in headline["means"]]
         table.add_section()
-        table.add_row("mean gain", "", *[""] * len(headline["columns"]), *means)
+        table.add_row("mean gain", "", "", *_interleaved([""] * len(means), means))
     console.print(table)
+
+
+def _interleaved(values: Sequence[str], gains: Sequence[str]) -> list[str]:
+    return [text for pair in zip(values, gains, strict=True) for text in pair]
 
 
 def page_of(results: Values, examples: Values | None, history: Sequence[Values]) -> Record:
@@ -134,14 +138,14 @@ def page_of(results: Values, examples: Values | None, history: Sequence[Values])
 
 
 def number(value: Any, unit: str = "", digits: int | None = None) -> str:
-    """A number as the page shows it: two decimals for % and degrees, else three; a dash where there is none."""
+    """A number as the page shows it: two decimals for % and degrees, else three, unless `digits` says how many; a dash
+    where there is none."""
     if value is None or not math.isfinite(value):
         return MISSING
-    if digits is None:
-        digits = 2 if unit in ("%", "deg") else 3
-    if value and abs(value) < 10.0**-digits:
-        return f"{value:.1e}"
-    return f"{value:.{digits}f}"
+    if digits is not None:
+        return f"{value:.{digits}f}"
+    digits = 2 if unit in ("%", "deg") else 3
+    return f"{value:.{digits}f}" if not value or abs(value) >= 10.0**-digits else f"{value:.1e}"
 
 
 def relative_gain(value: Any, baseline: Any, higher_is_better: bool) -> float:
@@ -159,8 +163,11 @@ def _percent(value: float) -> Record:
     """A signed change, good or bad."""
     if not math.isfinite(value):
         return {"text": MISSING, "tone": ""}
-    text = f"{value:+.1f} %"
-    return {"text": text, "tone": "" if text[1:] == "0.0 %" else "good" if value > 0 else "bad"}
+    value = round(value, 1)
+    return {
+        "text": f"{value:+.1f} %" if value else "0.0 %",
+        "tone": "" if not value else "good" if value > 0 else "bad",
+    }
 
 
 def _tasks(results: Values) -> list[Values]:
@@ -228,7 +235,8 @@ def _headline(results: Values) -> Record:
         values: list[Any] = [(source.get(task["name"]) or {}).get(task["metric"]) for source in sources.values()]
         gains = [relative_gain(values[0], baseline, task["higher_is_better"]) for baseline in values[1:]]
         known: list[float] = [value for value in values if _finite(value)]
-        best = (max if task["higher_is_better"] else min)(known) if known else None
+        apart = len(set(known)) > 1 or len(values) == 1
+        best = (max if task["higher_is_better"] else min)(known) if known and apart else None
         rows.append(
             {
                 "task": task["name"],

@@ -185,6 +185,7 @@ def test_every_number_is_its_definition_over_the_real_images_alone(plain):
     check_against_reference(found, sown_by(model, variables, batches))
     assert found["images"] == LENGTH
     assert found["tasks"] == NAMES
+    assert list(found["ablations"]) == ["zeroed", "swapped"]
     assert 0 < found["slot_diversity"] < 1
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
@@ -380,6 +381,7 @@ def dense_weights(sown, top_k):
 
 def check_maps(found, sown, top_k):
     dense, use = dense_weights(sown, top_k), sown["write_weights"].mean(axis=(0, 1, 2))
+    assert list(found["maps"]) == NAMES
     assert found["slots"] == np.argsort(-use)[:SHOWN_SLOTS].tolist()
     for position, name in enumerate(LAYOUT):
         expected = dense[:, found["slots"], position * TOKENS : (position + 1) * TOKENS]

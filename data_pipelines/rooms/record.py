@@ -57,10 +57,7 @@ def render_stored(seed: int, split: str, index: int, size: tuple[int, int]) -> d
     layout, sensor = (np.random.Generator(np.random.Philox(stream)) for stream in streams)
     fields = render(draw_scene(layout), size, SEMSEG_CLASSES, sensor)
     fields["depth"] = np.round(1000 * fields["depth"])
-    normals = np.round(32767 * fields["normals"])
-    fields["normals"] = np.where(
-        normals[..., 2:] < 0, normals, 0
-    )  # rounding may have brought z to 0: not facing any more
+    fields["normals"] = np.round(32767 * fields["normals"])
     return {name: fields[name].astype(dtype) for name, (dtype, _) in STORED.items()}
 
 

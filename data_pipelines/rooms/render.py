@@ -38,7 +38,7 @@ def render(
         "image": image,
         "semseg": label[surface],
         "depth": np.where(holes, np.float32(0), depth),
-        "normals": np.moveaxis(np.where(planes[2] < 0, planes, 0), 0, 2),
+        "normals": np.moveaxis(np.where(facing.reshape(size) > 0, planes, 0), 0, 2),
         "edges": targets.edges(instance, depth, planes, rays),
         "saliency": targets.attended(instance, image, _appeal(scene)),
         "human_parts": figures if figures.any() else np.full(size, IGNORE, np.uint8),

@@ -18,7 +18,9 @@ EPSILON = 1e-8
 
 @dataclasses.dataclass(frozen=True)
 class Normals(Task):
-    """One direction per pixel: camera frame x right, y down, z forward, so a visible surface has z < 0.
+    """One direction per pixel: camera frame x right, y down, z forward.
+
+    A visible surface faces its ray, which on the optical axis is z < 0.
 
     Target float (batch, height, width, 3), unit vectors; invalid where all-zero or not finite. The prediction is not
     normalised; with n(v) = v / sqrt(|v|^2 + 1e-8):
