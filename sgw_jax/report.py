@@ -164,10 +164,9 @@ def _percent(value: float) -> Record:
     if not math.isfinite(value):
         return {"text": MISSING, "tone": ""}
     value = round(value, 1)
-    return {
-        "text": f"{value:+.1f} %" if value else "0.0 %",
-        "tone": "" if not value else "good" if value > 0 else "bad",
-    }
+    if not value:
+        return {"text": "0.0 %", "tone": ""}
+    return {"text": f"{value:+.1f} %", "tone": "good" if value > 0 else "bad"}
 
 
 def _tasks(results: Values) -> list[Values]:

@@ -313,7 +313,9 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def test_files_become_panels_and_arrays(workdir: Path, predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
+def test_files_become_panels_and_arrays(
+    workdir: Path, predictor: Predictor, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = tmp_path / "new" / "output"
     written = predict_files(workdir, [pictures, pictures / "b.png"], output, QUIET)
     assert [path.name for path in written] == ["A.png", "b.png", "grey.png", "turned.png"]
@@ -333,6 +335,8 @@ def test_files_become_panels_and_arrays(workdir: Path, predictor: Predictor, pic
         tile = np.asarray(panel)[top : top + 320, panels.MARGIN : panels.MARGIN + 480]
         np.testing.assert_array_equal(tile[8::16, 8::16], noise(20, 30))
 
+    # Again over the same names.
+    monkeypatch.setattr(Predictor, "from_workdir", lambda *_: predictor)  # compiled already
     before = (output / "b.npz").read_bytes()
     Image.fromarray(noise(21, 30)).save(pictures / "b.png")
     predict_files(workdir, [pictures / "b.png"], output, QUIET)
@@ -340,7 +344,10 @@ def test_files_become_panels_and_arrays(workdir: Path, predictor: Predictor, pic
     assert not list(output.glob(".*"))
 
 
-def test_nothing_is_written_where_an_image_is_cut_off(workdir: Path, pictures: Path, tmp_path: Path) -> None:
+def test_nothing_is_written_where_an_image_is_cut_off(
+    workdir: Path, predictor: Predictor, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Predictor, "from_workdir", lambda *_: predictor)
     whole = (pictures / "turned.jpg").read_bytes()
     (pictures / "z_cut.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"z_cut\.jpg cannot be read: .*[Tt]runcated"):

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +20,7 @@ from sgw_jax import train as train_module
 from sgw_jax.build import build
 from sgw_jax.checkpoints import CheckpointError, Checkpoints
 from sgw_jax.evaluate import Evaluation
+from sgw_jax.layers.drop_path import DropPath
 from sgw_jax.sharding import make_mesh
 from sgw_jax.tasks import Depth
 from sgw_jax.train import (
@@ -36,7 +38,7 @@ from sgw_jax.train import (
 from sgw_jax.writers import read_metrics
 
 STEPS = 7  # no multiple of the evaluations' interval: the last step is evaluated too
-SIZE = (32, 64)
+SIZE = (8, 16)
 DEPTH = (Depth(),)
 
 
@@ -75,7 +77,20 @@ class Trusting(Depth):
         return jnp.ones(target.shape[:3], bool)
 
 
-def experiment(tasks=DEPTH, poisoned=(), train_seed=1, mesh=None, **changes):
+class Tiny(nn.Module):
+    """Stands for a network: parameters, a constant, and drop path; test_multiprocess.py has the real one."""
+
+    width: int = 4
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        scale = self.variable("constants", "scale", lambda: jnp.full((), 1.5)).value
+        features = nn.Conv(self.width, (3, 3), name="body")(image)
+        features = nn.relu(DropPath()(features, 0.3, train))
+        return {"depth": scale * nn.Conv(1, (1, 1), name="head")(features)}
+
+
+def experiment(tasks=DEPTH, poisoned=(), train_seed=1, devices=2, model=Tiny(), **changes):  # noqa: B008
     config = base.get_config()
     with config.unlocked():
         config.update(
@@ -84,14 +99,13 @@ def experiment(tasks=DEPTH, poisoned=(), train_seed=1, mesh=None, **changes):
         config.tasks = ("depth",)
         config.data.update(size=SIZE, threads=1)
         config.data.lengths.test = 0
-        config.backbones.vit.update(width=8, depth=4, num_heads=1, patch_size=8, drop_path=0.2)
-        config.interactions.kem.update(num_slots=2, top_k=3)
         config.optimizer.learning_rate = 1e-2
         config.update_from_flattened_dict(changes)
     built = build(config, "unused", tasks)
     sources = {"train": Noise(20, train_seed, poisoned), "validation": Noise(5, 2)}
     data = dataclasses.replace(built.data, sources=sources)
-    return dataclasses.replace(built, data=data, mesh=mesh or built.mesh)
+    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    return dataclasses.replace(built, data=data, mesh=mesh, model=model)
 
 
 def quiet():
@@ -237,11 +251,8 @@ def test_a_finished_run_makes_no_step(built, finished, uninterrupted, monkeypatc
 
 def test_another_mesh_gives_the_same_run_up_to_rounding(tmp_path):
     """The losses differ by the order of summation alone: relative 1e-5 is 100 float32 roundings."""
-    changes = {"interactions.kem.top_k": None, "optimizer.name": "sgd", "steps": 3}
-    alone = experiment(mesh=make_mesh({"data": 1}, jax.devices()[:1]), **changes)
-    together = experiment(**changes)
-    for built, name in ((alone, "1"), (together, "8")):
-        train(built, tmp_path / name, quiet())
+    for devices in (1, 8):
+        train(experiment(devices=devices, **{"optimizer.name": "sgd"}), tmp_path / str(devices), quiet())
     first, second = (read_metrics(tmp_path / name / "metrics.jsonl") for name in "18")
     for a, b in zip(first, second, strict=True):
         assert a["step"] == b["step"]
@@ -254,7 +265,7 @@ def test_another_mesh_gives_the_same_run_up_to_rounding(tmp_path):
         ({"seed": 1}, "seed: 0 there, 1 now"),
         ({"batch_size": 16}, "batch_size: 8 there, 16 now"),
         ({"optimizer.learning_rate": 2e-2}, "optimizer.learning_rate: 0.01 there, 0.02 now"),
-        ({"interactions.kem.top_k": None}, "interactions.kem.top_k: 3 there, None now"),
+        ({"interactions.kem.top_k": None}, "interactions.kem.top_k: 32 there, None now"),
         ({"tasks": (Depth(weight=2.0),)}, "tasks.depth"),
         ({"train_seed": 9}, "data.train.seed: 1 there, 9 now"),
     ],
@@ -270,7 +281,7 @@ def test_another_runs_directory_is_refused(finished, change, named):
 
 
 def test_what_changes_no_number_may_change(finished):
-    for change in ({"keep": 5}, {"log_every": 3}, {"data.threads": 2}, {"mesh.data": 4, "mesh.fsdp": 2}):
+    for change in ({"keep": 5}, {"log_every": 3}, {"data.threads": 2}, {"mesh.data": 1, "mesh.fsdp": 2}):
         check_start(experiment(**change), finished)
 
 
@@ -280,8 +291,18 @@ def test_checkpoints_of_unknown_origin_are_refused(built, tmp_path):
         check_start(built, tmp_path)
 
 
+class Wide(nn.Module):
+    """A network that has the body of Tiny, a head of another shape, and more."""
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        features = nn.relu(nn.Conv(4, (3, 3), name="body")(image))
+        features = nn.relu(nn.Conv(6, (1, 1), use_bias=False, name="neck")(features))
+        return {"depth": nn.Conv(1, (1, 1), name="head")(features)}
+
+
 def test_fine_tuning_takes_what_fits_and_lists_the_rest(built, finished, tmp_path):
-    wider = experiment(**{"interactions.kem.num_slots": 5, "seed": 3})
+    wider = experiment(model=Wide(), seed=3)
     console = quiet()
     state = initial_state(wider)
     fresh = jax.tree.map(np.array, state.params)
@@ -290,12 +311,14 @@ def test_fine_tuning_takes_what_fits_and_lists_the_rest(built, finished, tmp_pat
     source = restored_state(built, checkpoints, checkpoints.best_step)
     checkpoints.close()
     text = console.file.getvalue()
-    np.testing.assert_array_equal(tuned.params["interaction"]["slots"], fresh["interaction"]["slots"])
-    assert "fresh: interaction/slots (shape (2, 4) there)" in text
+    assert "Initialised 2 of 5 parameters" in text
     assert "(ema)" in text
+    assert "fresh: head/kernel (shape (1, 1, 4, 1) there)" in text
+    assert "fresh: neck/kernel (absent there)" in text
     for tree in (tuned.params, tuned.ema):
-        for name in ("backbone", "stem_depth", "head_depth"):
-            jax.tree.map(np.testing.assert_array_equal, tree[name], source.ema[name])
+        jax.tree.map(np.testing.assert_array_equal, tree["body"], source.ema["body"])
+        np.testing.assert_array_equal(tree["head"]["kernel"], fresh["head"]["kernel"])
+        np.testing.assert_array_equal(tree["neck"]["kernel"], fresh["neck"]["kernel"])
     assert int(tuned.step) == 0
     trained = train(wider, tmp_path, quiet(), init_from=finished)
     assert trained.step == STEPS
@@ -337,10 +360,10 @@ def bad_step_item(built, step):
 def test_a_state_that_is_not_finite_is_named(built):
     state = initial_state(built)
     check_finite(state, 3)
-    head = state.params["head_depth"]
+    head = state.params["head"]
     bad = jax.tree.map(lambda leaf: jax.device_put(jnp.full_like(leaf, jnp.inf), leaf.sharding), head)
-    with pytest.raises(NonFiniteError, match=r"Step 3: .* arrays of the state are not finite .*params/head_depth"):
-        check_finite(state.replace(params={**state.params, "head_depth": bad}), 3)
+    with pytest.raises(NonFiniteError, match=r"Step 3: .* arrays of the state are not finite .*params/head/"):
+        check_finite(state.replace(params={**state.params, "head": bad}), 3)
 
 
 def test_a_validation_loss_that_is_not_finite_is_named():
@@ -351,9 +374,9 @@ def test_a_validation_loss_that_is_not_finite_is_named():
 
 
 def test_a_checkpoint_of_another_model_is_an_error_that_lists_the_leaves(finished):
-    other = experiment(channels=8)
+    other = experiment(model=Tiny(8))
     checkpoints = Checkpoints(finished / "checkpoints", read_only=True)
-    with pytest.raises(CheckpointError, match=r"params/head_depth/.* in the checkpoint, .* expected"):
+    with pytest.raises(CheckpointError, match=r"params/head/kernel: \(1, 1, 4, 1\) in the checkpoint, \(1, 1, 8, 1\) expected"):
         restored_state(other, checkpoints, checkpoints.latest_step)
     checkpoints.close()
 
