@@ -16,19 +16,19 @@ def get_config(arg: str | None = None):
     config.tasks = tuple(options["tasks"].split("+"))
 
     config.augment.scale = (1.0, 1.3)
-    config.backbones.vit.update({"width": 128, "depth": 4, "num_heads": 4, "patch_size": 8, "patch_embed": "conv"})
+    config.backbones.vit.update({"width": 96, "depth": 4, "num_heads": 3, "patch_size": 8, "patch_embed": "conv"})
     config.channels = 48
     config.upsample = "subpixel"
     for name in ("kem", "skem"):
-        config.interactions[name].update({"num_heads": 2, "pre_norm": True, "task_embedding": True})
+        config.interactions[name].update({"num_heads": 2, "pre_norm": True})
     config.interactions.skem.etf_vertices = 48
     config.interactions.cross_attention.update({"num_heads": 2, "pre_norm": True})
 
-    config.steps = 1200
+    config.steps = 600
     config.batch_size = 16
     config.optimizer.update({"learning_rate": 1.5e-3, "weight_decay": 0.02, "clip_norm": 5.0})
     config.schedule.update({"name": "cosine", "warmup_steps": 60})
     config.ema_decay = 0.99
-    config.checkpoint_every = 200
-    config.eval_every = 400
+    config.checkpoint_every = 100
+    config.eval_every = 300
     return config

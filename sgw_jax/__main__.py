@@ -19,6 +19,7 @@ from data_pipelines.loader import ExampleError
 from sgw_jax.build import Experiment, build
 from sgw_jax.checkpoints import CheckpointError
 from sgw_jax.config_files import UsageError, read_config
+from sgw_jax.host_memory import keep_freed_memory
 from sgw_jax.predict import predict_files
 from sgw_jax.restore import open_run
 from sgw_jax.results import finish
@@ -47,6 +48,7 @@ EXPECTED = (UsageError, WorkdirError, CheckpointError, NonFiniteError, ExampleEr
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, joins the cluster, runs the command."""
     arguments, rest = _parser().parse_known_args(argv)
+    keep_freed_memory()
     logging.set_verbosity(logging.ERROR)  # Orbax reports every routine save as a warning
     _join_cluster()
     console = Console(quiet=jax.process_index() != 0, highlight=False)  # only the first process speaks

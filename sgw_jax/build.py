@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.folder import Folder
 from data_pipelines.loader import Batches, Source, eval_batches, train_batches
-from data_pipelines.scenes import PART_CLASSES, SEMSEG_CLASSES, Scenes
+from data_pipelines.scenes import PART_CLASSES, PART_COLOURS, SEMSEG_CLASSES, SEMSEG_COLOURS, Scenes
 from data_pipelines.transforms import Augmentation, ColourDistortion, Target
 from sgw_jax.backbones import BACKBONES
 from sgw_jax.interactions import INTERACTIONS
@@ -151,14 +151,14 @@ def build(config: ConfigDict, cache_dir: Path | str, tasks: Sequence[Task] | Non
 
 def build_tasks(config: ConfigDict) -> tuple[Task, ...]:
     """The tasks that the configuration names, with the class names of its data."""
-    scenes = config.data.source == "scenes"
+    if config.data.source == "scenes":
+        semseg = {"num_classes": len(SEMSEG_CLASSES), "class_names": SEMSEG_CLASSES, "colours": SEMSEG_COLOURS}
+        parts = {"num_classes": len(PART_CLASSES), "class_names": PART_CLASSES, "colours": PART_COLOURS}
+    else:
+        semseg, parts = {"num_classes": config.data.num_classes}, {"num_classes": config.data.num_parts}
     options: dict[str, dict[str, Any]] = {
-        "semseg": {"class_names": SEMSEG_CLASSES, "num_classes": len(SEMSEG_CLASSES)}
-        if scenes
-        else {"num_classes": config.data.num_classes},
-        "human_parts": {"class_names": PART_CLASSES, "num_classes": len(PART_CLASSES)}
-        if scenes
-        else {"num_classes": config.data.num_parts},
+        "semseg": semseg,
+        "human_parts": parts,
         "edges": {"edge_weight": config.edge_weight},
     }
     names = tuple(config.tasks)

@@ -63,7 +63,7 @@ def gather(experiment: Experiment, state: TrainState, found: Evaluation, split: 
         length=len(experiment.data.sources[split]),
     )
     return {
-        "name": experiment.config.interaction,
+        "name": f"{experiment.config.interaction} on {experiment.config.data.source}",
         "step": int(state.step),
         "protocol": experiment.config.protocol,
         "split": split,
@@ -73,6 +73,7 @@ def gather(experiment: Experiment, state: TrainState, found: Evaluation, split: 
                 "metric": task.metric,
                 "unit": task.units.get(task.metric, ""),
                 "higher_is_better": task.higher_is_better,
+                "units": task.units,
             }
             for task in experiment.tasks
         ],

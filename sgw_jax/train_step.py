@@ -48,6 +48,11 @@ def init_state(
 ) -> TrainState:
     """The state at step 0. Call it under `jax.jit` with out_shardings, so that parameters are born where they live."""
     variables = model.init({"params": jax.random.key(seed)}, image, train=True)
+    if unknown := set(variables) - {"params", "constants"}:
+        raise ValueError(
+            f"The model has collections {sorted(unknown)}; a train step carries `params` and `constants` alone. Use "
+            "layers without running state (LayerNorm or GroupNorm, not BatchNorm)."
+        )
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),

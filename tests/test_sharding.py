@@ -206,7 +206,7 @@ def test_constrain_batch_pins_rows_inside_our_mesh_alone():
 
 
 def test_constrain_batch_is_silent_inside_shard_map_and_pmap():
-    x = jnp.arange(32.0).reshape(16, 2)
+    x = jnp.arange(128.0).reshape(64, 2)  # 8 rows a device, which would divide once more
     mesh = make_mesh({"data": 2, "fsdp": 4})
     with jax.set_mesh(mesh):
         mapped = jax.shard_map(lambda y: 2 * constrain_batch(y), in_specs=P(sharding.AXES), out_specs=P(sharding.AXES))
@@ -214,4 +214,4 @@ def test_constrain_batch_is_silent_inside_shard_map_and_pmap():
         assert np.array_equal(jit(mapped)(x), 2 * x)
         assert np.array_equal(jit(constrain_batch)(x), x)
     over_devices = jax.pmap(lambda y: 2 * constrain_batch(y))
-    assert np.array_equal(over_devices(x.reshape(8, 2, 2)).reshape(16, 2), 2 * x)
+    assert np.array_equal(over_devices(x.reshape(8, 8, 2)).reshape(64, 2), 2 * x)

@@ -10,7 +10,7 @@ FILES = sorted([*ROOT.glob("sgw_jax/**/*.py"), *ROOT.glob("data_pipelines/**/*.p
 
 # A module imports only from layers below its own; within a layer, files of one family may import each other.
 LAYERS = [
-    ("sgw_jax.layers", "sgw_jax.etf", "sgw_jax.sharding", "sgw_jax.writers", "sgw_jax.config_files"),
+    ("sgw_jax.layers", "sgw_jax.etf", "sgw_jax.sharding", "sgw_jax.writers", "sgw_jax.config_files", "sgw_jax.host_memory"),
     ("sgw_jax.tasks", "sgw_jax.optimizers", "sgw_jax.multi_objective", "sgw_jax.interactions", "sgw_jax.backbones", "sgw_jax.heads"),
     ("sgw_jax.model", "sgw_jax.metrics"),
     ("sgw_jax.train_step", "sgw_jax.checkpoints", "sgw_jax.evaluate", "sgw_jax.probe", "sgw_jax.report", "sgw_jax.panels"),

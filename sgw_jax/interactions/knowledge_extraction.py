@@ -168,10 +168,6 @@ class KEM(nn.Module):
         return jnp.concatenate([jnp.broadcast_to(vector, (length, width)) for vector, length in rows])
 
     def _record(self, name: str, value: Array) -> None:
-        if not self.is_initializing():  # so that `init` returns variables alone
-            self._record(name, value)
-
-    def _record(self, name: str, value: Array) -> None:
         if not self.is_initializing():  # else `init` would return it, and a later `apply` add to it
             self.sow("diagnostics", name, value)
 

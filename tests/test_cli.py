@@ -1,0 +1,205 @@
+"""The command line: every mistake is one readable message, exit code 1, and nothing written."""
+
+import sys
+
+import jax
+import pytest
+
+from sgw_jax.__main__ import main
+from sgw_jax.config_files import UsageError, read_config
+
+
+@pytest.fixture
+def refused(tmp_path, capsys, monkeypatch):
+    """Runs the command, which must fail without having written anything, and gives its message."""
+    monkeypatch.chdir(tmp_path)
+    before, cache_dir = sorted(tmp_path.rglob("*")), jax.config.jax_compilation_cache_dir
+
+    def run(*arguments):
+        assert main([*arguments, f"--cache_dir={tmp_path / 'cache'}"]) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert "Traceback" not in err
+        assert sorted(tmp_path.rglob("*")) == before
+        return err.removeprefix("error: ")
+
+    yield run
+    jax.config.update("jax_compilation_cache_dir", cache_dir)
+
+
+def override(text):
+    return read_config("scenes", [f"--config.{text}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("steps=12", "steps", 12),
+        ("optimizer.learning_rate=3e-4", "optimizer.learning_rate", 3e-4),
+        ("optimizer.learning_rate=1", "optimizer.learning_rate", 1.0),
+        ("data.size=32,64", "data.size", (32, 64)),
+        ("data.size=(32, 64)", "data.size", (32, 64)),
+        ("augment.scale=1,1.5", "augment.scale", (1.0, 1.5)),
+        ("tasks=semseg,depth", "tasks", ("semseg", "depth")),
+        ("tasks=('depth',)", "tasks", ("depth",)),
+        ("tasks=semseg+depth", "tasks", ("semseg", "depth")),
+        ("augment.flip=False", "augment.flip", False),
+        ("augment.colour=true", "augment.colour", True),
+        ("interactions.kem.top_k=None", "interactions.kem.top_k", None),
+        ("interactions.kem.top_k=5", "interactions.kem.top_k", 5),
+        ("interactions.kem.slot_dim=8", "interactions.kem.slot_dim", 8),  # None by default
+        ("ema_decay=0.5", "ema_decay", 0.5),
+        ("optimizer.clip_norm=None", "optimizer.clip_norm", None),
+        ("data.root=/some where/a=b", "data.root", "/some where/a=b"),
+    ],
+)
+def test_keys_take_values_of_their_type(text, key, value):
+    found = override(text)
+    for part in key.split("."):
+        found = found[part]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("step=3", "no key 'step'. Did you mean --config.steps?"),
+        ("optimizer.learning_rat=3", "Did you mean --config.optimizer.learning_rate?"),
+        ("optimiser.learning_rate=3", "Did you mean --config.optimizer.learning_rate?"),
+        ("learning_rate=3", "Did you mean --config.optimizer.learning_rate?"),
+        ("interactions.kem.topk=3", "Did you mean --config.interactions.kem.top_k?"),
+        ("backbones.vit.widht=3", "Did you mean --config.backbones.vit.width?"),  # None by default
+        ("optimizer.lr=3", "That section has optimizer.b1,"),
+        ("optimizer=adamw", "It is a section; its keys are optimizer.b1,"),
+        ("steps=many", "--config.steps=many: expected a whole number; it is 1200 now"),
+        ("steps=1.5", "expected a whole number"),
+        ("steps=None", "expected a whole number"),
+        ("interactions.kem.top_k=x", "expected a whole number or None; it is 32 now"),
+        ("optimizer.learning_rate=fast", "expected a number"),
+        ("optimizer.learning_rate=nan", "expected a finite number"),
+        ("augment.flip=perhaps", "expected true or false"),
+        ("data.size=32", "expected 2 numbers with a comma between them"),
+        ("data.size=a,b", "expected a whole number"),
+    ],
+)
+def test_a_wrong_override_is_explained(text, message):
+    with pytest.raises(UsageError) as caught:
+        override(text)
+    assert message in str(caught.value)
+
+
+def test_the_last_of_several_overrides_counts_and_the_result_is_locked():
+    config = read_config("scenes", ["--config.steps=1", "--config.steps=2"])
+    assert config.steps == 2
+    with pytest.raises(AttributeError):
+        config.stepz = 3
+
+
+@pytest.mark.parametrize("name", ["scenes", "configs/scenes.py", "configs/scenes"])
+def test_a_shipped_configuration_is_found_from_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = read_config(f"{name}:interaction=none,tasks=semseg+depth")
+    assert (config.interaction, config.tasks) == ("none", ("semseg", "depth"))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("from configs import base\ndef get_config():\n  c = base.get_config()\n  c.stepz = 1\n", 'line 4.*"stepz".*"steps"'),
+        ("def get_config(:\n", "SyntaxError"),
+        ("import no_such_module\n", "line 1: ModuleNotFoundError"),
+        ("x = 1\n", "defines no get_config"),
+        ("def get_config():\n  raise RuntimeError('broken')\n", "line 2: RuntimeError: broken"),
+        ("from ml_collections import ConfigDict\ndef get_config():\n  return ConfigDict({'seed': 1})\n", "lacks the keys"),
+    ],
+)
+def test_a_configuration_file_that_fails_is_named(tmp_path, source, message):
+    file = tmp_path / "mine.py"
+    file.write_text(source)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_config(str(file))
+    assert str(file) in str(caught.value)
+    assert len(str(caught.value)) < 2000  # not the dump of everything
+
+
+def test_a_file_of_ones_own_works_from_anywhere(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from configs import base\ndef get_config():\n  c = base.get_config()\n  c.steps = 77\n  return c\n")
+    assert read_config(str(file), ["--config.batch_size=4"]).steps == 77
+    with pytest.raises(UsageError, match="takes 0 positional arguments"):
+        read_config(f"{file}:key=value")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["--config=scens"], ["no file 'scens'", "['scenes']", "Did you mean 'scenes'?"]),
+        (["--config=scenes:interation=none"], ["'interation=none'", "['interaction', 'tasks']"]),
+        (["--config=scenes", "--config.step=1"], ["Did you mean --config.steps?"]),
+        (["--config=scenes", "--config.steps", "5"], ["'--config.steps'", "--config.key=value"]),
+        (["--config=scenes", "--stepz=5"], ["'--stepz=5'"]),
+        (["--config=scenes", "extra"], ["'extra'"]),
+        (["--config=scenes:tasks=semsegg"], ["config.tasks: 'semsegg'", "Did you mean 'semseg'?"]),
+        (["--config=scenes:tasks=depth+depth"], ["each once"]),
+        (["--config=scenes:interaction=kemm"], ["config.interaction: 'kemm'", "['cross_attention', 'kem', 'none', 'skem']"]),
+        (["--config=scenes", "--config.backbone=resnet"], ["config.backbone: 'resnet'", "vit"]),
+        (["--config=scenes", "--config.dtype=float16"], ["config.dtype: 'float16'", "bfloat16"]),
+        (["--config=scenes", "--config.data.source=scene"], ["config.data.source", "Did you mean 'scenes'?"]),
+        (["--config=scenes", "--config.data.source=folder"], ["config.data.root is empty"]),
+        (["--config=scenes", "--config.mesh.fsdp=3"], ["8 devices do not divide by 3"]),
+        (["--config=scenes", "--config.mesh.data=2"], ["need 2 devices, but there are 8"]),
+        (["--config=scenes", "--config.batch_size=12"], ["batch_size 12 must divide by 8 devices"]),
+        (["--config=scenes", "--config.eval_every=300"], ["eval_every (300) must be a multiple"]),
+        (["--config=scenes", "--config.steps=0"], ["steps"]),
+        (["--config=scenes", "--config.optimizer.name=adam"], ["'adam'", "adamw"]),
+        (["--config=scenes", "--config.schedule.name=cos"], ["'cos'", "cosine"]),
+        (["--config=scenes", "--config.schedule.warmup_steps=5000"], ["warmup_steps 5000"]),
+        (["--config=scenes", "--config.data.size=60,90"], ["60 x 90", "multiples of 32"]),  # found by the model
+        (["--config=scenes", "--init_from=nowhere"], ["no checkpoints in", "nowhere"]),
+    ],
+)
+def test_train_refuses_before_it_writes(refused, arguments, messages):
+    message = refused("train", "--workdir=run", *arguments)
+    for part in messages:
+        assert part in message
+
+
+def test_evaluate_and_predict_refuse_what_they_do_not_know(refused, tmp_path):
+    assert "no checkpoints in" in refused("evaluate", "--workdir=nowhere")
+    assert "['--config.steps=3']" in refused("evaluate", "--workdir=nowhere", "--config.steps=3")
+    unknown = refused("predict", "--workdir=nowhere", "--output=pictures", "a.jpg", "--sise=3", "b.jpg")
+    assert "'--sise=3'" in unknown
+    assert "a.jpg" not in unknown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--help"], ["train", "evaluate", "predict", "--config=scenes", "--config.steps=200"]),
+        (["train", "--help"], ["--workdir", "--config", "--init_from", "--cache_dir", "--config.steps=200"]),
+        (["evaluate", "--help"], ["--split", "--checkpoint"]),
+        (["predict", "--help"], ["--output", "image files or directories"]),
+    ],
+)
+def test_help_helps(arguments, parts, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for part in parts:
+        assert part in text
+
+
+@pytest.mark.parametrize("arguments", [[], ["train", "--config=scenes"], ["evaluate", "--workdir=a", "--checkpoint=worst"]])
+def test_a_wrong_use_is_exit_code_2_as_everywhere(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_the_arguments_are_those_given_not_those_of_the_process(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pytest", "--config.steps=5"])
+    assert read_config("scenes").steps == 1200
