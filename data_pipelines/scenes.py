@@ -9,7 +9,17 @@ import numpy as np
 from data_pipelines.rooms import cache
 from data_pipelines.rooms.record import SEMSEG_CLASSES, SPLITS, VERSION, Collection, render_stored, unpack
 
-__all__ = ["LENGTHS", "PART_CLASSES", "PART_COLOURS", "SEMSEG_CLASSES", "SEMSEG_COLOURS", "SPLITS", "VERSION", "Scenes", "render_scene"]
+__all__ = [
+    "LENGTHS",
+    "PART_CLASSES",
+    "PART_COLOURS",
+    "SEMSEG_CLASSES",
+    "SEMSEG_COLOURS",
+    "SPLITS",
+    "VERSION",
+    "Scenes",
+    "render_scene",
+]
 
 LENGTHS = {"train": 2048, "validation": 256, "test": 256}
 # How to draw the classes, in their order.
@@ -17,7 +27,15 @@ SEMSEG_COLOURS = (
     (203, 199, 188), (150, 111, 72), (236, 236, 248), (92, 190, 255), (139, 69, 19), (236, 160, 36),
     (222, 60, 56), (160, 60, 196), (60, 90, 214), (36, 146, 84), (255, 236, 92), (255, 120, 180),
 )  # fmt: skip
-PART_COLOURS = ((24, 24, 28), (255, 196, 150), (214, 52, 48), (44, 168, 66), (58, 200, 206), (64, 72, 220), (220, 64, 206))
+PART_COLOURS = (
+    (24, 24, 28),
+    (255, 196, 150),
+    (214, 52, 48),
+    (44, 168, 66),
+    (58, 200, 206),
+    (64, 72, 220),
+    (220, 64, 206),
+)
 PART_CLASSES = ("background", "head", "torso", "upper arms", "lower arms", "upper legs", "lower legs")
 
 

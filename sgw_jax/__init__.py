@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-def load(workdir: str):  # noqa: ANN201
+def load(workdir: str):
     """A predictor from a finished or running training's directory; see `sgw_jax.predict.Predictor`."""
     from sgw_jax.predict import Predictor  # the command's dependencies are not needed to import the modules
 

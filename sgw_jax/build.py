@@ -113,11 +113,19 @@ class Experiment:
         """What must be equal for a run to go on: the configuration but for FREE_KEYS, and the data."""
         flat = flatten(self.config.to_dict())
         kept = {k: v for k, v in flat.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE_KEYS)}
-        return {**kept, **{f"tasks.{task.name}": task.to_dict() for task in self.tasks}, **flatten(self.data.fingerprint(), "data.")}
+        return {
+            **kept,
+            **{f"tasks.{task.name}": task.to_dict() for task in self.tasks},
+            **flatten(self.data.fingerprint(), "data."),
+        }
 
     def metadata(self) -> dict[str, Any]:
         """What prediction needs to know, as JSON: kept in every checkpoint."""
-        return {"config": self.config.to_json(), "tasks": [task.to_dict() for task in self.tasks], "identity": self.identity()}
+        return {
+            "config": self.config.to_json(),
+            "tasks": [task.to_dict() for task in self.tasks],
+            "identity": self.identity(),
+        }
 
 
 def build(config: ConfigDict, cache_dir: Path | str, tasks: Sequence[Task] | None = None) -> Experiment:
@@ -228,7 +236,9 @@ def _folder(config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path |
     root = Path(config.data.root)
     found = [split for split in SPLITS if (root / "splits" / f"{split}.txt").is_file()]
     if "train" not in found:
-        raise ValueError(f"config.data.root: {root / 'splits' / 'train.txt'} does not exist; it lists the training images.")
+        raise ValueError(
+            f"config.data.root: {root / 'splits' / 'train.txt'} does not exist; it lists the training images."
+        )
     return {split: Folder(root, split, targets) for split in found}
 
 

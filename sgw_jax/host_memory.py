@@ -20,4 +20,5 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     settings = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, ARENA_MAX: 1}
-    return all([mallopt(parameter, value) == 1 for parameter, value in settings.items()])  # noqa: C419: set them all
+    agreed = [mallopt(parameter, value) == 1 for parameter, value in settings.items()]
+    return all(agreed)

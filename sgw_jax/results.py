@@ -38,7 +38,9 @@ def finish(
     run = open_run(workdir, which)
     state = restored_state(experiment, run.checkpoints, run.step)
     with jax.set_mesh(experiment.mesh):
-        eval_step = jax.jit(make_eval_step(experiment.model, experiment.tasks), out_shardings=replicated(experiment.mesh))
+        eval_step = jax.jit(
+            make_eval_step(experiment.model, experiment.tasks), out_shardings=replicated(experiment.mesh)
+        )
         found = evaluate_split(experiment, eval_step, state.variables, split)
         results = gather(experiment, state, found, split, console) | {"checkpoint": which, "speed": speed}
         pictures = examples(experiment, state, split)
@@ -51,7 +53,9 @@ def finish(
     return results
 
 
-def gather(experiment: Experiment, state: TrainState, found: Evaluation, split: str, console: Console) -> dict[str, Any]:
+def gather(
+    experiment: Experiment, state: TrainState, found: Evaluation, split: str, console: Console
+) -> dict[str, Any]:
     """Everything about the state on one split; metrics of the reference predictors stand beside the network's."""
     references = reference_predictors(experiment, split, console)
     diagnostics = diagnose(
@@ -81,7 +85,9 @@ def gather(experiment: Experiment, state: TrainState, found: Evaluation, split: 
         "losses": found.losses,
         "per_class": found.per_class,
         "references": references,
-        "delta_m": {name: relative_gain(found.metrics, values, experiment.tasks) for name, values in references.items()},
+        "delta_m": {
+            name: relative_gain(found.metrics, values, experiment.tasks) for name, values in references.items()
+        },
         "diagnostics": diagnostics,
         "parameters": count_parameters(state.params),
         "environment": environment(experiment),
@@ -98,7 +104,9 @@ def examples(experiment: Experiment, state: TrainState, split: str) -> dict[str,
     return collect_examples(experiment.model, state.variables, batch, experiment.mesh, experiment.tasks, count)
 
 
-def reference_predictors(experiment: Experiment, split: str, console: Console) -> dict[str, dict[str, dict[str, float]]]:
+def reference_predictors(
+    experiment: Experiment, split: str, console: Console
+) -> dict[str, dict[str, dict[str, float]]]:
     """The constant predictor and the linear probe on colour and position, fitted on the training split."""
     found = {}
     for features in track(("constant", "linear"), "reference predictors", console=console, transient=True):

@@ -53,7 +53,9 @@ def test_imports_point_down(path: Path) -> None:
     ours = {name for name in imported(path) if name.split(".")[0] in ("sgw_jax", "data_pipelines", "configs")}
     if module.startswith("data_pipelines"):
         assert all(name.startswith("data_pipelines") for name in ours)
-        assert not {name for name in imported(path) if name.split(".")[0] in ("jax", "flax", "optax", "tensorflow", "torch")}
+        assert not {
+            name for name in imported(path) if name.split(".")[0] in ("jax", "flax", "optax", "tensorflow", "torch")
+        }
         return
     if module == "sgw_jax":
         return  # the public names
@@ -61,7 +63,9 @@ def test_imports_point_down(path: Path) -> None:
     for name in ours:
         if not name.startswith("sgw_jax"):
             assert name.startswith("data_pipelines")
-            assert module in ("sgw_jax.build", "sgw_jax.__main__") or name == "data_pipelines.transforms", f"{module} imports {name}"
+            assert module in ("sgw_jax.build", "sgw_jax.__main__") or name == "data_pipelines.transforms", (
+                f"{module} imports {name}"
+            )
             continue
         below, other = layer(name)
         same_family = other == family and family in FAMILIES
@@ -78,13 +82,28 @@ def test_every_file_says_what_it_is(path: Path) -> None:
 
 def test_only_build_reads_configs() -> None:
     readers = {module_name(path) for path in FILES if any("ml_collections" in name for name in imported(path))}
-    allowed = {"sgw_jax.build", "sgw_jax.config_files", "sgw_jax.restore", "sgw_jax.predict"}  # the last two carry it along
+    allowed = {
+        "sgw_jax.build",
+        "sgw_jax.config_files",
+        "sgw_jax.restore",
+        "sgw_jax.predict",
+    }  # the last two carry it along
     assert {name for name in readers if not name.startswith("configs")} <= allowed
 
 
 def test_public_names() -> None:
     import sgw_jax
 
-    for name in ("KEM", "CrossTaskAttention", "SimplexETF", "simplex_etf", "MultiTaskModel", "Task", "TASKS", "delta_m", "load"):
+    for name in (
+        "KEM",
+        "CrossTaskAttention",
+        "SimplexETF",
+        "simplex_etf",
+        "MultiTaskModel",
+        "Task",
+        "TASKS",
+        "delta_m",
+        "load",
+    ):
         assert hasattr(sgw_jax, name)
     assert all(hasattr(sgw_jax, name) for name in sgw_jax.__all__)

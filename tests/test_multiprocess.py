@@ -1,0 +1,211 @@
+"""The command as processes of its own: killed for good, in pairs, interrupted; what it computes stays the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sgw_jax.checkpoints import Checkpoints
+from sgw_jax.writers import read_metrics
+
+pytestmark = pytest.mark.multiprocess
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+STEPS = 12
+TINY = (
+    "--config=scenes:tasks=depth",
+    "--config.data.size=32,64",
+    "--config.data.lengths.train=32",
+    "--config.data.lengths.test=0",
+    "--config.backbones.vit.width=8",
+    "--config.backbones.vit.num_heads=1",
+    "--config.channels=4",
+    "--config.interactions.kem.num_slots=2",
+    "--config.interactions.kem.top_k=None",
+    "--config.optimizer.name=sgd",
+    "--config.optimizer.learning_rate=1e-3",
+    "--config.batch_size=8",
+    f"--config.steps={STEPS}",
+    "--config.schedule.warmup_steps=2",
+    "--config.checkpoint_every=2",
+    "--config.eval_every=4",
+    "--config.log_every=1",
+)
+ALONE = (sys.executable, "-m", "sgw_jax")
+PAIR = (sys.executable, str(REPOSITORY / "launch" / "local_cluster.py"), "--processes=2", "--devices-per-process=4", "--")
+TIMEOUT = 240
+
+
+class Command:
+    """The command, on one set of scenes and compiled programs."""
+
+    def __init__(self, cache_dir):
+        self.cache_dir = cache_dir
+
+    def start(self, program, workdir, *more, devices=8, validation=0):
+        # Little optimisation: compiling takes most of the time of such small runs.
+        flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+        arguments = (*TINY, f"--config.data.lengths.validation={validation}", *more)
+        return subprocess.Popen(
+            [*program, "train", *arguments, f"--workdir={workdir}", f"--cache_dir={self.cache_dir}"],
+            cwd=REPOSITORY,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self, process, code=0):
+        output, _ = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == code, output
+        return output
+
+    def run(self, *arguments, **options):
+        return self.finish(self.start(*arguments, **options))
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    return Command(tmp_path_factory.mktemp("cache"))
+
+
+def wait_for(process, condition):
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def saved(workdir, step):
+    return lambda: (workdir / "checkpoints" / str(step)).is_dir()
+
+
+def saving(workdir):
+    return lambda: any((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp"))
+
+
+def outcome(workdir):
+    """Metrics, which checkpoints are best and last, and all their numbers."""
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    best, last = checkpoints.best_step, checkpoints.latest_step
+    states = {}
+    for step in {best, last} - {None}:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        tree = checkpoints._manager.item_metadata(step)["state"].tree  # all of it, whatever the model
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)
+        states[step] = [np.array(leaf).tobytes() for leaf in jax.tree.leaves(checkpoints.restore_variables(abstract, step))]
+    checkpoints.close()
+    return (workdir / "metrics.jsonl").read_bytes(), best, last, states
+
+
+def children(process):
+    """The processes that the launcher started, in order."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_run_killed_again_and_again_goes_on_bit_by_bit(command, tmp_path):
+    reference, killed = tmp_path / "reference", tmp_path / "killed"
+    for condition in (saving(killed), saved(killed, 4), saving(killed)):
+        process = command.start(ALONE, killed, validation=12)
+        wait_for(process, condition)
+        process.kill()
+        process.communicate()
+    assert "Resuming" in command.run(ALONE, killed, validation=12)
+    command.run(ALONE, reference, validation=12)
+    assert outcome(killed) == outcome(reference)
+    assert not [path for path in killed.rglob("*") if path.name.endswith("tmp")]
+    train = [line["step"] for line in read_metrics(killed / "metrics.jsonl") if line["split"] == "train"]
+    assert train == list(range(1, STEPS + 1))
+    assert (killed / "report_validation.html").exists()
+
+    changed = {path: path.stat().st_mtime_ns for path in killed.glob("checkpoints/*")}
+    results = (killed / "results_validation.json").read_bytes()
+    (killed / "results_validation.json").unlink()
+    assert f"Resuming {killed} at step {STEPS}" in command.run(ALONE, killed, validation=12)  # evaluates again
+    assert changed == {path: path.stat().st_mtime_ns for path in killed.glob("checkpoints/*")}
+    assert len((killed / "results_validation.json").read_bytes()) > len(results) // 2
+
+
+def test_two_processes_are_one_run(command, tmp_path):
+    """2 x 4 devices against 1 x 8 and 1 x 1: the sums' order differs, so losses agree to 1e-5, 100 float32 roundings.
+
+    The validation split, 12 images, does not divide into batches of 8.
+    """
+    command.run(PAIR, tmp_path / "2x4", validation=12)
+    for devices in (8, 1):
+        command.run(ALONE, tmp_path / f"1x{devices}", devices=devices, validation=12)
+    pair = read_metrics(tmp_path / "2x4" / "metrics.jsonl")
+    for name in ("1x8", "1x1"):
+        lines = read_metrics(tmp_path / name / "metrics.jsonl")
+        for line, other in zip(pair, lines, strict=True):
+            assert line.keys() == other.keys()
+            assert (line["step"], line["split"]) == (other["step"], other["split"])
+            assert line["loss/depth"] == pytest.approx(other["loss/depth"], rel=1e-5), (name, line["step"])
+            if line["split"] == "validation":
+                assert line["depth/rmse"] == pytest.approx(other["depth/rmse"], rel=1e-5)
+
+
+def test_a_pair_that_is_told_to_stop_saves_one_step_and_goes_on_bit_by_bit(command, tmp_path):
+    reference, stopped = tmp_path / "reference", tmp_path / "stopped"
+    command.run(PAIR, reference)
+
+    process = command.start(PAIR, stopped)  # the scheduler's notice, to one of the two
+    wait_for(process, saved(stopped, 2))
+    os.kill(children(process)[1], signal.SIGTERM)
+    assert "Stopped by SIGTERM; saved at step" in command.finish(process, code=128 + signal.SIGTERM)
+
+    process = command.start(PAIR, stopped)  # Ctrl-C at the launcher
+    wait_for(process, saved(stopped, 8))
+    process.send_signal(signal.SIGINT)
+    assert "Stopped by SIGTERM; saved at step" in command.finish(process, code=128 + signal.SIGINT)
+
+    command.run(PAIR, stopped)
+    assert outcome(stopped) == outcome(reference)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_pair_ends_when_one_dies(command, tmp_path, victim):
+    process = command.start(PAIR, tmp_path / "run", "--config.steps=100000", "--config.checkpoint_every=100000")
+    try:
+        wait_for(process, lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+        pair = children(process)
+        os.kill(pair[victim], signal.SIGKILL)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGKILL
+    assert f"process {victim} was ended by SIGKILL" in output
+    assert not any(alive(pid) for pid in pair)
+
+
+def test_a_killed_launcher_leaves_no_process_behind(command, tmp_path):
+    process = command.start(PAIR, tmp_path / "run")
+    wait_for(process, lambda: len(children(process)) == 2)
+    pair = children(process)
+    process.kill()
+    process.communicate(timeout=30)
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in pair):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_an_error_of_all_is_shown_once_and_ends_them(command, tmp_path):
+    output = command.finish(command.start(PAIR, tmp_path / "run", "--config.batch_size=9"), code=1)
+    assert "error: batch_size 9 must divide by 8 devices" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run").exists()
