@@ -80,6 +80,7 @@ def _environment(address: str, processes: int, index: int, devices: int) -> dict
 
 def _start(command: Sequence[str], environment: dict[str, str], log: IO[str] | None) -> subprocess.Popen:
     """In a session of its own, so that a terminal's Ctrl-C reaches this launcher alone, which then asks all to stop."""
+    launcher = os.getpid()
     return subprocess.Popen(
         [sys.executable, "-m", "sgw_jax", *command],
         env=environment,
@@ -87,14 +88,16 @@ def _start(command: Sequence[str], environment: dict[str, str], log: IO[str] | N
         stdout=log,
         stderr=log,
         start_new_session=True,
-        preexec_fn=_die_with_launcher if sys.platform == "linux" else None,
+        preexec_fn=(lambda: _die_with(launcher)) if sys.platform == "linux" else None,
     )
 
 
-def _die_with_launcher() -> None:
+def _die_with(launcher: int) -> None:
     """Processes that outlive a killed launcher would go on writing into the working directory of its successor."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before it could be watched
+        os._exit(1)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,6 @@
 """The report of a run: one HTML page that needs nothing beside it, and the headline as a table in the terminal."""
 
-import base64
 import importlib.resources
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,20 +9,18 @@ from typing import Any
 import jinja2
 import numpy as np
 import rich.box
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sgw_jax.album import Album, overlay
+from sgw_jax.charts import finite, loss_curves
 from sgw_jax.writers import write_atomically
 
 MISSING = "–"
 REFERENCES = {"linear": "linear probe", "constant": "constant"}  # known references, in the order of the columns
 ABLATIONS = {"zeroed": "read-out zeroed", "swapped": "read-out of another image"}
-PICTURE_BYTES = 2_900_000  # of all pictures as base64, so that the page stays below 4 MB
-PICTURE_SIZE = 512  # largest longer side of a picture
 IMAGES_WITH_MAPS = 2
-CURVE_POINTS = 160  # a training curve is averaged over this many intervals of steps
 
 Values = Mapping[str, Any]
 Record = dict[str, Any]
@@ -118,7 +114,7 @@ def _interleaved(values: Sequence[str], gains: Sequence[str]) -> list[str]:
 
 def page_of(results: Values, examples: Values | None, history: Sequence[Values]) -> Record:
     """Everything that the template shows, as text, numbers in [0, 1] and points; no formatting is left to it."""
-    album = _Album()
+    album = Album()
     found = results.get("diagnostics")
     page: Record = {
         "title": str(results.get("name") or "run"),
@@ -127,7 +123,7 @@ def page_of(results: Values, examples: Values | None, history: Sequence[Values])
         "headline": _headline(results),
         "metrics": _all_metrics(results),
         "classes": _classes(results),
-        "curves": _curves(results, history),
+        "curves": loss_curves([task["name"] for task in _tasks(results)], history),
         "examples": _examples(examples, album),
         "interaction": _interaction(results, found, examples, album) if found else None,
         "facts": _facts(results),
@@ -150,13 +146,9 @@ def number(value: Any, unit: str = "", digits: int | None = None) -> str:
 
 def relative_gain(value: Any, baseline: Any, higher_is_better: bool) -> float:
     """100 (M - B) / B, negated where lower is better: one term of delta_m. NaN where it is not defined."""
-    if not _finite(value) or not _finite(baseline) or baseline == 0:
+    if not finite(value) or not finite(baseline) or baseline == 0:
         return math.nan
     return 100 * (1 if higher_is_better else -1) * (value - baseline) / baseline
-
-
-def _finite(value: Any) -> bool:
-    return value is not None and math.isfinite(value)
 
 
 def _percent(value: float) -> Record:
@@ -233,7 +225,7 @@ def _headline(results: Values) -> Record:
     for task in _tasks(results):
         values: list[Any] = [(source.get(task["name"]) or {}).get(task["metric"]) for source in sources.values()]
         gains = [relative_gain(values[0], baseline, task["higher_is_better"]) for baseline in values[1:]]
-        known: list[float] = [value for value in values if _finite(value)]
+        known: list[float] = [value for value in values if finite(value)]
         apart = len(set(known)) > 1 or len(values) == 1
         best = (max if task["higher_is_better"] else min)(known) if known and apart else None
         rows.append(
@@ -244,14 +236,14 @@ def _headline(results: Values) -> Record:
                 "arrow": "↑" if task["higher_is_better"] else "↓",
                 "direction": "higher is better" if task["higher_is_better"] else "lower is better",
                 "values": [
-                    {"text": number(value, task.get("unit", "")), "best": _finite(value) and value == best}
+                    {"text": number(value, task.get("unit", "")), "best": finite(value) and value == best}
                     for value in values
                 ],
                 "gains": [_percent(gain) for gain in gains],
             }
         )
     deltas = {REFERENCES.get(name, name): value for name, value in (results.get("delta_m") or {}).items()}
-    means = [_percent(deltas[name] if _finite(deltas.get(name)) else math.nan) for name in references]
+    means = [_percent(deltas[name] if finite(deltas.get(name)) else math.nan) for name in references]
     return {"columns": list(sources), "gains": list(references), "rows": rows, "means": means if deltas else []}
 
 
@@ -280,7 +272,7 @@ def _classes(results: Values) -> list[Record]:
         {
             "task": task,
             "rows": [
-                {"name": name, "text": number(iou, "%", 1), "width": max(0.0, min(iou, 100)) if _finite(iou) else 0.0}
+                {"name": name, "text": number(iou, "%", 1), "width": max(0.0, min(iou, 100)) if finite(iou) else 0.0}
                 for name, iou in values.items()
             ],
         }
@@ -309,127 +301,10 @@ def _configuration(results: Values) -> list[Record]:
     return [{"title": title, "rows": [(k, str(v)) for k, v in sorted(t.items())]} for title, t in tables if t]
 
 
-# --- curves ---------------------------------------------------------------------------------------------------------
-
-PLOT = {"width": 340.0, "height": 190.0, "left": 44.0, "right": 8.0, "top": 10.0, "bottom": 24.0}
-
-
-def _curves(results: Values, history: Sequence[Values]) -> list[Record]:
-    """A small chart for every loss, the gradient's norm and the learning rate."""
-    names = {"loss": "all tasks, weighted"} | {f"loss/{task['name']}": task["name"] for task in _tasks(results)}
-    names |= {"grad_norm": "gradient norm", "learning_rate": "learning rate"}
-    charts = []
-    for key, title in names.items():
-        train, validation = _binned(_series(history, "train", key)), _series(history, "validation", key)
-        if train or validation:
-            charts.append({"title": title, **_chart(train, validation)})
-    return charts
-
-
-def _series(history: Sequence[Values], split: str, key: str) -> list[tuple[float, float]]:
-    return [(line["step"], line[key]) for line in history if line["split"] == split and _finite(line.get(key))]
-
-
-def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Means over equal numbers of neighbouring points, where there are too many to draw."""
-    if len(points) <= CURVE_POINTS:
-        return points
-    means = [np.mean(part, axis=0) for part in np.array_split(np.asarray(points), CURVE_POINTS)]
-    return [(float(step), float(value)) for step, value in means]
-
-
-def _chart(train: Sequence[tuple[float, float]], validation: Sequence[tuple[float, float]]) -> Record:
-    """Points and ticks in the units of the drawing; the vertical axis is logarithmic where the values span decades."""
-    everything = [*train, *validation]
-    steps, values = [p[0] for p in everything], [p[1] for p in everything]
-    low, high = min(values), max(values)
-    logarithmic = low > 0 and high / low > 10
-    scale: Callable[[float], float] = math.log10 if logarithmic else float
-    bottom, top = scale(low), scale(high)
-    margin = 0.05 * (top - bottom) or abs(top) * 0.1 or 1.0
-    bottom, top = bottom - margin, top + margin
-    last = max(steps) or 1
-    inner_width = PLOT["width"] - PLOT["left"] - PLOT["right"]
-    inner_height = PLOT["height"] - PLOT["top"] - PLOT["bottom"]
-
-    def x(step: float) -> float:
-        return round(PLOT["left"] + inner_width * step / last, 1)
-
-    def y(value: float) -> float:
-        return round(PLOT["top"] + inner_height * (top - scale(value)) / (top - bottom), 1)
-
-    ticks = _log_ticks(bottom, top) if logarithmic else _ticks(bottom, top)
-    return {
-        **PLOT,
-        "train": [(x(step), y(value)) for step, value in train],
-        "validation": [(x(step), y(value)) for step, value in validation],
-        "x_ticks": [(x(step), f"{step:,.0f}") for step in _ticks(0, last)],
-        "y_ticks": [(y(tick), f"{tick:.3g}") for tick in ticks],
-        "last": ", ".join(
-            f"{name} {points[-1][1]:.3g}" for name, points in (("train", train), ("validation", validation)) if points
-        ),
-        "logarithmic": logarithmic,
-    }
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Two to seven round numbers between low and high."""
-    rough = (high - low) / 5.5
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
-    return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between 10^low and 10^high: powers of ten, with 2 and 5 between where there is room."""
-    factors = (1, 2, 5) if high - low < 2.5 else (1,)
-    decades = range(math.floor(low), math.floor(min(high, 307)) + 1, math.ceil((high - low) / 8))
-    ticks = [factor * 10.0**decade for decade in decades for factor in factors]
-    return [tick for tick in ticks if low <= math.log10(tick) <= high]
-
-
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-class _Album:
-    """Collects pictures first and encodes them together, as large as the page allows."""
-
-    def __init__(self) -> None:
-        self._pictures: list[tuple[Image.Image, bool, Record]] = []
-
-    def add(self, pixels: np.ndarray, alt: str, photo: bool = False) -> Record:
-        """A place for the picture; its "src" is filled by `encode`. Drawn maps are shrunk without mixing colours."""
-        place = {"alt": alt, "src": "", "width": pixels.shape[1], "height": pixels.shape[0]}
-        self._pictures.append((Image.fromarray(np.ascontiguousarray(pixels)), photo, place))
-        return place
-
-    def encode(self) -> None:
-        """Fills every "src" with a data URI."""
-        size: float = PICTURE_SIZE
-        while True:
-            sources = [_data_uri(picture, photo, int(size)) for picture, photo, _ in self._pictures]
-            total = sum(map(len, sources))
-            if total <= PICTURE_BYTES:
-                break
-            if size < 16:
-                raise ValueError(f"report: {len(sources)} pictures are too many for {PICTURE_BYTES} bytes.")
-            longest = max(max(picture.size) for picture, _, _ in self._pictures)
-            size = 0.95 * min(size, longest) * math.sqrt(PICTURE_BYTES / total)  # bytes grow with the area
-        for source, (_, _, place) in zip(sources, self._pictures, strict=True):
-            place["src"] = source
-
-
-def _data_uri(picture: Image.Image, photo: bool, size: int) -> str:
-    longer = max(picture.size)
-    if longer > size:
-        width, height = (max(1, round(side * size / longer)) for side in picture.size)
-        picture = picture.resize((width, height), Image.Resampling.BOX if photo else Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _examples(examples: Values | None, album: _Album) -> Record | None:
+def _examples(examples: Values | None, album: Album) -> Record | None:
     if not examples or not len(examples["image"]):
         return None
     rows = []
@@ -454,11 +329,11 @@ def _examples(examples: Values | None, album: _Album) -> Record | None:
 # --- the interaction ------------------------------------------------------------------------------------------------
 
 
-def _interaction(results: Values, found: Values, examples: Values | None, album: _Album) -> Record:
+def _interaction(results: Values, found: Values, examples: Values | None, album: Album) -> Record:
     numbers = [
         {"name": name, "text": number(found.get(key)), "meaning": meaning, "healthy": healthy, "watch": watch}
         for key, name, meaning, healthy, alarm in DIAGNOSTICS
-        for watch in (_finite(found.get(key)) and alarm(found[key]),)
+        for watch in (finite(found.get(key)) and alarm(found[key]),)
     ]
     return {
         "numbers": numbers,
@@ -521,12 +396,12 @@ def _heat_map(
     axes: tuple[str, str],
 ) -> Record:
     """A table whose cells are shaded between 0 and the largest value."""
-    highest = max((value for row in values for value in row if _finite(value)), default=0.0) or 1.0
+    highest = max((value for row in values for value in row if finite(value)), default=0.0) or 1.0
     rows = [
         {
             "name": name,
             "cells": [
-                {"text": f"{100 * value:.0f}" if _finite(value) else MISSING, "heat": round(_heat(value, highest), 3)}
+                {"text": f"{100 * value:.0f}" if finite(value) else MISSING, "heat": round(_heat(value, highest), 3)}
                 for value in row
             ],
         }
@@ -538,10 +413,10 @@ def _heat_map(
 
 
 def _heat(value: float, highest: float) -> float:
-    return max(0.0, value / highest) if _finite(value) else 0.0
+    return max(0.0, value / highest) if finite(value) else 0.0
 
 
-def _retrieve_maps(examples: Values | None, album: _Album) -> list[Record]:
+def _retrieve_maps(examples: Values | None, album: Album) -> list[Record]:
     """Per image: a row for every shown slot, a picture for every task whose tokens it reads."""
     retrieve = (examples or {}).get("retrieve")
     if not examples or not retrieve:
@@ -556,7 +431,7 @@ def _retrieve_maps(examples: Values | None, album: _Album) -> list[Record]:
                 {
                     "share": f"{100 * values.sum():.0f} %",
                     "picture": album.add(
-                        _overlay(image, values / highest if highest > 0 else values),
+                        overlay(image, values / highest if highest > 0 else values),
                         f"where slot {slot} reads the tokens of {name} in image {i + 1}",
                         photo=True,
                     ),
@@ -567,13 +442,3 @@ def _retrieve_maps(examples: Values | None, album: _Album) -> list[Record]:
         picture = album.add(image, f"image {i + 1}", photo=True)
         shown.append({"title": f"Image {i + 1}", "image": picture, "tasks": list(retrieve["maps"]), "rows": rows})
     return shown
-
-
-def _overlay(image: np.ndarray, strength: np.ndarray) -> np.ndarray:
-    """The image, dim and grey, with the map (h, w) in [0, 1] glowing on it."""
-    height, width = image.shape[:2]
-    rows = np.arange(height) * strength.shape[0] // height
-    columns = np.arange(width) * strength.shape[1] // width
-    glow = strength[rows][:, columns, None]
-    grey = 20 + 0.42 * (image.astype(np.float64) @ [0.299, 0.587, 0.114])[..., None]
-    return np.rint((1 - glow) * grey + glow * np.array([255, 176, 46])).astype(np.uint8)

@@ -11,7 +11,10 @@ import jax
 import numpy as np
 import pytest
 
+from sgw_jax.build import build
 from sgw_jax.checkpoints import Checkpoints
+from sgw_jax.restore import open_run
+from sgw_jax.train import restored_state
 from sgw_jax.writers import read_metrics
 
 pytestmark = pytest.mark.multiprocess
@@ -38,7 +41,8 @@ TINY = (
     "--config.log_every=1",
 )
 ALONE = (sys.executable, "-m", "sgw_jax")
-PAIR = (sys.executable, str(REPOSITORY / "launch" / "local_cluster.py"), "--processes=2", "--devices-per-process=4", "--")
+LAUNCHER = str(REPOSITORY / "launch" / "local_cluster.py")
+PAIR = (sys.executable, LAUNCHER, "--processes=2", "--devices-per-process=4", "--")
 TIMEOUT = 240
 
 
@@ -95,12 +99,10 @@ def outcome(workdir):
     """Metrics, which checkpoints are best and last, and all their numbers."""
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     best, last = checkpoints.best_step, checkpoints.latest_step
-    states = {}
-    for step in {best, last} - {None}:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        tree = checkpoints._manager.item_metadata(step)["state"].tree  # all of it, whatever the model
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), tree)
-        states[step] = [np.array(leaf).tobytes() for leaf in jax.tree.leaves(checkpoints.restore_variables(abstract, step))]
+    experiment = build(open_run(workdir).config, workdir / "unused")
+    steps = {best, last} - {None}
+    states = {step: jax.tree.leaves(restored_state(experiment, checkpoints, step)) for step in steps}
+    states = {step: [np.asarray(leaf).tobytes() for leaf in leaves] for step, leaves in states.items()}
     checkpoints.close()
     return (workdir / "metrics.jsonl").read_bytes(), best, last, states
 
@@ -179,7 +181,7 @@ def test_a_pair_that_is_told_to_stop_saves_one_step_and_goes_on_bit_by_bit(comma
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_pair_ends_when_one_dies(command, tmp_path, victim):
-    process = command.start(PAIR, tmp_path / "run", "--config.steps=100000", "--config.checkpoint_every=100000")
+    process = command.start(PAIR, tmp_path / "run", "--config.steps=100000")
     try:
         wait_for(process, lambda: (tmp_path / "run" / "metrics.jsonl").exists())
         pair = children(process)

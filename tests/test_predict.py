@@ -18,10 +18,11 @@ import sgw_jax
 from configs import base
 from data_pipelines.scenes import SEMSEG_CLASSES
 from data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
-from sgw_jax import panels, predict
+from sgw_jax import image_files, panels
 from sgw_jax.build import build
 from sgw_jax.checkpoints import CheckpointError
-from sgw_jax.predict import Predictor, predict_files
+from sgw_jax.image_files import predict_files
+from sgw_jax.predict import Predictor
 from sgw_jax.restore import open_run, saved_model
 from sgw_jax.tasks import TASKS, Depth, SemSeg
 from sgw_jax.train import train
@@ -289,7 +290,7 @@ def test_streams_hold_few_images(echo: Predictor) -> None:
     next(stream)
     assert pulled == echo.batch_size
     pulled = 0
-    threaded = predict.in_background(np.sum, images(), ahead=3)
+    threaded = image_files.in_background(np.sum, images(), ahead=3)
     next(threaded)
     assert pulled == 3
     threaded.close()
@@ -362,7 +363,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.webp").touch()
     Image.fromarray(np.full((5, 5), 40_000, np.uint16)).save(tmp_path / "deep.png")
     for path in tmp_path.iterdir():
-        for reader in (predict.check_file, predict.read_image):
+        for reader in (image_files.check_file, image_files.read_image):
             with pytest.raises(ValueError, match=path.name):
                 reader(path)
 
@@ -387,7 +388,7 @@ def test_inputs_that_are_not_there(workdir: Path, pictures: Path, tmp_path: Path
 
 def test_equal_stems_do_not_meet() -> None:
     files = [Path(name) for name in ("/a/x.png", "/b/x.png", "/b/X.jpg", "/b/y.png", "/c/a_x.png", "/x.bmp")]
-    assert predict.output_names(files) == ["a_x", "b_x", "b_X_2", "y", "a_x_2", "x"]
+    assert image_files.output_names(files) == ["a_x", "b_x", "b_X_2", "y", "a_x_2", "x"]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -395,7 +396,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_bytes(b"old")
 
     def fail() -> None:
-        with predict.replacing(path) as file:
+        with image_files.replacing(path) as file:
             file.write(b"half")
             raise RuntimeError("full")
 
@@ -454,8 +455,8 @@ def test_text_in_other_alphabets_is_drawn() -> None:
 
 def test_progress_in_a_pipe_is_plain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 7))
-    monkeypatch.setattr(predict, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    assert list(predict._counted(range(4), 4, "predict", Console(force_terminal=False))) == [0, 1, 2, 3]
+    monkeypatch.setattr(image_files, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert list(image_files._counted(range(4), 4, "predict", Console(force_terminal=False))) == [0, 1, 2, 3]
     lines = capsys.readouterr().out.splitlines()
     assert lines
     assert all(line.startswith("predict ") and line.endswith("/4") for line in lines)

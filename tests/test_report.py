@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sgw_jax import report
+from sgw_jax import charts, report
 from sgw_jax.report import number, print_table, relative_gain, write_report
 
 SLOTS = 4
@@ -243,7 +243,7 @@ def test_any_curve_has_its_points_inside_the_frame(values):
 def test_a_long_curve_is_averaged_and_a_short_one_is_not():
     history = [{"step": s, "split": "train", "loss": float(s % 2)} for s in range(1, 3201)]
     (chart,) = report.page_of({}, None, history)["curves"]
-    assert len(chart["train"]) == report.CURVE_POINTS
+    assert len(chart["train"]) == charts.CURVE_POINTS
     heights = {y for _, y in chart["train"]}
     assert len(heights) == 1  # every interval of 20 steps holds as many zeros as ones
 
