@@ -119,7 +119,7 @@ def _signals() -> Iterator[list[int]]:
 def _wait(processes: Sequence[subprocess.Popen], received: Sequence[int]) -> int:
     """Returns once all have ended, of themselves or because one failed; the first failure's exit code, or 0."""
     code, deadline, told = 0, float("inf"), False
-    while any(process.poll() is None for process in processes):
+    while None in [process.poll() for process in processes]:  # a list: every one of them is polled
         failed = [_exit_code(process) for process in processes if process.returncode]
         if failed and not code:
             code, deadline = failed[0], min(deadline, time.monotonic() + SECONDS_AFTER_DEATH)

@@ -17,6 +17,7 @@ from sgw_jax import probe
 from sgw_jax.build import Experiment, flatten
 from sgw_jax.diagnostics import collect_examples, diagnose
 from sgw_jax.evaluate import Evaluation
+from sgw_jax.gallery import gallery
 from sgw_jax.metrics import delta_m
 from sgw_jax.report import print_table, write_report
 from sgw_jax.restore import open_run
@@ -33,8 +34,10 @@ EXAMPLES = 4  # test images drawn in the report
 def finish(
     experiment: Experiment, workdir: Path, split: str, which: str, speed: dict[str, float], console: Console
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint on a split, prints the table and writes results.json and report.html (with the split's
-    name in theirs unless it is "test")."""
+    """Evaluates a checkpoint on a split, prints the table and writes results.json, report.html and examples.png.
+
+    The files of another split than "test" carry its name.
+    """
     run = open_run(workdir, which)
     state = restored_state(experiment, run.checkpoints, run.step)
     with jax.set_mesh(experiment.mesh):
@@ -49,6 +52,7 @@ def finish(
         suffix = "" if split == "test" else f"_{split}"
         write_atomically(workdir / f"results{suffix}.json", json.dumps(results, indent=1))
         write_report(workdir / f"report{suffix}.html", results, pictures, read_metrics(workdir / "metrics.jsonl"))
+        gallery(pictures).save(workdir / f"examples{suffix}.png")
         console.print(f"Report: {workdir / f'report{suffix}.html'}   numbers: {workdir / f'results{suffix}.json'}")
     return results
 

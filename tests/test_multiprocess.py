@@ -189,6 +189,7 @@ def test_a_pair_ends_when_one_dies(command, tmp_path, victim):
         output, _ = process.communicate(timeout=30)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == 128 + signal.SIGKILL
     assert f"process {victim} was ended by SIGKILL" in output
     assert not any(alive(pid) for pid in pair)

@@ -10,18 +10,56 @@ FILES = sorted([*ROOT.glob("sgw_jax/**/*.py"), *ROOT.glob("data_pipelines/**/*.p
 
 # A module imports only from layers below its own; within a layer, files of one family may import each other.
 LAYERS = [
-    ("sgw_jax.layers", "sgw_jax.etf", "sgw_jax.sharding", "sgw_jax.writers", "sgw_jax.config_files", "sgw_jax.host_memory",
+    (
+        "sgw_jax.layers",
+        "sgw_jax.etf",
+        "sgw_jax.sharding",
+        "sgw_jax.writers",
+        "sgw_jax.config_files",
+        "sgw_jax.host_memory",
         "sgw_jax.album",
-        "sgw_jax.charts"),
-    ("sgw_jax.tasks", "sgw_jax.optimizers", "sgw_jax.multi_objective", "sgw_jax.interactions", "sgw_jax.backbones", "sgw_jax.heads"),
-    ("sgw_jax.model", "sgw_jax.metrics"),
-    ("sgw_jax.train_step", "sgw_jax.checkpoints", "sgw_jax.evaluate", "sgw_jax.probe", "sgw_jax.report", "sgw_jax.panels"),
-    ("sgw_jax.build", "sgw_jax.diagnostics"),
-    ("sgw_jax.train", "sgw_jax.restore"),
-    ("sgw_jax.predict", "sgw_jax.results"),
-    ("sgw_jax.image_files",),
-    ("sgw_jax.__main__",),
-]  # fmt: skip
+        "sgw_jax.charts",
+    ),
+    (
+        "sgw_jax.tasks",
+        "sgw_jax.optimizers",
+        "sgw_jax.multi_objective",
+        "sgw_jax.interactions",
+        "sgw_jax.backbones",
+        "sgw_jax.heads",
+    ),
+    (
+        "sgw_jax.model",
+        "sgw_jax.metrics",
+    ),
+    (
+        "sgw_jax.train_step",
+        "sgw_jax.checkpoints",
+        "sgw_jax.evaluate",
+        "sgw_jax.probe",
+        "sgw_jax.report",
+        "sgw_jax.panels",
+    ),
+    (
+        "sgw_jax.build",
+        "sgw_jax.diagnostics",
+        "sgw_jax.gallery",
+    ),
+    (
+        "sgw_jax.train",
+        "sgw_jax.restore",
+    ),
+    (
+        "sgw_jax.predict",
+        "sgw_jax.results",
+    ),
+    (
+        "sgw_jax.image_files",
+    ),
+    (
+        "sgw_jax.__main__",
+    ),
+]
 FAMILIES = ("sgw_jax.tasks", "sgw_jax.layers", "sgw_jax.interactions", "sgw_jax.backbones", "sgw_jax.multi_objective")
 
 
