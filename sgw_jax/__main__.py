@@ -19,11 +19,13 @@ from data_pipelines.loader import ExampleError
 from sgw_jax.build import Experiment, build
 from sgw_jax.checkpoints import CheckpointError
 from sgw_jax.config_files import UsageError, read_config
+from sgw_jax.finite import NonFiniteError
 from sgw_jax.host_memory import keep_freed_memory
 from sgw_jax.image_files import predict_files
 from sgw_jax.restore import open_run
 from sgw_jax.results import finish
-from sgw_jax.train import NonFiniteError, WorkdirError, check_start, train, wait_for_all
+from sgw_jax.train import check_start, train
+from sgw_jax.workdir import WorkdirError, wait_for_all
 
 EPILOG = """\
 configuration:

@@ -22,8 +22,9 @@ from sgw_jax.metrics import delta_m
 from sgw_jax.report import print_table, write_report
 from sgw_jax.restore import open_run
 from sgw_jax.sharding import replicated
+from sgw_jax.starting_state import restored_state
 from sgw_jax.tasks.base import Task
-from sgw_jax.train import evaluate_split, restored_state
+from sgw_jax.train import evaluate_split
 from sgw_jax.train_step import TrainState, make_eval_step
 from sgw_jax.writers import read_metrics, write_atomically
 

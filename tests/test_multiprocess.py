@@ -14,7 +14,7 @@ import pytest
 from sgw_jax.build import build
 from sgw_jax.checkpoints import Checkpoints
 from sgw_jax.restore import open_run
-from sgw_jax.train import restored_state
+from sgw_jax.starting_state import restored_state
 from sgw_jax.writers import read_metrics
 
 pytestmark = pytest.mark.multiprocess

@@ -20,21 +20,14 @@ from sgw_jax import train as train_module
 from sgw_jax.build import build
 from sgw_jax.checkpoints import CheckpointError, Checkpoints
 from sgw_jax.evaluate import Evaluation
+from sgw_jax.fine_tuning import fine_tuning_start
+from sgw_jax.finite import NonFiniteError, check_finite, check_finite_losses
 from sgw_jax.layers.drop_path import DropPath
 from sgw_jax.sharding import make_mesh
+from sgw_jax.starting_state import abstract_state, initial_state, restored_state
 from sgw_jax.tasks import Depth
-from sgw_jax.train import (
-    NonFiniteError,
-    WorkdirError,
-    abstract_state,
-    check_finite,
-    check_finite_losses,
-    check_start,
-    claim_workdir,
-    initial_state,
-    restored_state,
-    train,
-)
+from sgw_jax.train import check_start, train
+from sgw_jax.workdir import WorkdirError, claim_workdir
 from sgw_jax.writers import read_metrics
 
 STEPS = 7  # no multiple of the evaluations' interval: the last step is evaluated too
@@ -307,7 +300,7 @@ def test_fine_tuning_takes_what_fits_and_lists_the_rest(built, finished, tmp_pat
     console = quiet()
     state = initial_state(wider)
     fresh = jax.tree.map(np.array, state.params)
-    tuned = train_module.fine_tuning_start(state, finished, console)
+    tuned = fine_tuning_start(state, finished, console)
     checkpoints = Checkpoints(finished / "checkpoints", read_only=True)
     source = restored_state(built, checkpoints, checkpoints.best_step)
     checkpoints.close()

@@ -9,56 +9,18 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted([*ROOT.glob("sgw_jax/**/*.py"), *ROOT.glob("data_pipelines/**/*.py"), *ROOT.glob("configs/*.py")])
 
 # A module imports only from layers below its own; within a layer, files of one family may import each other.
+# From the bottom up.
 LAYERS = [
-    (
-        "sgw_jax.layers",
-        "sgw_jax.etf",
-        "sgw_jax.sharding",
-        "sgw_jax.writers",
-        "sgw_jax.config_files",
-        "sgw_jax.host_memory",
-        "sgw_jax.album",
-        "sgw_jax.charts",
-    ),
-    (
-        "sgw_jax.tasks",
-        "sgw_jax.optimizers",
-        "sgw_jax.multi_objective",
-        "sgw_jax.interactions",
-        "sgw_jax.backbones",
-        "sgw_jax.heads",
-    ),
-    (
-        "sgw_jax.model",
-        "sgw_jax.metrics",
-    ),
-    (
-        "sgw_jax.train_step",
-        "sgw_jax.checkpoints",
-        "sgw_jax.evaluate",
-        "sgw_jax.probe",
-        "sgw_jax.report",
-        "sgw_jax.panels",
-    ),
-    (
-        "sgw_jax.build",
-        "sgw_jax.diagnostics",
-        "sgw_jax.gallery",
-    ),
-    (
-        "sgw_jax.train",
-        "sgw_jax.restore",
-    ),
-    (
-        "sgw_jax.predict",
-        "sgw_jax.results",
-    ),
-    (
-        "sgw_jax.image_files",
-    ),
-    (
-        "sgw_jax.__main__",
-    ),
+    "layers etf sharding writers config_files host_memory stop_signal album charts",
+    "tasks optimizers multi_objective interactions backbones heads",
+    "model metrics",
+    "train_step checkpoints evaluate probe report panels",
+    "build diagnostics gallery finite",
+    "restore workdir starting_state",
+    "fine_tuning",
+    "train predict",
+    "results image_files",
+    "__main__",
 ]
 FAMILIES = ("sgw_jax.tasks", "sgw_jax.layers", "sgw_jax.interactions", "sgw_jax.backbones", "sgw_jax.multi_objective")
 
@@ -69,7 +31,7 @@ def module_name(path: Path) -> str:
 
 def layer(module: str) -> tuple[int, str]:
     for height, names in enumerate(LAYERS):
-        for name in names:
+        for name in (f"sgw_jax.{short}" for short in names.split()):
             if module == name or module.startswith(f"{name}."):
                 return height, name
     raise AssertionError(f"{module} has no layer; give it one in LAYERS")

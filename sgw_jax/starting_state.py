@@ -1,0 +1,44 @@
+"""The train state of an experiment on its mesh: new, or from a checkpoint."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from sgw_jax.build import Experiment
+from sgw_jax.checkpoints import Checkpoints
+from sgw_jax.sharding import state_sharding
+from sgw_jax.train_step import TrainState, init_state
+
+
+def initial_state(experiment: Experiment) -> TrainState:
+    """The state at step 0, born under jit where its sharding puts it."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment))
+    with jax.set_mesh(experiment.mesh):
+        return jax.jit(_init(experiment), out_shardings=shardings)()
+
+
+def restored_state(experiment: Experiment, checkpoints: Checkpoints, step: int) -> TrainState:
+    """The whole state of a checkpoint, on the experiment's mesh."""
+    return checkpoints.restore(abstract_state(experiment), step)
+
+
+def abstract_state(experiment: Experiment) -> TrainState:
+    """Shapes, dtypes and shardings of the state without the numbers. Options that the model refuses show up here."""
+    with jax.set_mesh(experiment.mesh):
+        shapes = jax.eval_shape(_init(experiment))
+        shardings = state_sharding(shapes, experiment.mesh)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
+    )
+
+
+def _init(experiment: Experiment) -> Callable[[], TrainState]:
+    return lambda: init_state(
+        experiment.model,
+        experiment.optimizer,
+        jnp.zeros((experiment.settings.batch_size, *experiment.size, 3), jnp.float32),
+        seed=experiment.settings.seed,
+        ema=experiment.settings.ema_decay is not None,
+        scalarizer=experiment.scalarizer,
+    )

@@ -1,0 +1,54 @@
+"""The working directory: which run it belongs to."""
+
+import json
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from sgw_jax.build import Experiment, differences
+from sgw_jax.writers import write_atomically
+
+IDENTITY = "run.json"
+
+
+class WorkdirError(RuntimeError):
+    """The working directory belongs to another run."""
+
+
+def check_workdir(workdir: Path, experiment: Experiment) -> None:
+    """Compares what this run is with what the directory holds, if anything.
+
+    Raises:
+      WorkdirError: another configuration, seed, batch size, task or data set; it lists the keys that differ.
+    """
+    path = workdir / IDENTITY
+    if path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        lines = list(differences(there, json.loads(json.dumps(experiment.identity()))))
+        if lines:
+            raise WorkdirError(
+                f"{workdir} holds a run that differs from this one:\n  " + "\n  ".join(lines) + "\n"
+                "Use another --workdir, or the configuration of that run to go on with it (to fine-tune: --init_from)."
+            )
+    elif (workdir / "checkpoints").exists() and any((workdir / "checkpoints").iterdir()):
+        raise WorkdirError(f"{workdir} has checkpoints but no {IDENTITY}; use another --workdir.")
+
+
+def claim_workdir(workdir: Path, experiment: Experiment) -> None:
+    """Writes what this run is into the directory, unless it is there and equal (see `check_workdir`)."""
+    path = workdir / IDENTITY
+    check_workdir(workdir, experiment)
+    wait_for_all("workdir checked")  # every process reads before the first one writes
+    if jax.process_index() == 0 and not path.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(experiment.identity(), indent=1))
+    wait_for_all("workdir claimed")
+    if not path.exists():
+        raise WorkdirError(f"Process {jax.process_index()} does not see {path}: all processes must share --workdir.")
+
+
+def wait_for_all(what: str) -> None:
+    """Returns once every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
