@@ -15,6 +15,7 @@ def get_config(arg: str | None = None):
     config.interaction = options["interaction"]
     config.tasks = tuple(options["tasks"].split("+"))
 
+    config.data.lengths.validation = 128
     config.augment.colour = False  # six passes over the data are too few to need more than the flip
     config.backbones.vit.update({"width": 96, "depth": 4, "num_heads": 3, "patch_size": 8, "patch_embed": "conv"})
     config.channels = 32
@@ -29,11 +30,11 @@ def get_config(arg: str | None = None):
         {"semseg": 4.0, "depth": 8.0, "normals": 5.0, "edges": 20.0, "saliency": 3.0, "human_parts": 20.0}
     )
 
-    config.steps = 1400
+    config.steps = 1600
     config.batch_size = 8
     config.optimizer.update({"learning_rate": 1.5e-3, "weight_decay": 0.02, "clip_norm": 5.0})
     config.schedule.update({"name": "cosine", "warmup_steps": 60})
     config.ema_decay = 0.99
-    config.checkpoint_every = 350
-    config.eval_every = 350
+    config.checkpoint_every = 400
+    config.eval_every = 800
     return config
