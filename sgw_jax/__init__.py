@@ -1,5 +1,8 @@
 """sgw_jax: one network, many dense vision tasks, with shared-workspace interactions (KEM, sKEM), in JAX and Flax."""
 
+from pathlib import Path
+from typing import Any
+
 from sgw_jax.etf import SimplexETF, simplex_etf
 from sgw_jax.interactions import INTERACTIONS, KEM, CrossTaskAttention
 from sgw_jax.metrics import delta_m
@@ -25,8 +28,8 @@ __all__ = [
 ]
 
 
-def load(workdir: str):
-    """A predictor from a finished or running training's directory; see `sgw_jax.predict.Predictor`."""
-    from sgw_jax.predict import Predictor  # the command's dependencies are not needed to import the modules
+def load(workdir: str | Path, which: str = "best", **options: Any) -> Any:
+    """A `sgw_jax.predict.Predictor` from the checkpoints of a finished or running training; see its `from_workdir`."""
+    from sgw_jax.predict import Predictor  # what commands need is not needed to import the modules
 
-    return Predictor.from_workdir(workdir)
+    return Predictor.from_workdir(workdir, which, **options)
