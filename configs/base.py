@@ -1,5 +1,7 @@
 """Every configuration key once, with its meaning; the other configs change values, they add no keys."""
 
+from typing import Any
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -22,20 +24,24 @@ def parse_arg(arg: str | None, **defaults: str) -> dict[str, str]:
     return values
 
 
-def get_config() -> ConfigDict:
-    """The defaults."""
-    kem = {
+def kem(etf_vertices: int | None = None) -> dict[str, Any]:
+    """The options of KEM; with ``etf_vertices`` of sKEM."""
+    return {
         "num_slots": 16,  # L
         "num_heads": 1,  # must divide channels and slot_dim
         "top_k": optional(int, 32),  # tokens a slot keeps; None = all
         "slot_dim": optional(int),  # None = channels
         "etf_for": "all",  # sKEM: project keys, queries and values ("all") or keys and queries ("selection")
-        "etf_vertices": optional(int),  # sKEM's K, at most channels + 1; None = KEM
+        "etf_vertices": optional(int, etf_vertices),  # sKEM's K, at most channels + 1; None = KEM
         "pre_norm": False,  # LayerNorm before the projections
         "task_embedding": False,  # a learned vector per task on keys and queries
         "task_gate": False,  # a learned scalar per task on what is written back
         "rounds": 1,  # retrieve-write rounds with the same weights
     }
+
+
+def get_config() -> ConfigDict:
+    """The defaults."""
     config = ConfigDict(
         {
             "seed": 0,  # initialisation, data order, augmentation, drop path
@@ -88,8 +94,8 @@ def get_config() -> ConfigDict:
             "interactions": {
                 "none": {},
                 "cross_attention": {"num_heads": 1, "query_chunk": optional(int, 1024), "pre_norm": False},
-                "kem": kem,
-                "skem": {**kem, "etf_vertices": optional(int, 64)},
+                "kem": kem(),
+                "skem": kem(etf_vertices=64),
             },
             "channels": 64,  # width of the task features
             "stride": 4,  # of the task features
@@ -111,7 +117,7 @@ def get_config() -> ConfigDict:
             },
             "schedule": {"name": "poly", "warmup_steps": 0},  # poly | cosine | constant
             "ema_decay": optional(float),  # evaluate an average of the parameters
-            # --- housekeeping: what follows may differ between a run and its resumption ----------------------------
+            # --- housekeeping -----------------------------------------------------------------------------------
             "log_every": 10,  # steps between lines of metrics.jsonl
             "checkpoint_every": 500,
             "eval_every": 1000,  # steps between evaluations on the validation split; a multiple of checkpoint_every

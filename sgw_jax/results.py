@@ -51,11 +51,20 @@ def finish(
     print_table(console, results)
     if jax.process_index() == 0:
         suffix = "" if split == "test" else f"_{split}"
-        write_atomically(workdir / f"results{suffix}.json", json.dumps(results, indent=1))
+        write_atomically(workdir / f"results{suffix}.json", json.dumps(without_nan(results), indent=1, allow_nan=False))
         write_report(workdir / f"report{suffix}.html", results, pictures, read_metrics(workdir / "metrics.jsonl"))
         gallery(pictures).save(workdir / f"examples{suffix}.png")
         console.print(f"Report: {workdir / f'report{suffix}.html'}   numbers: {workdir / f'results{suffix}.json'}")
     return results
+
+
+def without_nan(value: Any) -> Any:
+    """The same data with None for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def gather(
