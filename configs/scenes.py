@@ -30,11 +30,11 @@ def get_config(arg: str | None = None):
         {"semseg": 4.0, "depth": 8.0, "normals": 5.0, "edges": 20.0, "saliency": 3.0, "human_parts": 20.0}
     )
 
-    config.steps = 1200
+    config.steps = 1100
     config.batch_size = 8
-    config.optimizer.update({"learning_rate": 1.5e-3, "weight_decay": 0.02, "clip_norm": 5.0})
+    config.optimizer.update({"learning_rate": 1.5e-3, "weight_decay": 0.02, "b2": 0.95, "clip_norm": 5.0})
     config.schedule.update({"name": "cosine", "warmup_steps": 60})
     config.ema_decay = 0.99
-    config.checkpoint_every = 400
-    config.eval_every = 400
+    config.checkpoint_every = 275
+    config.eval_every = 275
     return config
