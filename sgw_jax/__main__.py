@@ -139,6 +139,8 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str], console: Con
         console.print("The data has no test and no validation split, so there is nothing to evaluate on.")
         return 0
     speed = {"images_per_second": trained.images_per_second, "seconds": time.monotonic() - started}
+    if not trained.images_per_second:  # finished before: nothing was measured
+        speed = {}
     finish(experiment, Path(arguments.workdir), split, "best", speed, console)
     return 0
 

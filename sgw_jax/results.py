@@ -46,7 +46,8 @@ def finish(
             make_eval_step(experiment.model, experiment.tasks), out_shardings=replicated(experiment.mesh)
         )
         found = evaluate_split(experiment, eval_step, state.variables, split)
-        results = gather(experiment, state, found, split, console) | {"checkpoint": which, "speed": speed}
+        results = gather(experiment, state, found, split, console)
+        results |= {"checkpoint": which, "speed": speed or earlier_speed(workdir)}
         pictures = examples(experiment, state, split)
     print_table(console, results)
     if jax.process_index() == 0:
@@ -56,6 +57,12 @@ def finish(
         gallery(pictures).save(workdir / f"examples{suffix}.png")
         console.print(f"Report: {workdir / f'report{suffix}.html'}   numbers: {workdir / f'results{suffix}.json'}")
     return results
+
+
+def earlier_speed(workdir: Path) -> dict[str, float]:
+    """The training speed that the run's results.json tells of: evaluating again measures none."""
+    path = workdir / "results.json"
+    return json.loads(path.read_text(encoding="utf-8"))["speed"] if path.exists() else {}
 
 
 def without_nan(value: Any) -> Any:
