@@ -1,7 +1,7 @@
 """What a KEM does on a split: what its slots read, who uses them, and what the metrics lose without them."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
 from sgw_jax.interactions.knowledge_extraction import KEM
 from sgw_jax.interactions.tokens import TokenLayout, concatenate_tasks
-from sgw_jax.metrics import add_sums
+from sgw_jax.metrics import add_all
 from sgw_jax.sharding import global_batch, replicated
 from sgw_jax.tasks.base import Task
 from sgw_jax.train_step import make_eval_step
@@ -66,22 +66,20 @@ def diagnose(
     if not isinstance(getattr(model, "interaction", None), KEM):
         return None
     step = _make_step(model, tasks, mesh)
-    total: Any = None
-    waiting: Any = None
-    seen = 0
-    with jax.set_mesh(mesh):
+
+    def sums() -> Iterator[Any]:
+        seen = 0
         for batch in batches:
             arrays = global_batch(batch, mesh)
             rows = arrays["image"].shape[0]
             real = rows if length is None else min(length - seen, rows)
-            sums = step(variables, arrays, np.int32(real))
             seen += rows
-            if waiting is not None:
-                total = add_sums(total, jax.device_get(waiting))
-            waiting = sums
-    if waiting is None:
+            yield step(variables, arrays, np.int32(real))
+
+    with jax.set_mesh(mesh):
+        total = add_all(sums())
+    if total is None:
         raise ValueError("diagnose: there were no batches; the split is empty.")
-    total = add_sums(total, jax.device_get(waiting))
     return {
         "tasks": [task.name for task in tasks],
         **_means(total["module"]),

@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sgw_jax.metrics import add_sums
+from sgw_jax.metrics import add_all
 from sgw_jax.sharding import global_batch
 from sgw_jax.tasks.base import Task
 
@@ -45,16 +44,9 @@ def evaluate(
     ``eval_step`` (jitted) returns the sums of a global batch, the same on every process; the host adds them in int64
     and float64 and fetches them one batch late, so the device never waits for it.
     """
-    total: Any = None
-    waiting: Any = None
-    for batch in batches:
-        sums = eval_step(variables, global_batch(batch, mesh))
-        if waiting is not None:
-            total = add_sums(total, jax.device_get(waiting))
-        waiting = sums
-    if waiting is None:
+    total = add_all(eval_step(variables, global_batch(batch, mesh)) for batch in batches)
+    if total is None:
         raise ValueError("evaluate: there were no batches; the split is empty.")
-    total = add_sums(total, jax.device_get(waiting))
     metrics = {task.name: task.metric_values(total[task.name]["metrics"]) for task in tasks}
     losses = {task.name: float(total[task.name]["loss"] / max(total[task.name]["count"], 1)) for task in tasks}
     return Evaluation(

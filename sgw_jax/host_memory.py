@@ -11,8 +11,9 @@ def keep_freed_memory() -> bool:
     """Asks glibc to keep freed memory instead of returning it to the kernel; True if it agreed.
 
     XLA's CPU client allocates a step's temporaries anew in every step. Large blocks are mapped and unmapped each time,
-    and every page is faulted in again: 96,000 faults, and a fifth of the CPU time, per step of the default run. Call it
-    before much is allocated. The process then holds its peak until it ends. Elsewhere than on glibc nothing happens.
+    and every page is faulted in again: 96,000 faults and a fifth of the CPU time in a step (measured on a ViT of width
+    128 with six tasks and 16 images of 64x96). Call it before much is allocated. The process then holds its peak until
+    it ends. Elsewhere than on glibc nothing happens.
     """
     if sys.platform != "linux":
         return False

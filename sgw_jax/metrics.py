@@ -27,6 +27,20 @@ def add_sums(total: Any | None, new: Any) -> Any:
     return jax.tree.map(_add, total, new)
 
 
+def add_all(sums: Iterable[Any]) -> Any | None:
+    """The total of an iterable of sums that lie on the device; None if there were none.
+
+    Each is fetched once the next has been dispatched, so the device never waits for the host.
+    """
+    total: Any | None = None
+    waiting: Any | None = None
+    for new in sums:
+        if waiting is not None:
+            total = add_sums(total, jax.device_get(waiting))
+        waiting = new
+    return total if waiting is None else add_sums(total, jax.device_get(waiting))
+
+
 def delta_m(
     results: Mapping[str, Mapping[str, float]], baselines: Mapping[str, Mapping[str, float]], tasks: Iterable[Task]
 ) -> float:

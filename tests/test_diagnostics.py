@@ -218,8 +218,6 @@ def test_without_a_length_every_row_counts(plain):
 
 
 def test_more_devices_give_the_same(plain):
-    if jax.device_count() < 2:
-        pytest.skip("one device; run with XLA_FLAGS=--xla_force_host_platform_device_count=2")
     model, variables, batches, found = plain
     sharded = run(model, variables, batches, devices=2)
     for name in ("slot_diversity", "readout_cosine", "reads", "writes", "flow", "update_ratio"):
