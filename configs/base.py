@@ -32,11 +32,14 @@ def kem(etf_vertices: int | None = None) -> dict[str, Any]:
         "top_k": optional(int, 32),  # tokens a slot keeps; None = all
         "slot_dim": optional(int),  # None = channels
         "etf_for": "all",  # sKEM: project keys, queries and values ("all") or keys and queries ("selection")
+        "projection": "etf",  # sKEM: etf, or a control: direction | orthonormal | learned
         "etf_vertices": optional(int, etf_vertices),  # sKEM's K, at most channels + 1; None = KEM
         "pre_norm": False,  # LayerNorm before the projections
         "task_embedding": False,  # a learned vector per task on keys and queries
         "task_gate": False,  # a learned scalar per task on what is written back
         "rounds": 1,  # retrieve-write rounds with the same weights
+        "temperature": 1.0,  # the scores of the retrieval are divided by it
+        "zero_init_write": False,  # the module starts as the identity
     }
 
 
@@ -89,13 +92,30 @@ def get_config() -> ConfigDict:
                     "drop_path": 0.0,
                     "remat": False,  # recompute blocks in the backward pass: less memory, a third more compute
                 },
+                "swin": {
+                    "size": "tiny",  # tiny | small | base | large; width overrides it, a multiple of its first heads
+                    "width": optional(int),  # of the first stage
+                    "window_size": 7,  # tokens; 12 for the weights pretrained at 384 pixels
+                    "always_partition": True,  # False: no shift on maps within one window, as in the classifier
+                    "drop_path": 0.0,
+                    "remat": False,
+                },
             },
-            "interaction": "kem",  # none | cross_attention | kem | skem
+            "interaction": "kem",  # none | cross_attention | kem | skem | shared_workspace
             "interactions": {
                 "none": {},
                 "cross_attention": {"num_heads": 1, "query_chunk": optional(int, 1024), "pre_norm": False},
                 "kem": kem(),
                 "skem": kem(etf_vertices=64),
+                "shared_workspace": {
+                    "num_slots": 8,
+                    "num_heads": 1,  # must divide channels
+                    "key_dim": optional(int),  # of queries and keys, per head; None = channels / num_heads
+                    "top_k": optional(int, 32),  # weights a slot keeps; None = all
+                    "gate": optional(str, "unit"),  # unit | memory | None
+                    "mlp_layers": 1,
+                    "rounds": 1,
+                },
             },
             "channels": 64,  # width of the task features
             "stride": 4,  # of the task features
@@ -106,12 +126,13 @@ def get_config() -> ConfigDict:
             "batch_size": 8,  # global: over all devices and processes
             "accumulate": 1,  # micro-batches per step
             "optimizer": {
-                "name": "adamw",  # adamw | sgd
+                "name": "adamw",  # adamw | muon | sgd
                 "learning_rate": 1e-4,
                 "weight_decay": 1e-4,
                 "b1": 0.9,
                 "b2": 0.999,
                 "momentum": 0.9,  # sgd
+                "muon_rms": 0.2,  # muon: size of a kernel's update, relative to the learning rate
                 "clip_norm": optional(float, 10.0),
                 "backbone_scale": 1.0,  # the backbone's learning rate relative to the rest
             },

@@ -5,6 +5,8 @@ from typing import Any
 
 from sgw_jax.etf import SimplexETF, simplex_etf
 from sgw_jax.interactions import INTERACTIONS, KEM, CrossTaskAttention
+from sgw_jax.interactions.shared_workspace import SharedWorkspace
+from sgw_jax.interactions.shared_workspace_checkpoint import shared_workspace_params
 from sgw_jax.metrics import delta_m
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.tasks import TASKS, Task
@@ -18,12 +20,14 @@ __all__ = [
     "TASKS",
     "CrossTaskAttention",
     "MultiTaskModel",
+    "SharedWorkspace",
     "SimplexETF",
     "Task",
     "delta_m",
     "load",
     "make_eval_step",
     "make_train_step",
+    "shared_workspace_params",
     "simplex_etf",
 ]
 

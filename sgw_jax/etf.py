@@ -35,10 +35,16 @@ def simplex_etf(num_vertices: int, dim: int, *, seed: int = 0) -> np.ndarray:
             f"simplex_etf: {num_vertices} equiangular vertices need at least {num_vertices - 1} dimensions, "
             f"but dim is {dim}. Use at most {dim + 1} vertices or wider features."
         )
-    gaussian = np.random.Generator(np.random.Philox(seed)).standard_normal((dim, num_vertices - 1))
-    frame, upper = np.linalg.qr(gaussian)
-    frame = frame * np.where(np.diag(upper) < 0, -1.0, 1.0)  # the sign LAPACK picks is not part of the definition
+    frame = orthonormal_frame(dim, num_vertices - 1, seed=seed)
     return np.sqrt(num_vertices / (num_vertices - 1)) * frame @ _helmert(num_vertices).T
+
+
+def orthonormal_frame(dim: int, rank: int, *, seed: int = 0) -> np.ndarray:
+    """Random orthonormal columns, float64 (dim, rank), from an explicit seed; ``rank`` must be in [1, dim]."""
+    if not 1 <= rank <= dim:
+        raise ValueError(f"orthonormal_frame: the rank is {rank}; it must be in [1, {dim}], the dimension.")
+    frame, upper = np.linalg.qr(np.random.Generator(np.random.Philox(seed)).standard_normal((dim, rank)))
+    return frame * np.where(np.diag(upper) < 0, -1.0, 1.0)  # the sign LAPACK picks is not part of the definition
 
 
 def _helmert(size: int) -> np.ndarray:
@@ -71,15 +77,18 @@ class SimplexETF(nn.Module):
 
     @nn.compact
     def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch vertices"]:
-        dim = features.shape[-1]
-        vertices = self.variable("constants", "vertices", self._vertices, dim).value
-        # Only a float64 program (x64, used to check gradients) keeps more than float32 here.
-        wide = jnp.promote_types(features.dtype, jnp.float32)
-        squared = jnp.sum(jnp.square(features.astype(wide)), axis=-1, keepdims=True)
-        # The eps alone would leave a gradient of 1e6 at f = 0, where no direction is right.
-        inverse = jnp.where(squared > 0, jax.lax.rsqrt(squared + self.eps), 0)
-        direction = features.astype(wide) * (dim**0.5 * inverse)
-        return jnp.matmul(direction.astype(features.dtype), vertices.astype(features.dtype))
+        vertices = self.variable("constants", "vertices", self._vertices, features.shape[-1]).value
+        return jnp.matmul(direction(features, self.eps), vertices.astype(features.dtype))
 
     def _vertices(self, dim: int) -> Float[Array, "dim vertices"]:
         return jnp.asarray(simplex_etf(self.num_vertices, dim, seed=self.seed), jnp.float32)
+
+
+def direction(features: Float[Array, "*batch dim"], eps: float = 1e-12) -> Float[Array, "*batch dim"]:
+    """``sqrt(d) f / ||f||`` in the dtype of the features, the norm in float32; f = 0 gives 0 and a zero gradient."""
+    # Only a float64 program (x64, used to check gradients) keeps more than float32 here.
+    wide = jnp.promote_types(features.dtype, jnp.float32)
+    squared = jnp.sum(jnp.square(features.astype(wide)), axis=-1, keepdims=True)
+    # The eps alone would leave a gradient of 1e6 at f = 0, where no direction is right.
+    inverse = jnp.where(squared > 0, jax.lax.rsqrt(squared + eps), 0)
+    return (features.astype(wide) * (features.shape[-1] ** 0.5 * inverse)).astype(features.dtype)

@@ -1,9 +1,10 @@
-"""The Optax chain: clipping, AdamW or SGD, decay mask, schedule, and the backbone's own learning rate."""
+"""The Optax chain: clipping, AdamW, Muon or SGD, decay mask, schedule, and the backbone's own learning rate."""
 
 from typing import Any, Literal
 
 import jax
 import optax
+import optax.contrib
 
 from sgw_jax.sharding import path_name
 
@@ -39,15 +40,21 @@ def learning_rate_schedule(
 def make_optimizer(
     learning_rate: optax.Schedule | float,
     *,
-    name: Literal["adamw", "sgd"] = "adamw",
+    name: Literal["adamw", "muon", "sgd"] = "adamw",
     weight_decay: float = 0.0,
     b1: float = 0.9,
     b2: float = 0.999,
     momentum: float = 0.9,
+    muon_rms: float = 0.2,
     clip_norm: float | None = None,
     backbone_scale: float = 1.0,
 ) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (Loshchilov and Hutter 2019) or SGD with momentum, then the learning rate.
+    """Clip by global norm, then AdamW (Loshchilov and Hutter 2019), Muon or SGD with momentum, then the learning rate.
+
+    Muon (Jordan et al. 2024, Optax's) replaces the momentum of every kernel by the nearest orthogonal matrix, five
+    Newton-Schulz steps away, so that all directions of a matrix learn alike; what is no kernel gets Adam with Nesterov
+    momentum. A kernel's entries then move by ``muon_rms`` times the learning rate (Liu et al. 2025, arXiv 2502.16982:
+    0.2, about what Adam's do, so that one learning rate serves both).
 
     Weight decay is decoupled and applies to kernels alone. Updates of everything under ``backbone`` are multiplied by
     ``backbone_scale`` (0 freezes it), which equals a learning rate of its own.
@@ -57,6 +64,7 @@ def make_optimizer(
     """
     inner = {
         "adamw": lambda: optax.scale_by_adam(b1=b1, b2=b2),
+        "muon": lambda: _scale_by_muon(muon_rms, b1, b2),
         "sgd": lambda: optax.trace(decay=momentum) if momentum else optax.identity(),
     }
     if name not in inner:
@@ -71,6 +79,27 @@ def make_optimizer(
         steps.append(optax.masked(optax.scale(backbone_scale), backbone_mask))
     steps.append(optax.scale_by_learning_rate(learning_rate))
     return optax.chain(*steps)
+
+
+def _scale_by_muon(rms: float, b1: float, b2: float) -> optax.GradientTransformation:
+    """The direction alone, as `optax.scale_by_adam` gives it: rate and decay come later in the chain, for all alike."""
+    descend = optax.contrib.muon(
+        1.0, consistent_rms=rms, adam_b1=b1, adam_b2=b2, muon_weight_dimension_numbers=_matrix_axes
+    )
+    return optax.chain(descend, optax.scale(-1.0))
+
+
+def _matrix_axes(params: Any) -> Any:
+    """Which axes of a leaf make a matrix, for Muon: kernels end in (in, out) or (height, width, in, out), behind the
+    leading axis of a scanned stack where there is one; None for every other leaf."""
+
+    def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        if path_name(path[-1:]) != DECAYED or leaf.ndim < 2:
+            return None
+        inputs = (leaf.ndim - 4, leaf.ndim - 3, leaf.ndim - 2) if leaf.ndim >= 4 else (leaf.ndim - 2,)
+        return optax.contrib.MuonDimensionNumbers(inputs, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def decay_mask(params: Any) -> Any:

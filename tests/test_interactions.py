@@ -27,6 +27,7 @@ MEMBERS: dict[str, dict[str, Any]] = {
     "cross_attention": {"num_heads": 2, "query_chunk": 5},
     "kem": {"num_slots": 3, "num_heads": 2, "top_k": 4},
     "skem": {"num_slots": 3, "num_heads": 2, "top_k": 4, "etf_vertices": 5},
+    "shared_workspace": {"num_slots": 3, "num_heads": 2, "key_dim": 5, "top_k": 4},
 }
 RAGGED = {"b": (2, 2, 3, CHANNELS), "a": (2, 5, CHANNELS), "c": (2, 1, 2, 2, CHANNELS)}
 

@@ -50,7 +50,7 @@ def test_schedule_errors(options, message):
 
 
 def test_optimizer_errors():
-    with pytest.raises(ValueError, match=r"'lamb'; it must be one of \['adamw', 'sgd'\]"):
+    with pytest.raises(ValueError, match=r"'lamb'; it must be one of \['adamw', 'muon', 'sgd'\]"):
         make_optimizer(0.1, name="lamb")
     with pytest.raises(ValueError, match="clip_norm is 0"):
         make_optimizer(0.1, clip_norm=0)
@@ -136,6 +136,51 @@ def test_steps_match_numpy(chain, formula):
     expected = reference(5, **formula)
     for path, leaf in jax.tree_util.tree_leaves_with_path(found):
         np.testing.assert_allclose(leaf, expected[path_name(path)], rtol=0, atol=5 * 20 * 5 * EPS32)
+
+
+def orthogonalised(matrix):
+    """Newton-Schulz in float64: five times X <- a X + (b A + c A^2) X with A = X X^T (Jordan et al. 2024)."""
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+def test_muon_matches_numpy():
+    """A dense kernel, a scanned stack of them and a convolution, against float64; what is no kernel moves as with NAdam.
+
+    Each Newton-Schulz step may amplify a rounding error by its slope at zero, 3.44, so five by 500; sums have at most
+    18 terms and entries of an update are of size 1."""
+    rng = np.random.default_rng(0)
+    shapes = {"dense": (4, 6), "blocks": (3, 5, 4), "conv": (3, 3, 2, 5)}
+    params = {
+        name: {"kernel": np.ones(shape, np.float32), "bias": np.ones(3, np.float32)} for name, shape in shapes.items()
+    }
+    optimizer = make_optimizer(0.1, name="muon", muon_rms=0.3)
+    adam = optax.chain(optax.scale_by_adam(nesterov=True), optax.scale(-0.1))
+    state, adam_state, momentum = optimizer.init(params), adam.init(params), dict.fromkeys(shapes, 0.0)
+    for step in (1, 2, 3):
+        grads = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
+        updates, state = jax.jit(optimizer.update)(grads, state, params)
+        adam_updates, adam_state = jax.jit(adam.update)(grads, adam_state, params)
+        for name, shape in shapes.items():
+            gradient = grads[name]["kernel"].astype(np.float64)
+            momentum[name] = 0.95 * momentum[name] + 0.05 * gradient
+            ahead = 0.95 * momentum[name] / (1 - 0.95 ** (step + 1)) + 0.05 * gradient / (1 - 0.95**step)
+            matrices = ahead.reshape(*((3, 5, 4) if name == "blocks" else (1, -1, shape[-1])))
+            expected = np.stack([orthogonalised(m) * 0.3 * max(m.shape) ** 0.5 for m in matrices]).reshape(shape)
+            np.testing.assert_allclose(updates[name]["kernel"], -0.1 * expected, rtol=0, atol=500 * 18 * EPS32 * 0.1)
+            np.testing.assert_allclose(updates[name]["bias"], adam_updates[name]["bias"], rtol=8 * EPS32)
+
+
+def test_muon_leaves_kernels_without_gradient_alone():
+    """A task without labels has no gradient; the orthogonal matrix nearest to zero must not be noise."""
+    optimizer = make_optimizer(0.1, name="muon")
+    params = {"kernel": jnp.ones((3, 4))}
+    updates, _ = optimizer.update({"kernel": jnp.zeros((3, 4))}, optimizer.init(params), params)
+    assert np.array_equal(updates["kernel"], np.zeros((3, 4)))
 
 
 def test_backbone_scale_zero_freezes():

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import flax.linen as nn
 
+from sgw_jax.backbones.swin import swin
 from sgw_jax.backbones.vit import vit
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"vit": vit}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"vit": vit, "swin": swin}

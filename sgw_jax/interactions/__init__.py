@@ -5,6 +5,7 @@ import flax.linen as nn
 from sgw_jax.interactions.cross_attention import CrossTaskAttention
 from sgw_jax.interactions.knowledge_extraction import KEM
 from sgw_jax.interactions.none import NoInteraction
+from sgw_jax.interactions.shared_workspace import WorkspaceInteraction
 
 # sKEM is KEM with ``etf_vertices`` set; both names are kept because configs speak of both.
 INTERACTIONS: dict[str, type[nn.Module]] = {
@@ -12,4 +13,5 @@ INTERACTIONS: dict[str, type[nn.Module]] = {
     "cross_attention": CrossTaskAttention,
     "kem": KEM,
     "skem": KEM,
+    "shared_workspace": WorkspaceInteraction,
 }

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sgw_jax.etf import SimplexETF
 from sgw_jax.interactions.tokens import TokenLayout, concatenate_tasks, split_tasks
 from sgw_jax.layers.attention import split_heads
 from sgw_jax.layers.topk_attention import apply_weights, attention_scores, topk_attention
+from sgw_jax.projections import PROJECTIONS
 
 
 class _Projections(nn.Module):
@@ -21,13 +21,17 @@ class _Projections(nn.Module):
     key: int
     value: int
     dtype: jnp.dtype
+    value_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-        def project(name: str, width: int, inputs: Array) -> Array:
-            return nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)(inputs)
+        default = nn.initializers.lecun_normal()
 
-        return project("query", self.query, query), project("key", self.key, key), project("value", self.value, value)
+        def project(name: str, width: int, inputs: Array, init: nn.initializers.Initializer = default) -> Array:
+            return nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=init, name=name)(inputs)
+
+        values = project("value", self.value, value, self.value_init or default)
+        return project("query", self.query, query), project("key", self.key, key), values
 
 
 class KEM(nn.Module):
@@ -56,9 +60,14 @@ class KEM(nn.Module):
       etf_vertices: K; None is KEM, a number is sKEM.
       etf_for: "all" (the paper's reading) projects keys, values and queries; "selection" takes values from F.
       etf_seed: of the frame.
+      projection: "etf", or a control that replaces it: "direction" (f / ||f|| alone), "orthonormal" (a fixed random
+        frame of the same rank K - 1) or "learned" (a learned one); see projections.py. Needs ``etf_vertices``.
       pre_norm: LayerNorm on F before all of it (not on the residual) [ours, off in the paper].
       task_embedding: a learned vector per task added to the tokens that make keys and queries [ours, off].
       task_gate: a learned scalar per task on F^, starting at 1 [ours, off].
+      temperature: the scores of the retrieval are divided by it [ours, 1]. Among thousands of tokens the k best scores lie
+        close together, so that at 1 a slot all but averages what it keeps.
+      zero_init_write: W_vw starts at zero, so that the module starts as the identity [ours, off].
       rounds: how often retrieve and write run, with the same weights; the slots of a round query the next [ours, 1].
       dtype: of the computation; parameters, scores and softmax stay float32.
 
@@ -72,13 +81,13 @@ class KEM(nn.Module):
       The same mapping: keys, order, shapes and dtype; with ``return_slots`` a pair (mapping, (batch, L, d_e)).
 
     Collections: ``params`` (slots, retrieve/{query,key,value}/kernel, write/{query,key,value}/kernel; with the options
-    also task_embedding_NAME, task_gate_NAME and norm), ``constants`` (the ETF, if any) and, when made mutable,
+    also task_embedding_NAME, task_gate_NAME and norm), ``constants`` (the fixed frame, if any) and, when made mutable,
     ``diagnostics``: retrieve_weights, retrieve_index, write_weights, readout (R^) and update_ratio (||F^|| / ||F||) of
     every round.
 
     Raises:
       ValueError: no task, tasks of different channels, batch size or dtype, widths that do not divide by the heads,
-        an unknown ``etf_for``, a count below 1, ``slots`` of another shape, an impossible ETF (see `simplex_etf`).
+        an unknown ``etf_for`` or ``projection``, a temperature that is not positive, a count below 1, ``slots`` of another shape, an impossible ETF (see `simplex_etf`).
     """
 
     num_slots: int
@@ -88,9 +97,12 @@ class KEM(nn.Module):
     etf_vertices: int | None = None
     etf_for: Literal["all", "selection"] = "all"
     etf_seed: int = 0
+    projection: Literal["etf", "direction", "orthonormal", "learned"] = "etf"
     pre_norm: bool = False
     task_embedding: bool = False
     task_gate: bool = False
+    temperature: float = 1.0
+    zero_init_write: bool = False
     rounds: int = 1
     dtype: jnp.dtype = jnp.float32
 
@@ -115,17 +127,19 @@ class KEM(nn.Module):
                 f"{(tokens.shape[0], *initial.shape)}."
             )
         retrieve = _Projections(width, width, width, self.dtype, name="retrieve")
-        write = _Projections(width, width, channels, self.dtype, name="write")
+        zeros = nn.initializers.zeros if self.zero_init_write else None
+        write = _Projections(width, width, channels, self.dtype, zeros, name="write")
         norm = nn.LayerNorm(dtype=self.dtype, name="norm") if self.pre_norm else lambda x: x
-        vertices = self.etf_vertices
-        project = SimplexETF(vertices, self.etf_seed, name="etf") if vertices is not None else lambda x: x
-        selected_width = channels if vertices is None else vertices
-        embedding = self._per_task("task_embedding", nn.initializers.zeros, selected_width, layout)
+        frame = None if self.etf_vertices is None else PROJECTIONS[self.projection]
+        project = frame(self.etf_vertices, self.etf_seed, name=self.projection) if frame else lambda x: x
         gate = self._per_task("task_gate", nn.initializers.ones, 1, layout)
 
-        for _ in range(self.rounds):
+        embedding = None
+        for index in range(self.rounds):
             normed = norm(tokens).astype(self.dtype)
             projected = project(normed)
+            if index == 0:
+                embedding = self._per_task("task_embedding", nn.initializers.zeros, projected.shape[-1], layout)
             chooser = projected if embedding is None else projected + embedding
             source = normed if self.etf_for == "selection" else projected
             slots = self._retrieve(retrieve, slots, chooser, source)
@@ -139,7 +153,8 @@ class KEM(nn.Module):
 
     def _retrieve(self, project: nn.Module, slots: Array, chooser: Array, source: Array) -> Array:
         query, key, value = (split_heads(x, self.num_heads) for x in project(slots, chooser, source))
-        readout, weights, index = topk_attention(query, key, value, self.top_k)
+        scale = 1 / (self.temperature * query.shape[-1] ** 0.5)
+        readout, weights, index = topk_attention(query, key, value, self.top_k, scale=scale)
         readout = readout.reshape(*readout.shape[:2], -1)
         self._record("retrieve_weights", weights)
         if index is not None:
@@ -174,6 +189,15 @@ class KEM(nn.Module):
     def _check(self, channels: int, width: int) -> None:
         if self.etf_for not in ("all", "selection"):
             raise ValueError(f"KEM: etf_for is {self.etf_for!r}; it must be 'all' or 'selection'.")
+        if self.projection not in PROJECTIONS:
+            raise ValueError(f"KEM: projection is {self.projection!r}; it must be one of {list(PROJECTIONS)}.")
+        if self.projection != "etf" and self.etf_vertices is None:
+            raise ValueError(
+                f"KEM: projection is {self.projection!r} but etf_vertices is None; give the number of vertices whose "
+                "rank the projection is to have."
+            )
+        if not self.temperature > 0:
+            raise ValueError(f"KEM: temperature is {self.temperature}; it must be positive.")
         counts = {"num_slots": self.num_slots, "num_heads": self.num_heads, "slot_dim": width, "rounds": self.rounds}
         counts |= {} if self.top_k is None else {"top_k": self.top_k}
         for name, number in counts.items():

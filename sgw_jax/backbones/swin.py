@@ -1,0 +1,207 @@
+"""Swin Transformer: attention within shifted windows, four stages whose maps are the feature pyramid."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sgw_jax.layers.drop_path import DropPath
+from sgw_jax.layers.mlp import MLP
+from sgw_jax.layers.patch_embed import PatchEmbed
+from sgw_jax.layers.window_attention import WindowAttention, pad_to_multiple
+from sgw_jax.sharding import constrain_batch
+
+EPSILON = 1e-5  # of every layer norm, as in the paper's code
+
+
+class SwinBlock(nn.Module):
+    """Pre-norm block: windowed attention and MLP, each on a residual branch with drop path.
+
+    Call: (map, drop path rate of this layer) -> map.
+    """
+
+    num_heads: int
+    window_size: int = 7
+    shifted: bool = False
+    always_partition: bool = True
+    mlp_ratio: float = 4.0
+    train: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, grid: Float[Array, "batch height width channels"], rate: Array) -> Array:
+        drop_path = DropPath(name="drop_path")
+        attention = WindowAttention(
+            self.num_heads, self.window_size, self.shifted, self.always_partition, dtype=self.dtype, name="attention"
+        )
+        branch = attention(nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="norm1")(grid))
+        grid = constrain_batch(grid + drop_path(branch, rate, self.train))
+        normed = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="norm2")(grid)
+        branch = MLP(int(grid.shape[-1] * self.mlp_ratio), dtype=self.dtype, name="mlp")(normed)
+        return constrain_batch(grid + drop_path(branch, rate, self.train))
+
+
+class BlockPair(nn.Module):
+    """A block with plain windows, then one with shifted windows: what a stage repeats.
+
+    Call: (map, the two drop path rates) -> (map, None): carry and output of a scan.
+    """
+
+    num_heads: int
+    window_size: int = 7
+    always_partition: bool = True
+    mlp_ratio: float = 4.0
+    remat: bool = False
+    train: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, grid: Float[Array, "batch height width channels"], rates: Float[Array, "2"]):
+        block = nn.remat(SwinBlock, prevent_cse=False) if self.remat else SwinBlock
+        for index, name in enumerate(("regular", "shifted")):
+            options = (
+                self.window_size,
+                name == "shifted",
+                self.always_partition,
+                self.mlp_ratio,
+                self.train,
+                self.dtype,
+            )
+            grid = block(self.num_heads, *options, name=name)(grid, rates[index])
+        return grid, None
+
+
+class PatchMerging(nn.Module):
+    """Half the size, twice the width: 2 x 2 tokens side by side, layer norm, a linear map without bias.
+
+    The four tokens are taken in the paper's order: column by column, (0, 0), (1, 0), (0, 1), (1, 1). Odd sizes are
+    padded with zeros at the bottom and on the right.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, grid: Float[Array, "batch height width channels"]) -> Float[Array, "batch h w doubled"]:
+        grid = pad_to_multiple(grid, 2)
+        batch, height, width, channels = grid.shape
+        cells = grid.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 4, 2, 5)
+        cells = cells.reshape(batch, height // 2, width // 2, 4 * channels)
+        normed = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="norm")(cells)
+        return nn.Dense(2 * channels, use_bias=False, dtype=self.dtype, name="reduction")(normed)
+
+
+class Swin(nn.Module):
+    """Swin Transformer (Liu et al. 2021); the pyramid is the maps of its four stages, before merging.
+
+    Any image size: the image is padded to patches of 4 x 4 pixels, every map to whole windows, odd maps before merging
+    (zeros, at the bottom and on the right). Equal to Hugging Face's `SwinBackbone`, up to drop path, which is here on
+    both branches of a block as in the paper's code. Pairs of blocks are one scanned stack per stage: compile time does
+    not grow with depth, FSDP gathers one pair at a time. Layer norm only, see backbones/vit.py.
+
+    Attributes:
+      width: channels of the first stage, doubled from stage to stage.
+      depths: blocks per stage, even: they come in pairs of a plain and a shifted one.
+      num_heads, window_size, mlp_ratio: as in the paper; num_heads per stage.
+      always_partition: False shrinks the window to maps no larger than it, see `WindowAttention`. It matters where the
+        image's shorter side is at most 32 window_size = 224 pixels.
+      drop_path: rate of the last block, in [0, 1), linear from 0 at the first block of the first stage.
+      output_norms: a layer norm per map (`norm_stage1` to `norm_stage4`).
+      remat: recompute a block's inside in the backward pass.
+
+    Call: (image (batch, H, W, 3), train) -> {stride: (batch, h, w, width stride / 4)} with strides 4, 8, 16 and 32,
+    h = ceil(H / stride), w = ceil(W / stride).
+
+    Raises:
+      ValueError: an attribute out of the range given above.
+    """
+
+    width: int = 96
+    depths: tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: tuple[int, ...] = (3, 6, 12, 24)
+    window_size: int = 7
+    mlp_ratio: float = 4.0
+    always_partition: bool = True
+    drop_path: float = 0.0
+    output_norms: bool = True
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    strides = (4, 8, 16, 32)
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[int, Array]:
+        self._check()
+        patch = self.strides[0]
+        image = pad_to_multiple(image.astype(self.dtype), patch)
+        grid, _ = PatchEmbed(patch, self.width, dtype=self.dtype, name="patch_embed")(image)
+        grid = constrain_batch(self._norm("patch_norm")(grid))
+
+        dropping = train and self.drop_path > 0  # known when traced: at rate 0 no random number is drawn
+        rates = jnp.linspace(0.0, self.drop_path, sum(self.depths))
+        maps = {}
+        for stage, stride in enumerate(self.strides):
+            if stage:
+                grid = constrain_batch(PatchMerging(dtype=self.dtype, name=f"merge{stage}")(grid))
+            first, depth = sum(self.depths[:stage]), self.depths[stage]
+            stack = nn.scan(
+                BlockPair,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "drop_path": True},
+                length=depth // 2,
+            )
+            options = (self.window_size, self.always_partition, self.mlp_ratio, self.remat, dropping, self.dtype)
+            pairs = stack(self.num_heads[stage], *options, name=f"stage{stage + 1}")
+            grid, _ = pairs(grid, rates[first : first + depth].reshape(-1, 2))
+            maps[stride] = constrain_batch(self._norm(f"norm_stage{stage + 1}")(grid)) if self.output_norms else grid
+        return maps
+
+    def _norm(self, name: str) -> nn.LayerNorm:
+        return nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name=name)
+
+    def _check(self) -> None:
+        stages = len(self.strides)
+        if len(self.depths) != stages or any(depth < 2 or depth % 2 for depth in self.depths):
+            raise ValueError(
+                f"Swin: depths {self.depths} must be {stages} even numbers from 2 on: blocks come in pairs."
+            )
+        if len(self.num_heads) != stages or any(heads < 1 for heads in self.num_heads):
+            raise ValueError(f"Swin: num_heads {self.num_heads} must be {stages} positive numbers, one per stage.")
+        for stage, heads in enumerate(self.num_heads):
+            if (self.width << stage) % heads:
+                raise ValueError(
+                    f"Swin: the width of stage {stage + 1}, {self.width << stage}, does not divide into its "
+                    f"{heads} heads; num_heads is {self.num_heads}."
+                )
+        if self.window_size < 1:
+            raise ValueError(f"Swin: window_size {self.window_size} must be at least 1.")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"Swin: drop_path {self.drop_path} must be in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Width, depths and heads of a named size."""
+
+    width: int
+    depths: tuple[int, ...]
+    num_heads: tuple[int, ...]
+
+
+SIZES: dict[str, Size] = {
+    "tiny": Size(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "small": Size(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "base": Size(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "large": Size(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+}
+
+
+def swin(size: str = "tiny", image_size: tuple[int, int] | None = None, **overrides) -> Swin:
+    """A Swin of a named size ("tiny", "small", "base", "large"); any attribute of `Swin` can be overridden.
+
+    ``image_size`` is what every backbone is told; no parameter of Swin depends on it, so it is not used.
+    """
+    del image_size
+    if size not in SIZES:
+        raise ValueError(f"swin: size {size!r}; it must be one of {list(SIZES)}.")
+    return Swin(**{**dataclasses.asdict(SIZES[size]), **overrides})
