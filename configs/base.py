@@ -101,9 +101,9 @@ def get_config() -> ConfigDict:
                     "remat": False,
                 },
             },
-            "interaction": "kem",  # none | cross_attention | kem | skem | shared_workspace
+            "interaction": "kem",  # none | cross_attention | kem | skem | shared_workspace | within_tasks
             "interactions": {
-                "none": {},
+                "none": {"mlp_width": optional(int)},  # a token-wise MLP, to compare at equal parameters
                 "cross_attention": {"num_heads": 1, "query_chunk": optional(int, 1024), "pre_norm": False},
                 "kem": kem(),
                 "skem": kem(etf_vertices=64),
@@ -116,6 +116,7 @@ def get_config() -> ConfigDict:
                     "mlp_layers": 1,
                     "rounds": 1,
                 },
+                "within_tasks": kem(),
             },
             "channels": 64,  # width of the task features
             "stride": 4,  # of the task features

@@ -10,7 +10,7 @@ from configs import base
 
 
 def get_config(arg: str | None = None):
-    """interaction: none | cross_attention | kem | skem | shared_workspace; tasks: names joined by "+"."""
+    """interaction: a key of config.interactions; tasks: names joined by "+"."""
     config = base.get_config()
     options = base.parse_arg(arg, interaction="kem", tasks="+".join(config.tasks))
     config.interaction = options["interaction"]
@@ -21,7 +21,7 @@ def get_config(arg: str | None = None):
     config.backbones.vit.update({"width": 96, "depth": 4, "num_heads": 3, "patch_size": 8, "patch_embed": "conv"})
     config.channels = 32
     config.upsample = "subpixel"
-    for name in ("kem", "skem"):
+    for name in ("kem", "skem", "within_tasks"):
         config.interactions[name].update({"pre_norm": True})
     config.interactions.skem.etf_vertices = 32
     config.interactions.cross_attention.update({"pre_norm": True})

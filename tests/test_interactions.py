@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from sgw_jax.etf import simplex_etf
+from sgw_jax.etf import orthonormal_frame, simplex_etf
 from sgw_jax.interactions import INTERACTIONS, KEM, CrossTaskAttention
 from sgw_jax.layers.attention import attention
 from sgw_jax.layers.topk_attention import topk_attention
@@ -23,11 +23,12 @@ CHANNELS = 8
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
 MEMBERS: dict[str, dict[str, Any]] = {
-    "none": {},
+    "none": {"mlp_width": 6},
     "cross_attention": {"num_heads": 2, "query_chunk": 5},
     "kem": {"num_slots": 3, "num_heads": 2, "top_k": 4},
     "skem": {"num_slots": 3, "num_heads": 2, "top_k": 4, "etf_vertices": 5},
     "shared_workspace": {"num_slots": 3, "num_heads": 2, "key_dim": 5, "top_k": 4},
+    "within_tasks": {"num_slots": 3, "num_heads": 2, "top_k": 4},
 }
 RAGGED = {"b": (2, 2, 3, CHANNELS), "a": (2, 5, CHANNELS), "c": (2, 1, 2, 2, CHANNELS)}
 
@@ -48,10 +49,13 @@ def initialise(module, features, seed=0):
 
     shapes = jax.eval_shape(module.init, jax.random.key(0), features)
     variables = {"params": jax.tree_util.tree_map_with_path(draw, shapes.get("params", {}))}
-    if "constants" in shapes:
+    if "etf" in shapes.get("constants", {}):
         dim, vertices = shapes["constants"]["etf"]["vertices"].shape
         frame = simplex_etf(vertices, dim, seed=module.etf_seed).astype(np.float32)
         variables["constants"] = {"etf": {"vertices": frame}}
+    elif "constants" in shapes:
+        dim, rank = shapes["constants"]["orthonormal"]["frame"].shape
+        variables["constants"] = {"orthonormal": {"frame": orthonormal_frame(dim, rank).astype(np.float32)}}
     return variables
 
 
@@ -121,6 +125,9 @@ CASES: dict[str, tuple[KEM, dict]] = {
     "top-k, heads, wide slots": (KEM(4, num_heads=2, top_k=5, slot_dim=12), RAGGED),
     "more slots than their width": (KEM(7, num_heads=2, top_k=3, slot_dim=4), RAGGED),
     "ETF for all": (KEM(3, num_heads=2, top_k=4, etf_vertices=9, etf_seed=3), RAGGED),
+    "direction": (KEM(3, top_k=4, etf_vertices=9, projection="direction", temperature=0.5), RAGGED),
+    "orthonormal": (KEM(3, top_k=4, etf_vertices=6, projection="orthonormal"), RAGGED),
+    "learned": (KEM(3, top_k=4, etf_vertices=6, projection="learned", task_embedding=True, rounds=2), RAGGED),
     "all options": (
         KEM(
             3,
@@ -132,6 +139,7 @@ CASES: dict[str, tuple[KEM, dict]] = {
             pre_norm=True,
             task_embedding=True,
             task_gate=True,
+            temperature=0.7,
             rounds=2,
         ),
         RAGGED,
@@ -150,6 +158,16 @@ def cuts(size, parts):
 def softmax(scores):
     weights = np.exp(np.asarray(scores) - np.max(scores))
     return weights / weights.sum()
+
+
+def frame_of(module, variables, channels):
+    """The columns that a token is projected on."""
+    if module.projection == "direction":
+        return np.eye(channels)
+    if module.projection == "learned":
+        return np.asarray(variables["params"]["learned"]["kernel"], np.float64)
+    ((frame,),) = (found.values() for found in variables["constants"].values())
+    return np.asarray(frame, np.float64)
 
 
 def reference(module, variables, features, slots=None):
@@ -177,8 +195,7 @@ def reference(module, variables, features, slots=None):
                     x = scaled * params["norm"]["scale"] + params["norm"]["bias"]
                 z = x
                 if module.etf_vertices is not None:
-                    frame = np.asarray(variables["constants"]["etf"]["vertices"], np.float64)
-                    z = np.sqrt(channels) * frame.T @ x / np.sqrt(x @ x + 1e-12)
+                    z = np.sqrt(channels) * frame_of(module, variables, channels).T @ x / np.sqrt(x @ x + 1e-12)
                 normed.append(x if module.etf_for == "selection" else z)
                 chooser.append(z + (params[f"task_embedding_{task}"] if module.task_embedding else 0))
             heads, wide = (cuts(size, module.num_heads) for size in (width, channels))
@@ -186,7 +203,7 @@ def reference(module, variables, features, slots=None):
             found = np.zeros((module.num_slots, width))
             for slot, cut in itertools.product(range(module.num_slots), heads):
                 query = (state[slot] @ retrieve["query"])[cut]
-                scores = [query @ (z @ retrieve["key"])[cut] * scale for z in chooser]
+                scores = [query @ (z @ retrieve["key"])[cut] * scale / module.temperature for z in chooser]
                 order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
                 kept = order if module.top_k is None else order[: module.top_k]
                 if len(kept) < len(order):
@@ -324,6 +341,10 @@ def test_initial_slots_replace_the_learned_ones():
         ({"num_slots": 2, "num_heads": 3}, "slot_dim = 8 does not divide by num_heads = 3"),
         ({"num_slots": 2, "num_heads": 3, "slot_dim": 6}, "channels = 8 does not divide by num_heads = 3"),
         ({"num_slots": 2, "etf_for": "keys"}, "etf_for is 'keys'"),
+        ({"num_slots": 2, "temperature": 0.0}, "temperature is 0.0"),
+        ({"num_slots": 2, "projection": "pca", "etf_vertices": 5}, "projection is 'pca'"),
+        ({"num_slots": 2, "projection": "learned"}, "etf_vertices is None"),
+        ({"num_slots": 2, "projection": "orthonormal", "etf_vertices": 10}, r"rank is 9; it must be in \[1, 8\]"),
         ({"num_slots": 2, "etf_vertices": 0}, "at least 2 vertices"),
         ({"num_slots": 2, "etf_vertices": 10}, "at most 9 vertices"),
     ],
@@ -331,6 +352,34 @@ def test_initial_slots_replace_the_learned_ones():
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         KEM(**options).init(jax.random.key(0), make_features())
+
+
+def test_no_interaction_is_the_identity_and_its_mlp_mixes_nothing():
+    features = make_features()
+    module = INTERACTIONS["none"]()
+    assert not module.init(jax.random.key(0), features)
+    assert all(module.apply({}, features)[name] is features[name] for name in features)
+    wide = INTERACTIONS["none"](mlp_width=6)
+    variables = initialise(wide, features)
+    apply = jit(wide.apply)
+    before = apply(variables, features)
+    changed = {**features, "a": features["a"] * np.array([2, 1, 1, 1, 1], np.float32)[:, None]}
+    after = apply(variables, changed)
+    assert np.array_equal(after["b"], before["b"])
+    assert np.array_equal(after["a"][:, 1:], before["a"][:, 1:])
+    assert not np.array_equal(after["a"][:, 0], before["a"][:, 0])
+
+
+def test_within_tasks_is_a_kem_of_each_task_alone():
+    features = make_features()
+    options = {"num_slots": 3, "num_heads": 2, "top_k": 4}
+    module = INTERACTIONS["within_tasks"](**options)
+    variables = initialise(module, features)
+    found = jit(module.apply)(variables, features)
+    alone = {"params": variables["params"]["kem"]}
+    for name, value in features.items():
+        expected = jit(KEM(**options).apply)(alone, {name: value})[name]
+        np.testing.assert_allclose(found[name], expected, rtol=0, atol=1000 * EPS32)
 
 
 # ---- KEM's properties ----------------------------------------------------------------------------------------------
@@ -366,6 +415,21 @@ def test_slots_start_orthogonal_and_queries_with_unit_variance():
     assert not np.allclose(slots[:width], slots[width : 2 * width])
     queries = slots @ np.asarray(params["retrieve"]["query"]["kernel"], np.float64)
     np.testing.assert_allclose(np.mean(queries[:width] ** 2), 1, atol=5 * np.sqrt(2 / width**2))
+
+
+def test_zero_init_write_starts_as_the_identity():
+    """And learns at once: W_vw has a gradient, though nothing behind it has one yet."""
+    features = make_features()
+    module = KEM(3, top_k=4, zero_init_write=True)
+    variables = jit(module.init)(jax.random.key(0), features)
+
+    def loss(params):
+        outputs = module.apply({"params": params}, features)
+        return sum(jnp.sum(jnp.sin(value)) for value in outputs.values()), outputs
+
+    gradient, outputs = jit(jax.grad(loss, has_aux=True))(variables["params"])
+    assert all(np.array_equal(outputs[name], features[name]) for name in features)
+    assert np.any(gradient["write"]["value"]["kernel"] != 0)
 
 
 def test_top_k_of_all_tokens_is_plain_softmax_bitwise():

@@ -149,15 +149,14 @@ def orthogonalised(matrix):
 
 
 def test_muon_matches_numpy():
-    """A dense kernel, a scanned stack of them and a convolution, against float64; what is no kernel moves as with NAdam.
+    """A dense kernel, a scanned stack of them and a convolution, against float64; what is no kernel moves by NAdam.
 
     Each Newton-Schulz step may amplify a rounding error by its slope at zero, 3.44, so five by 500; sums have at most
     18 terms and entries of an update are of size 1."""
     rng = np.random.default_rng(0)
     shapes = {"dense": (4, 6), "blocks": (3, 5, 4), "conv": (3, 3, 2, 5)}
-    params = {
-        name: {"kernel": np.ones(shape, np.float32), "bias": np.ones(3, np.float32)} for name, shape in shapes.items()
-    }
+    bias = np.ones(3, np.float32)
+    params = {name: {"kernel": np.ones(shape, np.float32), "bias": bias} for name, shape in shapes.items()}
     optimizer = make_optimizer(0.1, name="muon", muon_rms=0.3)
     adam = optax.chain(optax.scale_by_adam(nesterov=True), optax.scale(-0.1))
     state, adam_state, momentum = optimizer.init(params), adam.init(params), dict.fromkeys(shapes, 0.0)

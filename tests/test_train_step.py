@@ -140,7 +140,7 @@ def toy(**options):
 
 
 def test_metrics_are_the_losses_of_the_tasks():
-    """"loss/TASK" is Task.loss of the whole batch, and "loss" the sum weighted by the tasks. Sums of 2^13 terms."""
+    """ "loss/TASK" is Task.loss of the whole batch, and "loss" the sum weighted by the tasks. Sums of 2^13 terms."""
     batch, model = make_batch(), Toy(rate=0.0)
     state = init_state(model, SGD, batch["image"])
     _, metrics = jit(make_train_step(model, TASKS, SGD))(state, batch)

@@ -1,6 +1,6 @@
 """KEM, the knowledge extraction module (and sKEM): slots retrieve from all tasks by top-k attention and write back."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import flax.linen as nn
@@ -65,8 +65,8 @@ class KEM(nn.Module):
       pre_norm: LayerNorm on F before all of it (not on the residual) [ours, off in the paper].
       task_embedding: a learned vector per task added to the tokens that make keys and queries [ours, off].
       task_gate: a learned scalar per task on F^, starting at 1 [ours, off].
-      temperature: the scores of the retrieval are divided by it [ours, 1]. Among thousands of tokens the k best scores lie
-        close together, so that at 1 a slot all but averages what it keeps.
+      temperature: the scores of the retrieval are divided by it [ours, 1]. Among thousands of tokens the k best scores
+        lie close together, so that at 1 a slot all but averages what it keeps.
       zero_init_write: W_vw starts at zero, so that the module starts as the identity [ours, off].
       rounds: how often retrieve and write run, with the same weights; the slots of a round query the next [ours, 1].
       dtype: of the computation; parameters, scores and softmax stay float32.
@@ -87,7 +87,8 @@ class KEM(nn.Module):
 
     Raises:
       ValueError: no task, tasks of different channels, batch size or dtype, widths that do not divide by the heads,
-        an unknown ``etf_for`` or ``projection``, a temperature that is not positive, a count below 1, ``slots`` of another shape, an impossible ETF (see `simplex_etf`).
+        an unknown ``etf_for`` or ``projection``, a temperature that is not positive, a count below 1, ``slots`` of
+        another shape, an impossible ETF (see `simplex_etf`).
     """
 
     num_slots: int
@@ -130,8 +131,7 @@ class KEM(nn.Module):
         zeros = nn.initializers.zeros if self.zero_init_write else None
         write = _Projections(width, width, channels, self.dtype, zeros, name="write")
         norm = nn.LayerNorm(dtype=self.dtype, name="norm") if self.pre_norm else lambda x: x
-        frame = None if self.etf_vertices is None else PROJECTIONS[self.projection]
-        project = frame(self.etf_vertices, self.etf_seed, name=self.projection) if frame else lambda x: x
+        project = self._projection()
         gate = self._per_task("task_gate", nn.initializers.ones, 1, layout)
 
         embedding = None
@@ -150,6 +150,11 @@ class KEM(nn.Module):
 
         result = split_tasks(tokens, layout)
         return (result, slots) if return_slots else result
+
+    def _projection(self) -> Callable[[Array], Array]:
+        if self.etf_vertices is None:
+            return lambda tokens: tokens
+        return PROJECTIONS[self.projection](self.etf_vertices, self.etf_seed, name=self.projection)
 
     def _retrieve(self, project: nn.Module, slots: Array, chooser: Array, source: Array) -> Array:
         query, key, value = (split_heads(x, self.num_heads) for x in project(slots, chooser, source))

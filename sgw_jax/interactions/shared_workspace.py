@@ -1,4 +1,4 @@
-"""The shared global workspace that KEM descends from (Goyal et al. 2021), equal to the authors' code on their weights."""
+"""The shared global workspace that KEM descends from (Goyal et al. 2021), numerically equal to the authors' code."""
 
 from collections.abc import Mapping
 from typing import Literal
@@ -89,8 +89,8 @@ class SharedWorkspace(nn.Module):
         norms = norm("attended_memory_layernorm"), norm("attended_memory_layernorm2")
 
         def attend(to: Array, source: Array, top_k: int | None) -> Array:
-            split = (split_heads(x, self.num_heads) for x in (query(to), key(source), value(source)))
-            attended, _, _ = topk_attention(*split, top_k, scale=1.0, normalise_over="all")
+            q, k, v = (split_heads(x, self.num_heads) for x in (query(to), key(source), value(source)))
+            attended, _, _ = topk_attention(q, k, v, top_k, scale=1.0, normalise_over="all")
             return attended.reshape(*attended.shape[:2], -1)
 
         tokens = dense("input_projector", width)(inputs.astype(self.dtype))
@@ -108,7 +108,7 @@ class SharedWorkspace(nn.Module):
 
     def _gates(self, slots: Array, tokens: Array) -> tuple[Array, Array]:
         """Input and forget gate, (batch, L, E) or (batch, L, 1), from the slots as they were before the rounds."""
-        _, count, width = slots.shape
+        width = slots.shape[-1]
         gates = 2 * (width if self.gate == "unit" else 1)
         from_inputs = _InputGate(gates, self.dtype, name="input_gate_projector")(tokens)
         from_slots = _SlotGate(gates, self.dtype, name="memory_gate_projector")(jnp.tanh(slots))

@@ -1,0 +1,31 @@
+"""The control of a comparison: KEM's parameters and compute, but nothing passes between tasks."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+from jaxtyping import Array, Float
+
+from sgw_jax.interactions.knowledge_extraction import KEM
+from sgw_jax.interactions.tokens import check_features
+
+
+class WithinTasks(nn.Module):
+    """Applies one KEM, with the same weights and slots, to every task alone [our decision].
+
+    What it gains over no interaction, attention and parameters bring; what KEM gains over it, the exchange does.
+    ``top_k`` tokens are kept of each task, so the slots of T tasks retrieve T times as many tokens as KEM's.
+
+    Call: mapping task -> (batch, *space, C); returns the same mapping, shapes and key order.
+    """
+
+    kem: KEM
+
+    def __call__(self, features: Mapping[str, Float[Array, "batch *space channels"]]) -> dict[str, Array]:
+        check_features(features, "WithinTasks")
+        alone = (self.kem({name: value}) for name, value in features.items())
+        return {name: value for mixed in alone if isinstance(mixed, dict) for name, value in mixed.items()}
+
+
+def within_tasks(**options) -> WithinTasks:
+    """`WithinTasks` with a KEM of these options."""
+    return WithinTasks(KEM(**options))
