@@ -1,0 +1,251 @@
+"""Interactions side by side from one pretrained trunk, paired by seed: scores, delta_m and diagnostics, JSON and HTML.
+
+    python benchmarks/compare.py --config=scenes --out=runs/compare [--seeds=3] [--steps=200]
+
+A trunk without interaction is trained once; every run then goes on from it for the same number of steps, with the same
+data in the same order as the others of its seed. delta_m is taken against the single-task models of the same seed, which
+went on from the same trunk. Scores are of the test split, by the average of the parameters after the last step: nothing
+is chosen by looking at a split. Killed and run again, it goes on with the first run that is missing.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jinja2
+from rich.console import Console
+from rich.progress import Progress
+
+from sgw_jax.build import Experiment, build
+from sgw_jax.config_files import read_config
+from sgw_jax.diagnostics import diagnose
+from sgw_jax.host_memory import keep_freed_memory
+from sgw_jax.metrics import delta_m
+from sgw_jax.results import count_parameters, without_nan
+from sgw_jax.sharding import replicated
+from sgw_jax.tasks.base import Task
+from sgw_jax.train import evaluate_split, train
+from sgw_jax.train_step import make_eval_step
+from sgw_jax.writers import write_atomically
+
+# What is compared: the interaction, and options over the configuration's. "widened" has KEM's number of parameters.
+METHODS: dict[str, tuple[str, dict[str, str]]] = {
+    "none": ("none", {}),
+    "widened": ("none", {"interactions.none.mlp_width": "103"}),
+    "within_tasks": ("within_tasks", {}),
+    "cross_attention": ("cross_attention", {}),
+    "shared_workspace": ("shared_workspace", {}),
+    "kem": ("kem", {}),
+    "kem_mended": ("kem", {"interactions.kem.temperature": "0.25", "interactions.kem.zero_init_write": "true"}),
+    "skem": ("skem", {}),
+}
+SINGLE = "single_"  # prefix of the runs of one task
+NUMBERS = ("slot_diversity", "retrieve_entropy", "write_entropy", "readout_cosine", "update_ratio")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what is missing, then writes compare.json and compare.html and prints the summary."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="scenes")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=200, help="of every run from the trunk")
+    parser.add_argument("--trunk_steps", type=int, default=600)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "sgw_jax")
+    arguments, overrides = parser.parse_known_args(argv)
+    jax.config.update("jax_compilation_cache_dir", str(arguments.cache_dir / "xla"))
+    keep_freed_memory()
+    console = Console()
+
+    tasks = build_run(arguments, overrides, "none", {}, seed=0).tasks
+    trunk = build_run(arguments, overrides, "none", {}, seed=1000, steps=arguments.trunk_steps)
+    if not (arguments.out / "trunk" / "result.json").exists():
+        console.print(f"The trunk: {arguments.trunk_steps} steps without interaction.")
+        run(trunk, arguments.out / "trunk", None)
+    cases: dict[str, tuple[str, dict[str, str]]] = {name: METHODS[name] for name in arguments.methods}
+    cases |= {SINGLE + task.name: ("none", {"tasks": task.name}) for task in tasks}
+    with Progress(console=console) as progress:
+        bar = progress.add_task("runs", total=len(cases) * arguments.seeds)
+        for seed in range(arguments.seeds):
+            for name, (interaction, options) in cases.items():
+                progress.update(bar, description=f"{name}, seed {seed}")
+                workdir = arguments.out / name / f"seed{seed}"
+                if not (workdir / "result.json").exists():
+                    experiment = build_run(arguments, overrides, interaction, options, seed)
+                    run(experiment, workdir, arguments.out / "trunk")
+                progress.advance(bar)
+
+    found = {
+        name: [
+            json.loads((arguments.out / name / f"seed{seed}" / "result.json").read_text(encoding="utf-8"))
+            for seed in range(arguments.seeds)
+        ]
+        for name in cases
+    }
+    summary = summarise(found, tasks) | {
+        "config": arguments.config,
+        "overrides": overrides,
+        "steps": arguments.steps,
+        "trunk_steps": arguments.trunk_steps,
+        "seeds": arguments.seeds,
+        "device": jax.devices()[0].device_kind,
+    }
+    write_atomically(arguments.out / "compare.json", json.dumps(without_nan({**summary, "runs": found}), indent=1))
+    write_atomically(arguments.out / "compare.html", page(summary))
+    console.print(markdown(summary), soft_wrap=True)
+    console.print(f"\n{arguments.out / 'compare.html'}   {arguments.out / 'compare.json'}")
+    return 0
+
+
+def build_run(
+    arguments: argparse.Namespace,
+    overrides: Sequence[str],
+    interaction: str,
+    options: Mapping[str, str],
+    seed: int,
+    steps: int | None = None,
+) -> Experiment:
+    """The experiment of one run: the user's configuration, the method's options, no evaluation on the way."""
+    steps = steps or arguments.steps
+    keys = {"interaction": interaction, "seed": seed, "steps": steps, "checkpoint_every": steps, "eval_every": steps}
+    keys |= {"data.lengths.validation": 0, "keep": 1, **options}
+    method = [f"--config.{key}={value}" for key, value in keys.items()]
+    experiment = build(read_config(arguments.config, [*overrides, *method]), arguments.cache_dir)
+    for source in experiment.data.sources.values():
+        prepare = getattr(source, "prepare", None)
+        if prepare is not None:  # rendered once, read from then on
+            prepare()
+    return experiment
+
+
+def run(experiment: Experiment, workdir: Path, trunk: Path | None) -> None:
+    """Trains and writes result.json, the sign that the run is complete."""
+    trained = train(experiment, workdir, Console(file=io.StringIO()), init_from=trunk)
+    if trained.stopped_by is not None:
+        raise SystemExit(f"Stopped by {trained.stopped_by.name}; the same command goes on.")
+    model, tasks, variables = experiment.model, experiment.tasks, trained.state.variables
+    with jax.set_mesh(experiment.mesh):
+        eval_step = jax.jit(make_eval_step(model, tasks), out_shardings=replicated(experiment.mesh))
+        found = evaluate_split(experiment, eval_step, variables, "test")
+    length = len(experiment.data.sources["test"])
+    diagnostics = diagnose(model, variables, experiment.data.evaluation("test"), experiment.mesh, tasks, length=length)
+    result = {
+        "metrics": found.metrics,
+        "losses": found.losses,
+        "parameters": count_parameters(trained.state.params)["total"],
+        "images_per_second": trained.images_per_second,
+        "diagnostics": diagnostics,
+    }
+    write_atomically(workdir / "result.json", json.dumps(without_nan(result), indent=1))
+
+
+def summarise(found: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Sequence[Task]) -> dict[str, Any]:
+    """Per method: each task's headline metric and delta_m, by seed; the gain over "none" of the same seed."""
+    singles = [
+        {task.name: found[SINGLE + task.name][seed]["metrics"][task.name] for task in tasks}
+        for seed in range(len(found[SINGLE + tasks[0].name]))
+    ]
+    rows = []
+    for name, runs in found.items():
+        if name.startswith(SINGLE):
+            continue
+        gains = [delta_m(run["metrics"], single, tasks) for run, single in zip(runs, singles, strict=True)]
+        over_none = [
+            delta_m(run["metrics"], base["metrics"], tasks)
+            for run, base in zip(runs, found.get("none", ()), strict=False)
+        ]
+        rows.append(
+            {
+                "name": name,
+                "parameters": runs[0]["parameters"],
+                "images_per_second": statistics.median(run["images_per_second"] for run in runs),
+                "delta_m": spread(gains),
+                "over_none": spread(over_none) if over_none else None,
+                "tasks": {
+                    task.name: spread([run["metrics"][task.name][task.metric] for run in runs]) for task in tasks
+                },
+                "diagnostics": diagnostics_of(runs, tasks),
+            }
+        )
+    single = {task.name: spread([values[task.name][task.metric] for values in singles]) for task in tasks}
+    heads = [
+        {
+            "name": task.name,
+            "metric": task.metric,
+            "unit": task.units.get(task.metric, ""),
+            "better": "↑" if task.higher_is_better else "↓",
+        }
+        for task in tasks
+    ]
+    return {"tasks": heads, "methods": rows, "single": single}
+
+
+def diagnostics_of(runs: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> dict[str, Any] | None:
+    """The module's numbers, and what delta_m loses when its read-out is zeroed or another image's."""
+    if any(run["diagnostics"] is None for run in runs):
+        return None
+    numbers = {
+        key: spread([run["diagnostics"][key] for run in runs])
+        for key in NUMBERS
+        if all(run["diagnostics"][key] is not None for run in runs)
+    }
+    for name in ("zeroed", "swapped"):
+        changed = [delta_m(run["diagnostics"]["ablations"][name]["metrics"], run["metrics"], tasks) for run in runs]
+        numbers[f"delta_m with the read-out {name}"] = spread(changed)
+    return numbers
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None for one value) and the values."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": deviation, "values": list(values)}
+
+
+def shown(value: Mapping[str, Any] | None, digits: int = 3) -> str:
+    """mean ± standard deviation."""
+    if value is None:
+        return ""
+    deviation = "" if value["std"] is None else f" ± {value['std']:.2g}"
+    return f"{value['mean']:.{digits}g}{deviation}"
+
+
+def markdown(summary: Mapping[str, Any]) -> str:
+    """The summary as Markdown tables."""
+    heads = [f"{t['name']} {t['metric']} {t['unit']} {t['better']}" for t in summary["tasks"]]
+    lines = ["| method | parameters | images/s | " + " | ".join(heads) + " | Δm vs single % | Δm vs none % |"]
+    lines.append("|---" * (len(heads) + 5) + "|")
+    for row in summary["methods"]:
+        cells = [shown(row["tasks"][task["name"]]) for task in summary["tasks"]]
+        start = [row["name"], f"{row['parameters']:,}", f"{row['images_per_second']:.0f}"]
+        lines.append("| " + " | ".join([*start, *cells, shown(row["delta_m"]), shown(row["over_none"])]) + " |")
+    single = [shown(summary["single"][task["name"]]) for task in summary["tasks"]]
+    lines.append("| " + " | ".join(["single-task models", "", "", *single, "0", ""]) + " |")
+    measured = [row for row in summary["methods"] if row["diagnostics"]]
+    if measured:
+        lines += ["", "| | " + " | ".join(row["name"] for row in measured) + " |", "|---" * (len(measured) + 1) + "|"]
+        for key in measured[0]["diagnostics"]:
+            lines.append(f"| {key} | " + " | ".join(shown(row["diagnostics"].get(key)) for row in measured) + " |")
+    return "\n".join(lines)
+
+
+def page(summary: Mapping[str, Any]) -> str:
+    """The summary as one self-contained page."""
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template.filters["shown"] = shown
+    extent = max(
+        (abs(value) for row in summary["methods"] for value in (row["over_none"] or {"values": []})["values"]),
+        default=1,
+    )
+    return template.get_template("compare.html.jinja").render(**summary, extent=max(extent, 0.1))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
