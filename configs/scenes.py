@@ -2,7 +2,7 @@
 
 Command:   python -m sgw_jax train --config=configs/scenes.py --workdir=runs/scenes
 Hardware:  2 CPU cores; unchanged on GPUs and TPUs (--config.mesh.data, --config.mesh.fsdp)
-Time:      about 560 CPU-seconds and 2.1 GB; results of three seeds in docs/results.md
+Time:      about 520 CPU-seconds and 2.1 GB; results of three seeds in docs/results.md
 Variants:  --config=configs/scenes.py:interaction=none,tasks=semseg+depth
 """
 
