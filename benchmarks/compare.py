@@ -3,7 +3,7 @@
     python benchmarks/compare.py --config=scenes --out=runs/compare [--seeds=3] [--steps=200]
 
 A trunk without interaction is trained once; every run then goes on from it for the same number of steps, with the same
-data in the same order as the others of its seed. delta_m is taken against the single-task models of the same seed, which
+data in the same order as the others of its seed. delta_m is taken against the single-task models of that seed, which
 went on from the same trunk. Scores are of the test split, by the average of the parameters after the last step: nothing
 is chosen by looking at a split. Killed and run again, it goes on with the first run that is missing.
 """
@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jinja2
+from absl import logging
 from rich.console import Console
 from rich.progress import Progress
 
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "sgw_jax")
     arguments, overrides = parser.parse_known_args(argv)
     jax.config.update("jax_compilation_cache_dir", str(arguments.cache_dir / "xla"))
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every routine save as a warning
     keep_freed_memory()
     console = Console()
 

@@ -73,7 +73,8 @@ def _load(argument: str) -> ConfigDict:
         raise UsageError(f"--config={argument}: {where}: {type(error).__name__}: {_brief(error)}") from error
     missing = [key for key in _leaves(base.get_config()) if key not in _leaves(config)]
     if missing:
-        raise UsageError(f"--config={argument}: {path} lacks the keys {missing}; start from base.get_config().")
+        some = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise UsageError(f"--config={argument}: {path} lacks the keys {some}; start from base.get_config().")
     return config
 
 

@@ -147,7 +147,10 @@ def test_a_file_of_ones_own_works_from_anywhere(tmp_path):
         (["--config=scenes", "extra"], ["'extra'"]),
         (["--config=scenes:tasks=semsegg"], ["config.tasks: 'semsegg'", "Did you mean 'semseg'?"]),
         (["--config=scenes:tasks=depth+depth"], ["each once"]),
-        (["--config=scenes:interaction=kemm"], ["config.interaction: 'kemm'", "'kem', 'none', 'skem'"]),
+        (
+            ["--config=scenes:interaction=kemm"],
+            ["config.interaction: 'kemm'", "'kem', 'none', 'shared_workspace', 'skem'"],
+        ),
         (["--config=scenes", "--config.backbone=resnet"], ["config.backbone: 'resnet'", "vit"]),
         (["--config=scenes", "--config.dtype=float16"], ["config.dtype: 'float16'", "bfloat16"]),
         (["--config=scenes", "--config.data.source=scene"], ["config.data.source", "Did you mean 'scenes'?"]),
