@@ -128,6 +128,14 @@ def test_remat_inside_scan(projection):
     assert_close(results[1], results[0])
 
 
+def test_remat_returns_the_slots_when_told_statically():
+    features = {"a": np.ones((2, 3, 8), np.float32)}
+    variables = jit(KEM(3).init)(jax.random.key(0), features)
+    expected = jit(lambda v: KEM(3).apply(v, features, return_slots=True))(variables)
+    remat = nn.remat(KEM, static_argnums=(3,))(3)
+    assert_close(jit(lambda v: remat.apply(v, features, None, True))(variables), expected)
+
+
 @pytest.mark.parametrize("projection", FRAMES)
 def test_gradients_over_devices_and_through_nnx(projection):
     """Every way to take the gradient of a batch's mean loss gives the plain one."""
