@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jinja2
 from absl import logging
 from rich.console import Console
@@ -35,10 +36,10 @@ from sgw_jax.train import evaluate_split, train
 from sgw_jax.train_step import make_eval_step
 from sgw_jax.writers import write_atomically
 
-# What is compared: the interaction, and options over the configuration's. "widened" has KEM's number of parameters.
+# What is compared: the interaction, and options over the configuration's; "widened" gets its MLP in `main`.
 METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "none": ("none", {}),
-    "widened": ("none", {"interactions.none.mlp_width": "103"}),
+    "widened": ("none", {}),
     "within_tasks": ("within_tasks", {}),
     "cross_attention": ("cross_attention", {}),
     "shared_workspace": ("shared_workspace", {}),
@@ -72,6 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"The trunk: {arguments.trunk_steps} steps without interaction.")
         run(trunk, arguments.out / "trunk", None)
     cases: dict[str, tuple[str, dict[str, str]]] = {name: METHODS[name] for name in arguments.methods}
+    if "widened" in cases:
+        width = equal_mlp_width(build_run(arguments, overrides, "kem", {}, seed=0))
+        cases["widened"] = ("none", {"interactions.none.mlp_width": str(width)})
     cases |= {SINGLE + task.name: ("none", {"tasks": task.name}) for task in tasks}
     with Progress(console=console) as progress:
         bar = progress.add_task("runs", total=len(cases) * arguments.seeds)
@@ -125,6 +129,16 @@ def build_run(
         if prepare is not None:  # rendered once, read from then on
             prepare()
     return experiment
+
+
+def equal_mlp_width(kem: Experiment) -> int:
+    """The hidden width at which no interaction with an MLP has as many parameters as this KEM, to half a unit."""
+    image = jax.ShapeDtypeStruct((1, *kem.size, 3), jnp.float32)
+    params = jax.eval_shape(kem.model.init, jax.random.key(0), image)["params"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(params["interaction"]))
+    channels = kem.config.channels
+    # Layer norm 2 c, kernels 2 c h, biases h + c.
+    return round((count - 3 * channels) / (2 * channels + 1))
 
 
 def run(experiment: Experiment, workdir: Path, trunk: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""How far features have collapsed (NC1..NC4), the loss that pulls them to an ETF, and how stable a selection is.
+"""How far features have collapsed (NC1..NC4), and the loss that pulls them to an ETF.
 
 Neural collapse over a data set takes two passes, because a scatter that is summed about a far-away point cancels:
 
@@ -16,7 +16,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
+
+from sgw_jax.etf import direction
 
 IGNORE = 255
 
@@ -247,63 +249,10 @@ def dot_regression_loss(
     is_class = (labels >= 0) & (labels < np.shape(vertices)[1])
     vertex = jax.lax.stop_gradient(jnp.asarray(vertices, features.dtype)).T[jnp.where(is_class, labels, 0)]
     features = jnp.where(valid[..., None], features, 0)
-    squared = jnp.sum(jnp.square(features), axis=-1)
-    # The eps alone would leave a gradient of 1e6 at f = 0, where no direction is right.
-    inverse = jnp.where(squared > 0, jax.lax.rsqrt(squared + eps), 0)
-    loss = jnp.square(jnp.sum(vertex * features, axis=-1) * inverse - 1) / 2
+    cosine = jnp.sum(vertex * direction(features, eps), axis=-1) * dim**-0.5
+    loss = jnp.square(cosine - 1) / 2
     loss = jnp.where(is_class, loss, jnp.nan)
     return jnp.sum(jnp.where(valid, loss, 0)), jnp.sum(valid, dtype=jnp.int32)
-
-
-def jaccard(first: Int[Array, "*batch kept"], second: Int[Array, "*batch other"]) -> Float[Array, "*batch"]:
-    """Intersection over union of sets given as lists of distinct integers, in float32; leading axes broadcast."""
-    shape = jnp.broadcast_shapes(first.shape[:-1], second.shape[:-1])
-    sizes = first.shape[-1] + second.shape[-1]
-    both = jnp.concatenate([jnp.broadcast_to(a, (*shape, a.shape[-1])) for a in (first, second)], axis=-1)
-    both = jnp.sort(both, axis=-1)  # no set repeats an element: equal neighbours are one of each
-    shared = jnp.sum(both[..., 1:] == both[..., :-1], axis=-1)
-    return shared.astype(jnp.float32) / (sizes - shared)
-
-
-def selection_overlap(
-    clean: Int[Array, "batch heads slots kept"], perturbed: Int[Array, "batch heads slots kept"]
-) -> Float[Array, " batch"]:
-    """Stability of selection: an image's mean Jaccard overlap of the tokens kept for it and for a perturbed copy of it.
-
-    Averaged over heads and slots; 1 = the same tokens, and about k / (2 n_s) for two random choices of k << n_s.
-    Beside it belongs `selection_between_images`: a selection that ignores its input is stable under anything.
-
-    Args:
-      clean, perturbed: indices of the kept tokens, what a KEM sows as ``retrieve_index``.
-
-    Raises ValueError for different shapes.
-    """
-    if clean.shape != perturbed.shape:
-        raise ValueError(
-            f"selection_overlap: the selections have shapes {clean.shape} and {perturbed.shape}; give two of the same."
-        )
-    overlap = jaccard(clean, perturbed)
-    return jnp.mean(overlap, axis=tuple(range(1, overlap.ndim)))
-
-
-def selection_between_images(
-    index: Int[Array, "batch heads slots kept"], valid: Bool[Array, " batch"] | None = None
-) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """(sum, int32 count) over ordered pairs of different images: how static the selection is, sum / count.
-
-    A pair's value is the Jaccard overlap of what the same head and slot keeps in the two images, averaged over heads
-    and slots; 1 = the same tokens for every image. Only images of one batch are compared, so over a data set this
-    averages over a sample of its pairs. A batch with one image adds nothing.
-
-    Args:
-      index: indices of the kept tokens, what a KEM sows as ``retrieve_index``.
-      valid: which rows count; None, all.
-    """
-    # One image against all at a time: memory of two selections, not of batch^2.
-    overlap = jax.lax.map(lambda one: jnp.mean(jaccard(index, one), axis=(1, 2)), index)
-    real = jnp.ones(len(index), bool) if valid is None else valid
-    pair = real[:, None] & real[None, :] & ~jnp.eye(len(index), dtype=bool)
-    return jnp.sum(jnp.where(pair, overlap, 0)), jnp.sum(pair, dtype=jnp.int32)
 
 
 def _aligned(caller: str, features: Array, labels: Array) -> tuple[Array, Array]:

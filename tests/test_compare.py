@@ -3,9 +3,13 @@
 import importlib.util
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sgw_jax.build import build
+from sgw_jax.config_files import read_config
 from sgw_jax.tasks import Depth, SemSeg
 
 TASKS = (SemSeg(), Depth())
@@ -51,6 +55,23 @@ def test_gains_are_paired_by_seed(compare):
     expected = 100 * ((20 / 22 - 1) - (1.2 / 0.9 - 1)) / 2
     np.testing.assert_allclose(kem["diagnostics"]["delta_m with the read-out zeroed"]["values"][0], expected)
     assert "update_ratio" not in kem["diagnostics"]
+
+
+def test_widened_has_as_many_parameters_as_kem(compare):
+    """To half a hidden unit, of 2 c + 1 parameters."""
+
+    def count(interaction, width=None):
+        config = read_config(f"scenes:interaction={interaction}")
+        config.interactions.none.mlp_width = width
+        config.mesh.data, config.batch_size = -1, 8
+        experiment = build(config, "unused")
+        image = jnp.zeros((1, *experiment.size, 3))
+        params = jax.eval_shape(experiment.model.init, jax.random.key(0), image)["params"]
+        return experiment, sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    kem, wanted = count("kem")
+    _, found = count("none", compare.equal_mlp_width(kem))
+    assert abs(found - wanted) <= (2 * kem.config.channels + 1) / 2
 
 
 def test_one_seed_has_no_spread(compare):

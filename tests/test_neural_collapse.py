@@ -15,10 +15,8 @@ from sgw_jax.neural_collapse import (
     collapse_values,
     disagreement_sums,
     dot_regression_loss,
-    jaccard,
-    selection_between_images,
-    selection_overlap,
 )
+from sgw_jax.selection import jaccard, selection_between_images, selection_overlap
 from sgw_jax.sharding import batch_sharding, make_mesh
 
 EPS32 = float(np.finfo(np.float32).eps)

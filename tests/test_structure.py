@@ -11,8 +11,8 @@ FILES = sorted([*ROOT.glob("sgw_jax/**/*.py"), *ROOT.glob("data_pipelines/**/*.p
 # A module imports only from layers below its own; within a layer, files of one family may import each other.
 # From the bottom up.
 LAYERS = [
-    "layers etf neural_collapse sharding writers config_files host_memory stop_signal album charts",
-    "projections",
+    "layers etf selection sharding writers config_files host_memory stop_signal album charts",
+    "projections neural_collapse",
     "tasks optimizers multi_objective interactions backbones heads",
     "model metrics",
     "train_step checkpoints evaluate probe report panels",

@@ -94,7 +94,7 @@ class SharedWorkspace(nn.Module):
             return attended.reshape(*attended.shape[:2], -1)
 
         tokens = dense("input_projector", width)(inputs.astype(self.dtype))
-        memory = slots.astype(self.dtype)
+        memory = slots = slots.astype(self.dtype)
         for _ in range(self.rounds):
             memory = norms[0](memory + attend(memory, tokens, self.top_k))
             thought = memory
@@ -102,8 +102,8 @@ class SharedWorkspace(nn.Module):
                 thought = nn.relu(mlp(thought))
             memory = norms[1](memory + thought)
         if self.gate is not None:
-            opened, kept = self._gates(slots.astype(self.dtype), tokens)
-            memory = opened * jnp.tanh(memory) + kept * slots.astype(self.dtype)
+            opened, kept = self._gates(slots, tokens)
+            memory = opened * jnp.tanh(memory) + kept * slots
         return attend(tokens, memory, None), memory
 
     def _gates(self, slots: Array, tokens: Array) -> tuple[Array, Array]:

@@ -1,6 +1,7 @@
 """The control of a comparison: KEM's parameters and compute, but nothing passes between tasks."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import flax.linen as nn
 from jaxtyping import Array, Float
@@ -22,8 +23,7 @@ class WithinTasks(nn.Module):
 
     def __call__(self, features: Mapping[str, Float[Array, "batch *space channels"]]) -> dict[str, Array]:
         check_features(features, "WithinTasks")
-        alone = (self.kem({name: value}) for name, value in features.items())
-        return {name: value for mixed in alone if isinstance(mixed, dict) for name, value in mixed.items()}
+        return {name: cast(dict, self.kem({name: value}))[name] for name, value in features.items()}
 
 
 def within_tasks(**options) -> WithinTasks:
