@@ -44,11 +44,19 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "cross_attention": ("cross_attention", {}),
     "shared_workspace": ("shared_workspace", {}),
     "kem": ("kem", {}),
-    "kem_mended": ("kem", {"interactions.kem.temperature": "0.25", "interactions.kem.zero_init_write": "true"}),
+    "kem_sharp": ("kem", {"interactions.kem.temperature": "0.25"}),
     "skem": ("skem", {}),
 }
 SINGLE = "single_"  # prefix of the runs of one task
-NUMBERS = ("slot_diversity", "retrieve_entropy", "write_entropy", "readout_cosine", "update_ratio")
+NUMBERS = (
+    "slot_diversity",
+    "retrieve_entropy",
+    "write_entropy",
+    "readout_cosine",
+    "selection_stability",
+    "selection_between_images",
+    "update_ratio",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -210,7 +218,7 @@ def diagnostics_of(runs: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> 
     numbers = {
         key: spread([run["diagnostics"][key] for run in runs])
         for key in NUMBERS
-        if all(run["diagnostics"][key] is not None for run in runs)
+        if all(run["diagnostics"].get(key) is not None for run in runs)
     }
     for name in ("zeroed", "swapped"):
         changed = [delta_m(run["diagnostics"]["ablations"][name]["metrics"], run["metrics"], tasks) for run in runs]

@@ -79,6 +79,7 @@ def get_config() -> ConfigDict:
                 "human_parts": 2.0,
             },
             "edge_weight": optional(float, 0.95),  # of edge pixels in the edge loss; None = balanced per batch
+            "dot_regression": 0.0,  # weight of the loss that pulls semseg's features to the vertices of an ETF
             # --- model ------------------------------------------------------------------------------------------
             "backbone": "vit",
             "backbones": {

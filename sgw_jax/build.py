@@ -165,7 +165,7 @@ def build_tasks(config: ConfigDict) -> tuple[Task, ...]:
     else:
         semseg, parts = {"num_classes": config.data.num_classes}, {"num_classes": config.data.num_parts}
     options: dict[str, dict[str, Any]] = {
-        "semseg": semseg,
+        "semseg": semseg | {"dot_regression": config.dot_regression},
         "human_parts": parts,
         "edges": {"edge_weight": config.edge_weight},
     }

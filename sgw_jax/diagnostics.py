@@ -16,11 +16,13 @@ from data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
 from sgw_jax.interactions.knowledge_extraction import KEM
 from sgw_jax.interactions.tokens import TokenLayout, concatenate_tasks
 from sgw_jax.metrics import add_all
+from sgw_jax.selection import jaccard, selection_between_images, selection_overlap
 from sgw_jax.sharding import global_batch, replicated
 from sgw_jax.tasks.base import Task
 from sgw_jax.train_step import make_eval_step
 
 ABLATIONS = ("zeroed", "swapped")
+NOISE = 0.1  # of the selection's perturbation: standard deviation, in units of the normalised image (about 6 levels)
 SHOWN_SLOTS = 5  # whose retrieve maps `collect_examples` returns
 
 Batch = Mapping[str, Any]
@@ -54,6 +56,10 @@ def diagnose(
       readout_cosine: mean cosine between the read-outs R^ of the same slot (and round) in two different images, over
         all pairs of images of the split (not of a batch only: the sum over pairs follows from the sum of the unit
         vectors); 1 = the same read-out for every image. A read-out of zero counts as cosine 0.
+      selection_stability: Jaccard overlap of the tokens that a slot keeps for an image and for a copy of it with
+        Gaussian noise of standard deviation NOISE, drawn alike for every batch; None without top-k. Read it beside
+      selection_between_images: the same overlap between two images of a batch; a selection that ignores its input is
+        stable under anything. None without top-k or where no batch has two images.
       update_ratio: mean over images of ||F^|| / ||F||, the norms over all tokens and channels.
       reads (L, T): share of slot l's retrieved attention that falls on tokens of task t; rows sum to 1.
       writes (T, L): mean attention of task t's tokens to slot l; rows sum to 1.
@@ -95,6 +101,8 @@ def _make_step(model: nn.Module, tasks: Sequence[Task], mesh: Mesh) -> Callable[
         features: Features = {}
         with _intervene(features):
             _, sown = _apply(model, variables, batch["image"])
+        noise = NOISE * jax.random.normal(jax.random.key(0), batch["image"].shape)
+        _, perturbed = _apply(model, variables, batch["image"] + noise)
         rows = jnp.arange(batch["image"].shape[0])
         valid = rows < real
         another = jnp.where(valid, (rows - 1) % jnp.maximum(real, 1), rows)
@@ -105,6 +113,7 @@ def _make_step(model: nn.Module, tasks: Sequence[Task], mesh: Mesh) -> Callable[
                 found[name] = eval_step(variables, batch)
         layout = _layout(features)
         module = _module_sums(sown, layout, [layout.names.index(task.name) for task in tasks], valid)
+        module |= _selection_sums(sown, perturbed, valid)
         return {"module": module, "ablations": found}
 
     return jax.jit(step, out_shardings=replicated(mesh))
@@ -169,7 +178,7 @@ def _module_sums(
         entropy = jnp.sum(entr(write), axis=-1) / math.log(slots)
         by_image["write_entropy"] = jnp.mean(entropy, axis=(0, 2, 3))
     if slots > 1 and "retrieve_index" in sown:
-        by_image["slot_diversity"] = 1 - jnp.mean(_mean_overlap(index, int(ends[-1])), axis=(0, 2))
+        by_image["slot_diversity"] = 1 - jnp.mean(_mean_overlap(index), axis=(0, 2))
 
     readout = sown["readout"].astype(jnp.float32)
     length = jnp.linalg.norm(readout, axis=-1, keepdims=True)
@@ -187,23 +196,38 @@ def _sum_valid(values: Float[Array, "batch *rest"], valid: Bool[Array, " batch"]
     return jnp.sum(jnp.where(valid.reshape(-1, *(1,) * (values.ndim - 1)), values, 0), axis=0)
 
 
-def _mean_overlap(index: Int[Array, "*batch slots kept"], tokens: int) -> Float[Array, "*batch"]:
+def _mean_overlap(index: Int[Array, "*batch slots kept"]) -> Float[Array, "*batch"]:
     """Jaccard overlap of the slots' token sets, averaged over pairs of different slots."""
-    member = jnp.vectorize(lambda chosen: jnp.zeros(tokens).at[chosen].set(1), signature="(k)->(n)")(index)
-    shared = jnp.einsum("...in,...jn->...ij", member, member)  # counts of zeros and ones: exact
-    overlap = shared / (2 * index.shape[-1] - shared)
+    overlap = jaccard(index[..., :, None, :], index[..., None, :, :])
     first, second = np.triu_indices(index.shape[-2], k=1)
     return jnp.mean(overlap[..., first, second], axis=-1)
+
+
+def _selection_sums(
+    sown: Mapping[str, Array], perturbed: Mapping[str, Array], valid: Bool[Array, " batch"]
+) -> dict[str, Array]:
+    """Sums over the valid images, and over pairs of them, of how the kept tokens overlap; rounds averaged."""
+    if "retrieve_index" not in sown:
+        return {}
+    stable = jax.vmap(selection_overlap)(sown["retrieve_index"], perturbed["retrieve_index"])
+    between, pairs = jax.vmap(lambda index: selection_between_images(index, valid))(sown["retrieve_index"])
+    return {
+        "selection_stability": _sum_valid(jnp.mean(stable, axis=0), valid),
+        "selection_between_images": jnp.mean(between),
+        "pairs_in_batches": pairs[0],
+    }
 
 
 def _means(sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The numbers of `diagnose` from the sums over all images, as plain floats and lists."""
     images = int(sums["images"])
-    scalars = ("slot_diversity", "retrieve_entropy", "write_entropy", "update_ratio")
+    scalars = ("slot_diversity", "retrieve_entropy", "write_entropy", "selection_stability", "update_ratio")
     numbers: dict[str, Any] = {name: float(sums[name] / images) if name in sums else None for name in scalars}
     pairs = images * (images - 1)
     between = np.sum(np.square(sums["unit_readout"]), axis=-1) - sums["unit_readout_squared"]
     numbers["readout_cosine"] = float(np.mean(between)) / pairs if pairs else None
+    together = int(sums.get("pairs_in_batches", 0))
+    numbers["selection_between_images"] = float(sums["selection_between_images"]) / together if together else None
     matrices = {name: (sums[name] / images).tolist() for name in ("reads", "writes", "flow")}
     return {"images": images, **numbers, **matrices}
 

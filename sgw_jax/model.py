@@ -12,6 +12,7 @@ from sgw_jax.sharding import constrain_batch
 from sgw_jax.tasks.base import Task
 
 PRELIMINARY = "preliminary/"
+FEATURES = "features/"
 
 
 class MultiTaskModel(nn.Module):
@@ -28,7 +29,8 @@ class MultiTaskModel(nn.Module):
       dtype: of the computation; parameters and predictions are float32.
 
     Call: (image (batch, H, W, 3), train) -> {task: (batch, H, W, head width)} float32 raw outputs; with
-    ``preliminary`` and ``train`` also {"preliminary/task": ...}.
+    ``preliminary`` and ``train`` also {"preliminary/task": ...}, and in training {"features/task": (batch, h, w,
+    channels)}, what enters the interaction, for each task whose loss uses it (`Task.uses_features`).
 
     Raises:
       ValueError: no task, or two of one name.
@@ -61,6 +63,8 @@ class MultiTaskModel(nn.Module):
         if self.preliminary and train:
             early = self._predict("preliminary", features, size)
             predictions |= {PRELIMINARY + name: value for name, value in early.items()}
+        if train:
+            predictions |= {FEATURES + task.name: features[task.name] for task in self.tasks if task.uses_features}
         return predictions
 
     def _predict(self, prefix: str, features: dict[str, Array], size: tuple[int, int]) -> dict[str, Array]:

@@ -57,6 +57,20 @@ DIAGNOSTICS: Sequence[tuple[str, str, str, str, Callable[[float], bool]]] = (
         lambda value: value > 0.95,
     ),
     (
+        "selection_stability",
+        "Selection stability",
+        "Jaccard overlap of the tokens that a slot keeps for an image and for a slightly noisy copy of it.",
+        "near 1; below 0.3 the choice follows the noise",
+        lambda value: value < 0.3,
+    ),
+    (
+        "selection_between_images",
+        "Selection between images",
+        "The same overlap for two different images; a choice that ignores the image is stable under any noise.",
+        "far below the stability; above 0.8 the slots keep the same places in every image",
+        lambda value: value > 0.8,
+    ),
+    (
         "update_ratio",
         "Update ratio",
         "Size of the update relative to the features that it is added to.",

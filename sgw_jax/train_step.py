@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from sgw_jax.model import PRELIMINARY
+from sgw_jax.model import FEATURES, PRELIMINARY
 from sgw_jax.multi_objective.scalarize import Scalarizer, weighted_sum
 from sgw_jax.tasks.base import Task
 
@@ -143,7 +143,8 @@ def make_train_step(
 def task_losses(
     tasks: Sequence[Task], predictions: Mapping[str, Array], batch: Batch, statistics: Mapping[str, Any]
 ) -> Float[Array, " tasks"]:
-    """Loss of every task: final prediction plus, where the model gives one, the preliminary one at weight 1 (InvPT)."""
+    """Loss of every task: final prediction plus, where the model gives one, the preliminary one at weight 1 (InvPT),
+    plus the task's own term on its features, if it has one."""
 
     def loss(task: Task) -> Array:
         known = statistics[task.name]
@@ -151,6 +152,8 @@ def task_losses(
         for key in (task.name, PRELIMINARY + task.name):
             if key in predictions:
                 total += task.loss_terms(predictions[key], batch[task.name], known)[0]
+        if FEATURES + task.name in predictions:
+            total += task.feature_loss_sum(predictions[FEATURES + task.name], batch[task.name])
         return total / jnp.maximum(known["count"], 1)
 
     return jnp.stack([loss(task) for task in tasks])

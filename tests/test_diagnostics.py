@@ -190,12 +190,37 @@ def test_every_number_is_its_definition_over_the_real_images_alone(plain):
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+def kept(model, variables, batch):
+    """Per image, head and slot the set of kept tokens, in the first round."""
+    index = sown_by(model, variables, [batch], length=BATCH)[0]["retrieve_index"]
+    return [[[set(slot.tolist()) for slot in head] for head in image] for image in index]
+
+
+def overlap(one, other):
+    pairs = [(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True)]
+    return np.mean([len(a & b) / len(a | b) for a, b in pairs])
+
+
+def test_selection_under_noise_and_between_images_by_sets(plain):
+    model, variables, batches, _ = plain
+    found = run(model, variables, batches[:1], length=BATCH)
+    noise = diagnostics.NOISE * np.asarray(jax.random.normal(jax.random.key(0), batches[0]["image"].shape))
+    clean = kept(model, variables, batches[0])
+    noisy = kept(model, variables, {**batches[0], "image": batches[0]["image"] + noise})
+    stable = np.mean([overlap(a, b) for a, b in zip(clean, noisy, strict=True)])
+    between = np.mean([overlap(a, b) for a, b in itertools.permutations(clean, 2)])
+    np.testing.assert_allclose(found["selection_stability"], stable, **TOLERANCE)
+    np.testing.assert_allclose(found["selection_between_images"], between, **TOLERANCE)
+    assert between < stable < 1
+
+
 def test_rounds_of_plain_softmax():
     model = model_with(kem(rounds=2, top_k=None))
     variables, batches = variables_of(model, seed=1), split(1)
     found = run(model, variables, batches)
     check_against_reference(found, sown_by(model, variables, batches))
-    assert found["slot_diversity"] is None
+    for name in ("slot_diversity", "selection_stability", "selection_between_images"):
+        assert found[name] is None
 
 
 def test_shares_are_shares(plain):
@@ -271,7 +296,8 @@ def test_numbers_that_are_not_defined_are_none():
     model = model_with(kem(num_slots=1, top_k=1))
     found = run(model, variables_of(model), split(length=1), length=1)
     undefined = {name for name, value in found.items() if value is None}
-    assert undefined == {"slot_diversity", "retrieve_entropy", "write_entropy", "readout_cosine"}
+    between = {"readout_cosine", "selection_between_images"}
+    assert undefined == {"slot_diversity", "retrieve_entropy", "write_entropy", *between}
 
 
 def evaluated(model, variables, batches):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sgw_jax.etf import simplex_etf
 from sgw_jax.metrics import add_sums
 from sgw_jax.tasks import TASKS, Depth, Edges, HumanParts, Normals, Saliency, SemSeg, Task, task_from_dict
 from sgw_jax.tasks.base import IGNORED_COLOUR, count
@@ -657,3 +658,26 @@ def test_an_incomplete_task_says_what_is_missing():
 
     with pytest.raises(TypeError, match=r"abstract.*loss_terms"):
         Half("half")
+
+
+def test_dot_regression_takes_the_label_at_the_centre_of_each_cell_and_counts_pixels():
+    """Cells of 3 x 4 pixels, by loops in float64; the sum is over pixels, so that sum / labelled pixels is the mean."""
+    task = SemSeg(num_classes=4, dot_regression=0.7)
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(2, 5, 3, 6)).astype(np.float32)
+    labels = np.where(rng.random((2, 15, 12)) < 0.3, 255, rng.integers(0, 4, (2, 15, 12))).astype(np.int32)
+    vertices = simplex_etf(4, 6)
+    expected = 0.0
+    for image, row, column in np.ndindex(2, 5, 3):
+        label = labels[image, 3 * row + 1, 4 * column + 2]
+        if label != 255:
+            f = features[image, row, column].astype(np.float64)
+            expected += 0.7 * 12 * (vertices[:, label] @ f / np.linalg.norm(f) - 1) ** 2 / 2
+    found = task.feature_loss_sum(jnp.asarray(features), jnp.asarray(labels))
+    np.testing.assert_allclose(found, expected, rtol=30 * np.finfo(np.float32).eps)  # sums of 30 positive terms
+    assert task.uses_features
+    assert not SemSeg().uses_features
+    with pytest.raises(ValueError, match="dot_regression is -1"):
+        SemSeg(dot_regression=-1)
+    with pytest.raises(ValueError, match="40 equiangular vertices need at least 39 dimensions, but dim is 6"):
+        SemSeg(dot_regression=1).feature_loss_sum(jnp.asarray(features), jnp.asarray(labels))

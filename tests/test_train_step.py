@@ -32,7 +32,7 @@ from sgw_jax.train_step import (
 EPS32 = float(np.finfo(np.float32).eps)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 
-TASKS = (SemSeg(num_classes=3), Depth(), Saliency())
+TASKS = (SemSeg(num_classes=3, dot_regression=0.5), Depth(), Saliency())
 SGD = make_optimizer(0.02, name="sgd", momentum=0.9)  # after one step its state is the first gradient itself
 ROWS, SIZE = 8, (32, 32)
 

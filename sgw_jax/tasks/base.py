@@ -55,7 +55,7 @@ class Task(abc.ABC):
             object.__setattr__(self, field.name, _frozen(getattr(self, field.name)))
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"{self.kind} task: name is {self.name!r}; give a non-empty string.")
-        if not _is_number(self.weight) or self.weight < 0:
+        if not is_number(self.weight) or self.weight < 0:
             raise ValueError(f"Task {self.name!r}: weight is {self.weight!r}; give a finite number >= 0.")
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"Task {self.name!r}: protocol is {self.protocol!r}; choose one of {PROTOCOLS}.")
@@ -105,6 +105,15 @@ class Task(abc.ABC):
 
         `statistics` are those of the whole batch that this target is a part of; None means this target is all of it.
         """
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether the loss also has a term on this task's features; the model then returns them in training."""
+        return False
+
+    def feature_loss_sum(self, features: Float[Array, "batch h w channels"], target: Array) -> Float[Array, ""]:
+        """The float32 sum, over the pixels of `loss_terms`, of a term on the features that enter the interaction."""
+        raise NotImplementedError(f"Task {self.name!r} has no loss on features.")
 
     def loss(self, prediction: Array, target: Array) -> Float[Array, ""]:
         """The mean of the pixel losses over the valid pixels, 0 when there are none."""
@@ -198,7 +207,7 @@ def ratio(numerator: float, denominator: float) -> float:
     return float(numerator) / float(denominator) if denominator else math.nan
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, ratio, scalar_map
+from sgw_jax.etf import simplex_etf
+from sgw_jax.neural_collapse import dot_regression_loss
+from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, is_number, ratio, scalar_map
 
 IGNORE = 255
 
@@ -21,6 +23,12 @@ class SemSeg(Task):
 
     Loss: -log softmax(prediction)[label], summed over the valid pixels (InvPT's cross-entropy). A label that is
     neither 255 nor in [0, num_classes) makes the loss NaN and `metric_values` raise: it is an error of the data.
+
+    `dot_regression` > 0 adds that weight times the dot-regression loss (arXiv 2203.09081, see neural_collapse.py). It
+    pulls the features that enter the interaction, and that sKEM selects by, to one fixed vertex per class of a simplex
+    ETF. A cell of the feature map has the label at its centre and counts for all pixels that it covers, so that the
+    term adds up over micro-batches as the loss does. It needs num_classes <= channels + 1 and is part of training
+    alone: losses of an evaluation leave it out. [The paper names no such loss; our decision, off.]
 
     Metrics, in percent, from true positives, false positives and false negatives pooled over the data set:
       miou: the mean over the classes of tp / (tp + fp + fn). "exact" leaves out a class that is neither predicted nor
@@ -37,12 +45,17 @@ class SemSeg(Task):
     num_classes: int = 40
     class_names: tuple[str, ...] = ()
     colours: tuple[tuple[int, int, int], ...] = ()
+    dot_regression: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         number = self.num_classes
         if not isinstance(number, int) or isinstance(number, bool) or not 2 <= number <= IGNORE:
             raise ValueError(f"Task {self.name!r}: num_classes is {number!r}; give an integer in [2, {IGNORE}].")
+        if not is_number(self.dot_regression) or self.dot_regression < 0:
+            raise ValueError(
+                f"Task {self.name!r}: dot_regression is {self.dot_regression!r}; give a finite number >= 0."
+            )
         if not self.class_names:
             named = len(self.DEFAULT_NAMES) == number
             names = self.DEFAULT_NAMES if named else tuple(f"class {i}" for i in range(number))
@@ -94,6 +107,20 @@ class SemSeg(Task):
         loss = jax.nn.logsumexp(logits, axis=-1) - label_logit
         loss = jnp.where(jnp.any(is_label, axis=-1), loss, jnp.nan)
         return jnp.sum(jnp.where(valid, loss, 0)), count(valid)
+
+    @property
+    def uses_features(self) -> bool:
+        return self.dot_regression > 0
+
+    def feature_loss_sum(self, features: Float[Array, "batch h w channels"], target: Array) -> Float[Array, ""]:
+        labels = scalar_map(target)
+        cells, pixels = features.shape[1:3], labels.shape[1:3]
+        # Integer arithmetic: the pixel at the centre of each cell, for any ratio of the sizes.
+        rows, columns = ((2 * jnp.arange(n) + 1) * size // (2 * n) for n, size in zip(cells, pixels, strict=True))
+        # A literal in the program, but only channels x classes numbers.
+        vertices = jnp.asarray(simplex_etf(self.num_classes, features.shape[-1]), jnp.float32)
+        total, _ = dot_regression_loss(features, labels[:, rows[:, None], columns], vertices)
+        return self.dot_regression * total * (math.prod(pixels) / math.prod(cells))
 
     def metric_sums(self, prediction: Array, target: Array) -> Sums:
         labels = self.scalar_target(prediction, target)
