@@ -64,6 +64,8 @@ def get_config() -> ConfigDict:
             },
             "augment": {
                 "scale": (1.0, 1.0),  # uniform range of the random zoom
+                "scale_crop": (),  # factors of MTAN's random crop, enlarged to the image's size; () = none
+                "cat_max_ratio": optional(float),  # redraw a crop while one class of semseg covers this share
                 "flip": True,  # horizontally, with probability 1/2
                 "colour": True,  # brightness, contrast, saturation, hue
             },
@@ -119,6 +121,7 @@ def get_config() -> ConfigDict:
                 },
                 "within_tasks": kem(),
             },
+            "input_scale": 1.0,  # the network sees images resized by this; predictions keep the labels' size
             "channels": 64,  # width of the task features
             "stride": 4,  # of the task features
             "upsample": "bilinear",  # bilinear | subpixel: how heads reach the image size

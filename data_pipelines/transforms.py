@@ -4,7 +4,8 @@ An example is a dict with "image" uint8 (H, W, 3) and any subset of the targets,
 (H, W, 3) for vectors. How a target moves is plain data, a `Target`; no function here knows a task's name. Sizes are
 (height, width). Inputs are never written to.
 
-The recipe is the one of ATRC and InvPT: scale, crop, flip, colour, normalise, pad. Two of its traits are kept on
+The recipe is the one of ATRC and InvPT: scale, crop, flip, colour, normalise, pad; MTAN and LibMTL crop first and
+enlarge the crop (`random_scale_crop`). Two of its traits are kept on
 purpose. Zooming by s divides depth by s and leaves normals alone: the camera keeps its focal length and steps closer,
 which is exact only for surfaces parallel to the image. Nearest resampling reads source pixel floor(x * source / output)
 (cv2.INTER_NEAREST) whereas linear resampling aligns pixel centres, so the two differ by up to half a source pixel.
@@ -15,6 +16,8 @@ from collections.abc import Mapping
 
 import cv2
 import numpy as np
+
+from data_pipelines.colour import ColourDistortion, distort_colour
 
 Example = dict[str, np.ndarray]
 Size = tuple[int, int]
@@ -62,34 +65,12 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
-class ColourDistortion:
-    """Magnitudes of `distort_colour` on 8-bit images; each part acts with probability `probability`.
-
-    brightness: shift drawn from [-b, b] grey levels. contrast, saturation: factors drawn from these ranges.
-    hue: integer turn drawn from [-h, h), in units of 2 degrees.
-    """
-
-    brightness: float = 32.0
-    contrast: tuple[float, float] = (0.5, 1.5)
-    saturation: tuple[float, float] = (0.5, 1.5)
-    hue: int = 18
-    probability: float = 0.5
-
-    def __post_init__(self) -> None:
-        for name in ("contrast", "saturation"):
-            low, high = getattr(self, name)
-            if not 0 <= low <= high:
-                raise ValueError(f"ColourDistortion.{name} is ({low}, {high}); allowed: 0 <= low <= high")
-        if self.brightness < 0 or not 0 <= self.hue <= 90 or not 0 <= self.probability <= 1:
-            raise ValueError(f"{self} is out of range; allowed: brightness >= 0, hue in 0..90, probability in [0, 1]")
-
-
-@dataclasses.dataclass(frozen=True)
 class Augmentation:
     """The training recipe as plain data.
 
     size: the output's (height, width): larger images are cropped to it at random, smaller ones padded, centred.
-    scale: range of the uniform zoom; (1.0, 1.0) is none. flip: mirror with probability 1/2. colour: None is none.
+    scale: range of the uniform zoom; (1.0, 1.0) is none. scale_crop: factors of `random_scale_crop`, which then comes
+        first; () is none. flip: mirror with probability 1/2. colour: None is none.
     cat_max_ratio: redraw a crop, up to 10 times, until it holds two classes of the labels target `cat_max_target` and
         none covers this share of the labelled pixels (0.75 in ATRC and InvPT). None takes the first crop.
     """
@@ -100,12 +81,15 @@ class Augmentation:
     colour: ColourDistortion | None = None
     cat_max_ratio: float | None = None
     cat_max_target: str | None = None
+    scale_crop: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_size("Augmentation.size", self.size)
         low, high = self.scale
         if not 0 < low <= high < np.inf:
             raise ValueError(f"Augmentation.scale is ({low}, {high}); allowed: 0 < low <= high")
+        if any(not 1 <= factor < np.inf for factor in self.scale_crop):
+            raise ValueError(f"Augmentation.scale_crop is {self.scale_crop}; allowed: numbers of at least 1")
         if (self.cat_max_ratio is None) != (self.cat_max_target is None):
             raise ValueError(
                 f"Augmentation has cat_max_ratio={self.cat_max_ratio} and cat_max_target={self.cat_max_target}; "
@@ -121,6 +105,8 @@ def train_example(
     """A source's example, augmented, at the model's door (`finish`)."""
     check_crop_target(targets, augmentation)
     check_example(example, targets)
+    if augmentation.scale_crop:
+        example = random_scale_crop(example, rng, targets, augmentation.scale_crop)
     example = random_scale(example, rng, targets, augmentation.scale)
     example = random_crop(
         example, rng, targets, augmentation.size, augmentation.cat_max_ratio, augmentation.cat_max_target
@@ -187,28 +173,44 @@ def valid_pixels(values: np.ndarray, target: Target) -> np.ndarray:
     return np.isfinite(values) & (values != target.fill)
 
 
-def resize(example: Example, targets: Mapping[str, Target], size: Size) -> Example:
-    """Resamples to `size` without changing what the values mean: the image linearly, a target by its `resample`."""
+def resize(example: Example, targets: Mapping[str, Target], size: Size, corners: bool = False) -> Example:
+    """Resamples to `size` without changing what the values mean: the image linearly, a target by its `resample`.
+
+    Linear resampling aligns the centres of the pixels, or with `corners` those of the corner pixels (torch's
+    align_corners=True); nearest resampling is the same in both.
+    """
     if example["image"].shape[:2] == tuple(size):
         return dict(example)
-    resized = {"image": cv2.resize(example["image"], size[::-1], interpolation=cv2.INTER_LINEAR)}
+    resized = {"image": _linear(example["image"], size, corners)}
     for name, target in _present(example, targets):
-        resample = _resize_linear if target.resample == "linear" else _resize_nearest
-        resized[name] = resample(example[name], target, size)
+        if target.resample == "linear":
+            resized[name] = _resize_valid(example[name], target, size, corners)
+        else:
+            resized[name] = cv2.resize(example[name], size[::-1], interpolation=cv2.INTER_NEAREST)
     return resized
 
 
-def _resize_nearest(values: np.ndarray, target: Target, size: Size) -> np.ndarray:
-    return cv2.resize(values, size[::-1], interpolation=cv2.INTER_NEAREST)
+def _linear(values: np.ndarray, size: Size, corners: bool) -> np.ndarray:
+    if not corners:
+        return cv2.resize(values, size[::-1], interpolation=cv2.INTER_LINEAR)
+    resampled = values.astype(np.float32)
+    for axis, (old, new) in enumerate(zip(values.shape[:2], size, strict=True)):
+        place = np.arange(new) * ((old - 1) / max(new - 1, 1))
+        before = np.minimum(place.astype(int), max(old - 2, 0))
+        after = np.minimum(before + 1, old - 1)
+        share = np.expand_dims((place - before).astype(np.float32), tuple(range(1, values.ndim - axis)))
+        one, other = np.take(resampled, before, axis), np.take(resampled, after, axis)
+        resampled = one + share * (other - one)
+    return np.rint(resampled).astype(np.uint8) if values.dtype == np.uint8 else resampled
 
 
-def _resize_linear(values: np.ndarray, target: Target, size: Size) -> np.ndarray:
+def _resize_valid(values: np.ndarray, target: Target, size: Size, corners: bool) -> np.ndarray:
     """sum_i w_i v_i x_i / sum_i w_i v_i over the four neighbours, v = 1 where valid; invalid if the divisor < 1/2."""
     valid = valid_pixels(values, target)
-    weight = cv2.resize(valid.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR)
+    weight = _linear(valid.astype(np.float32), size, corners)
     if target.kind == "vectors":
         valid, weight = valid[..., None], weight[..., None]
-    summed = cv2.resize(np.where(valid, values, np.float32(0)), size[::-1], interpolation=cv2.INTER_LINEAR)
+    summed = _linear(np.where(valid, values, np.float32(0)), size, corners)
     mean = summed / np.maximum(weight, np.float32(0.5))
     keep = weight >= 0.5
     if target.kind == "vectors":
@@ -229,13 +231,19 @@ def resize_to_fit(image: np.ndarray, size: Size) -> np.ndarray:
 def zoom(example: Example, targets: Mapping[str, Target], factor: float) -> Example:
     """The view `factor` times closer: dimension d becomes int(d * factor); depth / factor, disparity * factor."""
     height, width = example["image"].shape[:2]
-    zoomed = resize(example, targets, (max(1, int(height * factor)), max(1, int(width * factor))))
-    for name, target in _present(zoomed, targets):
+    size = (max(1, int(height * factor)), max(1, int(width * factor)))
+    return _closer(resize(example, targets, size), targets, factor)
+
+
+def _closer(example: Example, targets: Mapping[str, Target], factor: float) -> Example:
+    """Distances as a camera sees them that stands `factor` times closer."""
+    moved = dict(example)
+    for name, target in _present(example, targets):
         if target.kind in ("depth", "disparity") and factor != 1:
-            values, change = zoomed[name], np.divide if target.kind == "depth" else np.multiply
+            values, change = example[name], np.divide if target.kind == "depth" else np.multiply
             valid = valid_pixels(values, target)  # a fill of -1 stays -1
-            zoomed[name] = change(values, np.float32(factor), out=values.copy(), where=valid)
-    return zoomed
+            moved[name] = change(values, np.float32(factor), out=values.copy(), where=valid)
+    return moved
 
 
 def random_scale(
@@ -243,6 +251,20 @@ def random_scale(
 ) -> Example:
     """`zoom` by a factor uniform in the range `scale`."""
     return zoom(example, targets, rng.uniform(*scale))
+
+
+def random_scale_crop(
+    example: Example, rng: np.random.Generator, targets: Mapping[str, Target], factors: tuple[float, ...]
+) -> Example:
+    """A random window of int(d / s) per dimension d, enlarged to the image's own size; s is one of `factors`.
+
+    The augmentation of MTAN and LibMTL, s in {1, 1.2, 1.5}: linear resampling aligns the corner pixels, depth is
+    divided by s.
+    """
+    factor = factors[rng.integers(len(factors))]
+    size = example["image"].shape[:2]
+    window = random_crop(example, rng, targets, (int(size[0] / factor), int(size[1] / factor)))
+    return _closer(resize(window, targets, size, corners=True), targets, factor)
 
 
 def random_crop(
@@ -294,37 +316,6 @@ def flip(example: Example, targets: Mapping[str, Target]) -> Example:
         if target.kind == "vectors":
             flipped[name] *= np.array([-1, 1, 1], np.float32)
     return flipped
-
-
-def distort_colour(image: np.ndarray, rng: np.random.Generator, colour: ColourDistortion) -> np.ndarray:
-    """Brightness; contrast either before or after (probability 1/2) saturation and hue. uint8 in, uint8 out.
-
-    The recipe of SSD as ATRC and InvPT use it. Our decision: levels are rounded, and saturation and hue share one trip
-    through HSV. Always takes the same number of draws from `rng`.
-    """
-    acts = rng.random(4) < colour.probability
-    shift = rng.uniform(-colour.brightness, colour.brightness) if acts[0] else 0.0
-    contrast = rng.uniform(*colour.contrast) if acts[1] else 1.0
-    saturation = rng.uniform(*colour.saturation) if acts[2] else 1.0
-    turn = int(rng.integers(-colour.hue, colour.hue)) if acts[3] and colour.hue else 0
-    contrast_first = rng.random() < 0.5
-
-    image = _map_levels(image, 1.0, shift)
-    if contrast_first:
-        image = _map_levels(image, contrast, 0.0)
-    if saturation != 1 or turn != 0:
-        levels = np.arange(256)
-        table = np.stack([(levels + turn) % 180, np.clip(np.rint(levels * saturation), 0, 255), levels], axis=-1)
-        hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table[None].astype(np.uint8))
-        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    return image if contrast_first else _map_levels(image, contrast, 0.0)
-
-
-def _map_levels(image: np.ndarray, factor: float, shift: float) -> np.ndarray:
-    """factor * level + shift, rounded and clipped to 0..255."""
-    if factor == 1 and shift == 0:
-        return image
-    return cv2.LUT(image, np.clip(np.rint(np.arange(256) * factor + shift), 0, 255).astype(np.uint8))
 
 
 def normalise(image: np.ndarray) -> np.ndarray:

@@ -12,10 +12,11 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from data_pipelines.colour import ColourDistortion
 from data_pipelines.folder import Folder
 from data_pipelines.loader import Batches, Source, eval_batches, train_batches
 from data_pipelines.scenes import PART_CLASSES, PART_COLOURS, SEMSEG_CLASSES, SEMSEG_COLOURS, Scenes
-from data_pipelines.transforms import Augmentation, ColourDistortion, Target
+from data_pipelines.transforms import Augmentation, Target
 from sgw_jax.backbones import BACKBONES
 from sgw_jax.interactions import INTERACTIONS
 from sgw_jax.model import MultiTaskModel
@@ -187,11 +188,14 @@ def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
     make_backbone = choose(BACKBONES, config.backbone, "config.backbone")
     overrides = {key: value for key, value in config.backbones[config.backbone].items() if value is not None}
     interaction = choose(INTERACTIONS, config.interaction, "config.interaction")
+    height, width = config.data.size
+    seen = round(height * config.input_scale), round(width * config.input_scale)
     return MultiTaskModel(
         tasks=tuple(tasks),
-        backbone=make_backbone(image_size=tuple(config.data.size), dtype=dtype, **overrides),
+        backbone=make_backbone(image_size=seen, dtype=dtype, **overrides),
         interaction=interaction(dtype=dtype, **config.interactions[config.interaction]),
         channels=config.channels,
+        input_scale=config.input_scale,
         stride=config.stride,
         upsample=config.upsample,
         preliminary=config.preliminary,
@@ -211,6 +215,9 @@ def build_data(config: ConfigDict, tasks: Sequence[Task], cache_dir: Path | str)
         augmentation=Augmentation(
             size=tuple(config.data.size),
             scale=tuple(augment.scale),
+            scale_crop=tuple(augment.scale_crop),
+            cat_max_ratio=augment.cat_max_ratio,
+            cat_max_target="semseg" if augment.cat_max_ratio else None,
             flip=augment.flip,
             colour=ColourDistortion() if augment.colour else None,
         ),

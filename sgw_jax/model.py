@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sgw_jax.heads import PredictionHead, TaskStem
+from sgw_jax.layers.resize import resize
 from sgw_jax.sharding import constrain_batch
 from sgw_jax.tasks.base import Task
 
@@ -24,6 +25,8 @@ class MultiTaskModel(nn.Module):
       interaction: mapping task -> (batch, h, w, channels) -> the same mapping.
       channels: width of the task features.
       stride: of the task features, relative to the image.
+      input_scale: the image is resized by it before the backbone, while predictions keep the image's size (Cityscapes:
+        labels at 1024 x 2048, the network at half of that).
       upsample: how heads reach the image's size, see `PredictionHead`.
       preliminary: also predict from the stems, before the interaction, in training (deep supervision as in InvPT).
       dtype: of the computation; parameters and predictions are float32.
@@ -41,6 +44,7 @@ class MultiTaskModel(nn.Module):
     interaction: nn.Module
     channels: int = 64
     stride: int = 4
+    input_scale: float = 1.0
     upsample: Literal["bilinear", "subpixel"] = "bilinear"
     preliminary: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -51,7 +55,8 @@ class MultiTaskModel(nn.Module):
         if not names or len(set(names)) < len(names):
             raise ValueError(f"MultiTaskModel: the tasks are {names}; give at least one, each name once.")
         size = (image.shape[1], image.shape[2])
-        pyramid = self.backbone(constrain_batch(image), train=train)
+        seen = resize(image, (round(size[0] * self.input_scale), round(size[1] * self.input_scale)))
+        pyramid = self.backbone(constrain_batch(seen), train=train)
         features = {
             task.name: constrain_batch(
                 TaskStem(self.channels, self.stride, dtype=self.dtype, name=f"stem_{task.name}")(pyramid)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from data_pipelines import loader, transforms
-from data_pipelines.transforms import Augmentation, ColourDistortion, Target
+from data_pipelines.colour import ColourDistortion
+from data_pipelines.transforms import Augmentation, Target
 
 TARGETS = {
     "classes": Target("labels", 255),

@@ -11,7 +11,7 @@ import pytest
 
 from sgw_jax.backbones.vit import ViT
 from sgw_jax.interactions import KEM, NoInteraction
-from sgw_jax.model import PRELIMINARY, MultiTaskModel
+from sgw_jax.model import FEATURES, PRELIMINARY, MultiTaskModel
 from sgw_jax.tasks import TASKS, Depth, Normals, SemSeg, Task
 from sgw_jax.tasks.base import count
 
@@ -53,6 +53,22 @@ def test_preliminary_predictions_are_for_training_only():
     assert all(trained[name].shape == trained[PRELIMINARY + name].shape for name in names)
     assert set(shapes_of(model, train=False)[0]) == names
     assert set(shapes_of(make_model(), train=True)[0]) == names
+
+
+def test_features_are_returned_in_training_for_the_task_that_uses_them():
+    model = make_model((SemSeg(num_classes=3, dot_regression=1), Depth()))
+    trained, _ = shapes_of(model, train=True)
+    assert set(trained) == {"semseg", "depth", FEATURES + "semseg"}
+    assert trained[FEATURES + "semseg"].shape == (2, SIZE[0] // 4, SIZE[1] // 4, 8)
+    assert set(shapes_of(model, train=False)[0]) == {"semseg", "depth"}
+
+
+def test_the_network_may_see_less_than_it_predicts():
+    """Predictions keep the image's size; the features are those of the resized image."""
+    model = make_model((SemSeg(num_classes=3, dot_regression=1),), input_scale=0.5)
+    predictions, _ = shapes_of(model, (1, 64, 128, 3), train=True)
+    assert predictions["semseg"].shape == (1, 64, 128, 3)
+    assert predictions[FEATURES + "semseg"].shape == (1, 8, 16, 8)
 
 
 @pytest.mark.parametrize(

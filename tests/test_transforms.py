@@ -5,8 +5,9 @@ import copy
 import numpy as np
 import pytest
 
-from data_pipelines import transforms
-from data_pipelines.transforms import Augmentation, ColourDistortion, Target
+from data_pipelines import colour, transforms
+from data_pipelines.colour import ColourDistortion
+from data_pipelines.transforms import Augmentation, Target
 
 TARGETS = {
     "classes": Target("labels", 255),
@@ -250,6 +251,64 @@ def test_random_scale_is_uniform_in_its_range():
     assert ((counts - 200) ** 2 / 200).sum() < 33.7
 
 
+def corners_by_loop(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Bilinear with the corner pixels aligned, in float64: output i reads position i (old - 1) / (new - 1)."""
+    out = np.zeros((*size, *values.shape[2:]))
+    for row, column in np.ndindex(*size):
+        y = row * (values.shape[0] - 1) / max(size[0] - 1, 1)
+        x = column * (values.shape[1] - 1) / max(size[1] - 1, 1)
+        top, left = int(y), int(x)
+        bottom, right = min(top + 1, values.shape[0] - 1), min(left + 1, values.shape[1] - 1)
+        above = values[top, left] * (1 - (x - left)) + values[top, right] * (x - left)
+        below = values[bottom, left] * (1 - (x - left)) + values[bottom, right] * (x - left)
+        out[row, column] = above * (1 - (y - top)) + below * (y - top)
+    return out
+
+
+@pytest.mark.parametrize("size", [(20, 30), (27, 45), (11, 8), (1, 1)])
+def test_linear_with_corners_aligned_is_bilinear_between_them(size):
+    example = random_example()
+    everywhere = {**example, "mask": np.abs(example["mask"])}
+    found = transforms.resize(everywhere, {"mask": LINEAR["mask"]}, size, corners=True)
+    # The image is rounded to levels; the rest takes four float32 operations on numbers of size 1.
+    expected = corners_by_loop(everywhere["image"].astype(float), size)
+    assert np.abs(found["image"] - expected).max() <= 0.5 + 1e-4
+    np.testing.assert_allclose(found["mask"], corners_by_loop(everywhere["mask"].astype(float), size), atol=8 * EPS)
+
+
+def test_scale_crop_enlarges_a_window_and_divides_depth():
+    """The drawn window is found again by its nearest-resampled labels, each pixel with a label of its own."""
+    example = random_example(12, 16)
+    example["classes"] = np.arange(12 * 16, dtype=np.uint8).reshape(12, 16)
+    example["depth"] = example["classes"] + np.float32(1)
+    example["disparity"] = example["depth"]
+    windows = set()
+    for seed in range(60):
+        found = transforms.random_scale_crop(example, np.random.default_rng(seed), TARGETS, (2.0,))
+        first = int(found["classes"][0, 0])
+        top, left = divmod(first, 16)
+        windows.add((top, left))
+        window = example["classes"][top : top + 6, left : left + 8]
+        np.testing.assert_array_equal(found["classes"], np.kron(window, np.ones((2, 2), np.uint8)))
+        np.testing.assert_array_equal(found["depth"], (found["classes"] + np.float32(1)) / 2)
+        np.testing.assert_array_equal(found["disparity"], (found["classes"] + np.float32(1)) * 2)
+        assert found["image"].shape == example["image"].shape
+    assert {top for top, _ in windows} == set(range(7))  # every place is reached: missed with probability 60 e^-8
+    unchanged = transforms.random_scale_crop(example, np.random.default_rng(0), TARGETS, (1.0,))
+    assert_same(unchanged, example)
+
+
+def test_each_factor_of_scale_crop_is_as_likely():
+    example = {"image": np.zeros((30, 30, 3), np.uint8), "depth": np.ones((30, 30), np.float32)}
+    draws = [
+        float(transforms.random_scale_crop(example, np.random.default_rng(s), TARGETS, (1.0, 1.2, 1.5))["depth"][0, 0])
+        for s in range(300)
+    ]
+    values, counts = np.unique(np.array(draws, np.float32), return_counts=True)
+    np.testing.assert_allclose(values, [1 / 1.5, 1 / 1.2, 1], rtol=EPS)
+    assert counts.min() > 60  # 100 +- 8.2: five standard deviations
+
+
 def test_flip_mirrors_and_negates_x():
     example = random_example()
     out = transforms.flip(example, TARGETS)
@@ -382,7 +441,7 @@ def test_zooming_a_wall_is_stepping_closer(factor, resample):
 def test_no_distortion_is_the_identity():
     image = random_example()["image"]
     nothing = ColourDistortion(brightness=0, contrast=(1, 1), saturation=(1, 1), hue=0, probability=1)
-    np.testing.assert_array_equal(transforms.distort_colour(image, np.random.default_rng(0), nothing), image)
+    np.testing.assert_array_equal(colour.distort_colour(image, np.random.default_rng(0), nothing), image)
 
 
 def test_brightness_shifts_and_contrast_scales_the_levels():
@@ -390,7 +449,7 @@ def test_brightness_shifts_and_contrast_scales_the_levels():
     only = {"contrast": (1, 1), "saturation": (1, 1), "hue": 0, "probability": 1}
     shifts = []
     for seed in range(50):
-        out = transforms.distort_colour(image, np.random.default_rng(seed), ColourDistortion(**only)).astype(int)
+        out = colour.distort_colour(image, np.random.default_rng(seed), ColourDistortion(**only)).astype(int)
         shift = out[0, 128, 0] - 128
         np.testing.assert_array_equal(out, np.clip(image.astype(int) + shift, 0, 255))
         shifts.append(shift)
@@ -398,7 +457,7 @@ def test_brightness_shifts_and_contrast_scales_the_levels():
     assert 16 < max(shifts) <= 32
     only = {"brightness": 0, "contrast": (0.5, 1.5), "saturation": (1, 1), "hue": 0, "probability": 1}
     for seed in range(10):
-        out = transforms.distort_colour(image, np.random.default_rng(seed), ColourDistortion(**only)).astype(float)
+        out = colour.distort_colour(image, np.random.default_rng(seed), ColourDistortion(**only)).astype(float)
         factor = out[0, 160, 0] / 160  # known to half a level in 160
         assert 0.5 <= factor <= 1.5
         expected = np.clip(image * factor, 0, 255)
@@ -409,11 +468,11 @@ def test_saturation_and_hue_leave_grey_alone_and_turn_red():
     grey = np.arange(256, dtype=np.uint8).reshape(1, 256, 1).repeat(3, axis=2)
     hue = ColourDistortion(brightness=0, contrast=(1, 1), saturation=(0.5, 1.5), hue=18, probability=1)
     for seed in range(20):
-        np.testing.assert_array_equal(transforms.distort_colour(grey, np.random.default_rng(seed), hue), grey)
+        np.testing.assert_array_equal(colour.distort_colour(grey, np.random.default_rng(seed), hue), grey)
     red = np.zeros((1, 1, 3), np.uint8) + np.array([200, 0, 0], np.uint8)
     turn = ColourDistortion(brightness=0, contrast=(1, 1), saturation=(1, 1), hue=18, probability=1)
     for seed in range(20):
-        r, g, b = (int(v) for v in transforms.distort_colour(red, np.random.default_rng(seed), turn)[0, 0])
+        r, g, b = (int(v) for v in colour.distort_colour(red, np.random.default_rng(seed), turn)[0, 0])
         # A turn by h units of 2 degrees from red adds |h| / 30 of green (h > 0) or blue (h < 0); at most 18 / 30.
         assert r == 200
         assert 0 in (g, b)
@@ -425,11 +484,11 @@ def test_distortion_keeps_type_and_shape_and_draws_a_fixed_count():
     changed = 0
     for seed in range(30):
         one, other = np.random.default_rng(seed), np.random.default_rng(seed)
-        out = transforms.distort_colour(image, one, ColourDistortion())
+        out = colour.distort_colour(image, one, ColourDistortion())
         assert out.dtype == np.uint8
         assert out.shape == image.shape
         changed += not np.array_equal(out, image)
-        np.testing.assert_array_equal(out, transforms.distort_colour(image, other, ColourDistortion()))
+        np.testing.assert_array_equal(out, colour.distort_colour(image, other, ColourDistortion()))
     assert changed >= 20  # unchanged with probability 1/16
 
 
