@@ -7,6 +7,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "cuda": ["jax[cuda12]>=0.10,<0.13"],
+    "beam": ["apache-beam>=2.60"],  # data_pipelines.prepare --pipeline=beam
     "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.13", "build"],
     # Other implementations that tests compare with; the library itself never imports them.
     "parity": ["torch==2.13.0", "transformers>=5"],
@@ -36,6 +37,8 @@ setup(
         "numpy>=2",
         "opencv-python-headless>=4.10",
         "pillow>=11",
+        "scipy>=1.14",
+        "scikit-image>=0.25",  # thinning
         "rich>=13",
         "tensorboardX>=2.6",
         "jinja2>=3.1",

@@ -16,13 +16,12 @@ What a target's file may be follows from the target's kind, and its size must be
 
 import hashlib
 import os
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from data_pipelines import readers
 from data_pipelines.transforms import Example, Target
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -34,8 +33,6 @@ TARGET_SUFFIXES = {
     "vectors": (".npy", ".png"),
     "mask": (".npy", ".png"),
 }
-MILLIMETRES_PER_METRE = 1000
-SHORTEST_VECTOR = 0.5
 
 
 class Folder:
@@ -52,13 +49,13 @@ class Folder:
         self.targets = dict(targets)
         for name in {"images", "image", "splits"} & set(targets):
             raise ValueError(f"a target is named {name!r}, which the folder {self.root} uses itself; rename the target")
-        self.ids = _read_split(self.root / "splits" / f"{split}.txt")
+        self.ids = readers.read_ids(self.root / "splits" / f"{split}.txt")
         self._images = _find_files(self.root / "images", self.ids, IMAGE_SUFFIXES, "images")
         missing = [id_ for id_ in self.ids if id_ not in self._images]
         if missing:
             raise ValueError(
                 f"{self.root / 'images'} lacks {len(missing)} of the {len(self.ids)} images of split {split!r}: "
-                f"{_first(missing)}; allowed: <id> with one of {', '.join(IMAGE_SUFFIXES)}"
+                f"{readers.first_few(missing)}; allowed: <id> with one of {', '.join(IMAGE_SUFFIXES)}"
             )
         self._targets = {name: self._find_targets(name, target) for name, target in self.targets.items()}
 
@@ -77,12 +74,14 @@ class Folder:
 
     def __getitem__(self, index: int) -> Example:
         id_ = self.ids[index]
-        example = {"image": _read(self.root / "images" / self._images[id_], f"image of id {id_!r}", _read_image)}
+        example = {
+            "image": readers.read(self.root / "images" / self._images[id_], f"image of id {id_!r}", readers.read_image)
+        }
         for name, target in self.targets.items():
             if id_ in self._targets[name]:
                 path = self.root / name / self._targets[name][id_]
                 what = f"task {name!r} ({target.kind}) of id {id_!r}"
-                values = _read(path, what, _READERS[target.kind, path.suffix])
+                values = readers.read(path, what, _READERS[target.kind, path.suffix])
                 if values.shape[:2] != example["image"].shape[:2]:
                     raise ValueError(
                         f"{path}, {what}: it is {values.shape[0]} x {values.shape[1]} (height x width); "
@@ -107,22 +106,6 @@ class Folder:
         return {"name": "folder", "split": self.split, "length": len(self), "digest": digest.hexdigest()}
 
 
-def _read_split(path: Path) -> tuple[str, ...]:
-    if not path.is_file():
-        there = sorted(file.stem for file in path.parent.glob("*.txt"))
-        raise ValueError(f"{path}: no such split file; splits in {path.parent}: {', '.join(there) or 'none'}")
-    ids = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    if not ids:
-        raise ValueError(f"{path} is empty; it needs one id (a file name without its suffix) per line")
-    twice = [id_ for id_, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise ValueError(f"{path} lists {len(twice)} ids more than once: {_first(twice)}; each id may stand once")
-    nested = [id_ for id_ in ids if "/" in id_ or "\\" in id_]
-    if nested:
-        raise ValueError(f"{path} has ids with a folder in them: {_first(nested)}; allowed: plain file names")
-    return ids
-
-
 def _find_files(folder: Path, ids: tuple[str, ...], suffixes: tuple[str, ...], what: str) -> dict[str, str]:
     """id -> file name for the ids that have a file; two files for one id are an error."""
     if not folder.is_dir():
@@ -138,101 +121,13 @@ def _find_files(folder: Path, ids: tuple[str, ...], suffixes: tuple[str, ...], w
     return found
 
 
-def _first(names: list[str], count: int = 10) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more
-
-
-class _WrongError(Exception):
-    """What was found in a file and what is allowed; `_read` adds where."""
-
-    def __init__(self, found: str, allowed: str) -> None:
-        super().__init__(f"it is {found}; allowed: {allowed}")
-
-
-def _read(path: Path, what: str, reader: Callable[[Path], np.ndarray]) -> np.ndarray:
-    try:
-        return reader(path)
-    except _WrongError as wrong:
-        raise ValueError(f"{path}, {what}: {wrong}") from None
-    except Exception as error:  # PIL and NumPy raise a dozen kinds for damaged files
-        raise ValueError(f"{path}, {what}: cannot be decoded ({type(error).__name__}: {error})") from error
-
-
-def _read_picture(path: Path, modes: tuple[str, ...], allowed: str) -> np.ndarray:
-    with Image.open(path) as picture:
-        if picture.mode not in modes:
-            raise _WrongError(f"a {picture.format} of mode {picture.mode!r}", allowed)
-        return np.array(picture)
-
-
-def _read_image(path: Path) -> np.ndarray:
-    pixels = _read_picture(path, ("RGB", "L"), "8-bit RGB or grey")
-    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=-1)
-
-
-def _read_floats(path: Path, channels: tuple[int, ...] = ()) -> np.ndarray:
-    """float32 (H, W, *channels); (H, W, 1) is read as (H, W)."""
-    values = np.load(path, allow_pickle=False)
-    if not channels and values.ndim == 3 and values.shape[2] == 1:
-        values = values[..., 0]
-    if values.dtype.kind != "f" or values.ndim != 2 + len(channels) or values.shape[2:] != channels:
-        shape = f"({', '.join(['H', 'W', *map(str, channels)])})"
-        raise _WrongError(f"an array {values.dtype} {values.shape}", f"floats {shape}")
-    return values.astype(np.float32)
-
-
-def _read_labels(path: Path) -> np.ndarray:
-    return _read_picture(path, ("L", "P"), "an 8-bit PNG, grey or palette")
-
-
-def _read_millimetres(path: Path) -> np.ndarray:
-    pixels = _read_picture(path, ("I;16", "I;16B", "I"), "a 16-bit grey PNG of millimetres, or .npy floats of metres")
-    return pixels.astype(np.float32) / np.float32(MILLIMETRES_PER_METRE)
-
-
-def _read_metres(path: Path) -> np.ndarray:
-    values = _read_floats(path)
-    negative = values[np.isfinite(values) & (values < 0)]
-    if negative.size:
-        raise _WrongError(f"an array with values down to {negative.min()}", "metres; 0 or non-finite = invalid")
-    return values
-
-
-def _read_vector_floats(path: Path) -> np.ndarray:
-    return _unit_or_zero(_read_floats(path, (3,)))
-
-
-def _read_vector_picture(path: Path) -> np.ndarray:
-    pixels = _read_picture(path, ("RGB",), "an 8-bit RGB PNG of (n + 1) 255 / 2, or .npy floats (H, W, 3)")
-    return _unit_or_zero(pixels.astype(np.float32) * np.float32(2 / 255) - 1)
-
-
-def _unit_or_zero(vectors: np.ndarray) -> np.ndarray:
-    vectors = np.where(np.isfinite(vectors).all(-1, keepdims=True), vectors, np.float32(0))
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return np.where(length >= SHORTEST_VECTOR, vectors / np.maximum(length, SHORTEST_VECTOR), np.float32(0))
-
-
-def _read_mask_floats(path: Path) -> np.ndarray:
-    values = _read_floats(path)
-    if not (values <= 1).all():  # NaN fails too
-        raise _WrongError(f"an array with values up to {values.max()}", "floats in [0, 1], negative = ignore")
-    return values
-
-
-def _read_mask_picture(path: Path) -> np.ndarray:
-    pixels = _read_picture(path, ("L",), "an 8-bit grey PNG, 255 = 1, or .npy floats")
-    return pixels.astype(np.float32) / np.float32(255)
-
-
 _READERS: dict[tuple[str, str], Callable[[Path], np.ndarray]] = {
-    ("labels", ".png"): _read_labels,
-    ("depth", ".npy"): _read_metres,
-    ("depth", ".png"): _read_millimetres,
-    ("disparity", ".npy"): _read_floats,
-    ("vectors", ".npy"): _read_vector_floats,
-    ("vectors", ".png"): _read_vector_picture,
-    ("mask", ".npy"): _read_mask_floats,
-    ("mask", ".png"): _read_mask_picture,
+    ("labels", ".png"): readers.read_labels,
+    ("depth", ".npy"): readers.read_metres,
+    ("depth", ".png"): readers.read_millimetres,
+    ("disparity", ".npy"): readers.read_floats,
+    ("vectors", ".npy"): readers.read_vector_floats,
+    ("vectors", ".png"): readers.read_vector_picture,
+    ("mask", ".npy"): readers.read_mask_floats,
+    ("mask", ".png"): readers.read_mask_picture,
 }
