@@ -52,8 +52,10 @@ def get_config() -> ConfigDict:
             "mesh": {"data": -1, "fsdp": 1},  # devices per axis; one -1 takes what is left
             # --- data -------------------------------------------------------------------------------------------
             "data": {
-                "source": "scenes",  # scenes | folder
-                "root": "",  # folder: the directory with images/, one folder per task, splits/
+                # scenes | folder | nyud | pascal_context | cityscapes | mtan_nyuv2 | mtan_cityscapes
+                "source": "scenes",
+                "root": "",  # the data's directory (docs/datasets.md); scenes need none
+                "format": "archive",  # archive: the files as published | prepared: written by data_pipelines.prepare
                 "num_classes": 12,  # folder: of semseg
                 "num_parts": 7,  # folder: of human_parts, background included
                 "size": (64, 96),  # height, width that the network sees, in training and evaluation
@@ -79,6 +81,11 @@ def get_config() -> ConfigDict:
                 "edges": 50.0,
                 "saliency": 5.0,
                 "human_parts": 2.0,
+            },
+            "boundary": {  # ODS, OIS and AP of edges at the end of a run and in `evaluate`
+                "max_dist": optional(float),  # of a match, as a share of the image's diagonal; None = not evaluated
+                "outline_targets": False,  # the published NYUD evaluation's: outlines of the stored edge masks
+                "workers": 0,  # processes; 0 = this one
             },
             "edge_weight": optional(float, 0.95),  # of edge pixels in the edge loss; None = balanced per batch
             "dot_regression": 0.0,  # weight of the loss that pulls semseg's features to the vertices of an ETF
@@ -141,7 +148,7 @@ def get_config() -> ConfigDict:
                 "clip_norm": optional(float, 10.0),
                 "backbone_scale": 1.0,  # the backbone's learning rate relative to the rest
             },
-            "schedule": {"name": "poly", "warmup_steps": 0},  # poly | cosine | constant
+            "schedule": {"name": "poly", "warmup_steps": 0},  # poly | cosine | constant | step
             "ema_decay": optional(float),  # evaluate an average of the parameters
             # --- housekeeping -----------------------------------------------------------------------------------
             "log_every": 10,  # steps between lines of metrics.jsonl
@@ -151,3 +158,14 @@ def get_config() -> ConfigDict:
         }
     )
     return config.lock()  # a mistyped key in a config file is an error, not a new key
+
+
+def invpt_recipe(config: ConfigDict) -> None:
+    """Augmentation and optimisation of InvPT, ATRC, TaskPrompter and MLoRE, as configs/nyud.py lists them."""
+    config.augment.update({"scale": (0.5, 2.0), "cat_max_ratio": 0.75, "flip": True, "colour": True})
+    config.backbones.vit.update({"size": "large", "drop_path": 0.15})
+    config.preliminary = True
+    config.steps = 40_000
+    config.batch_size = 6
+    config.optimizer.update({"name": "adamw", "learning_rate": 2e-5, "weight_decay": 1e-6, "clip_norm": 10.0})
+    config.schedule.name = "poly"

@@ -127,7 +127,7 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str], console: Con
     started = time.monotonic()
     experiment = build(read_config(arguments.config, overrides), arguments.cache_dir)
     check_start(experiment, arguments.workdir, arguments.init_from)
-    prepare(experiment)
+    prepare(experiment, console)
     trained = train(experiment, arguments.workdir, console, arguments.init_from)
     if trained.stopped_by:
         steps = f"{trained.step} of {experiment.settings.steps}"
@@ -151,7 +151,7 @@ def _evaluate(arguments: argparse.Namespace, rest: Sequence[str], console: Conso
     experiment = build(run.config, arguments.cache_dir, run.tasks)
     if arguments.split not in experiment.data.sources:
         raise UsageError(f"--split={arguments.split}: the data has the splits {sorted(experiment.data.sources)}.")
-    prepare(experiment)
+    prepare(experiment, console)
     finish(experiment, Path(arguments.workdir), arguments.split, arguments.checkpoint, {}, console)
     return 0
 
@@ -167,8 +167,11 @@ def _refuse(rest: Sequence[str], why: str) -> None:
         raise UsageError(f"Unknown arguments {list(rest)}; {why}.")
 
 
-def prepare(experiment: Experiment) -> None:
-    """Lets sources render what they need: first on the first process, so that a shared disk gets it once."""
+def prepare(experiment: Experiment, console: Console) -> None:
+    """Lets sources say what they found and render what they need: first on the first process, so that a shared disk
+    gets it once."""
+    for sentence in {source.describe() for source in experiment.data.sources.values() if hasattr(source, "describe")}:
+        console.print(sentence, soft_wrap=True)
 
     def render() -> None:
         for source in experiment.data.sources.values():

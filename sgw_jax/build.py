@@ -18,6 +18,7 @@ from data_pipelines.loader import Batches, Source, eval_batches, train_batches
 from data_pipelines.scenes import PART_CLASSES, PART_COLOURS, SEMSEG_CLASSES, SEMSEG_COLOURS, Scenes
 from data_pipelines.transforms import Augmentation, Target
 from sgw_jax.backbones import BACKBONES
+from sgw_jax.data_sets import DATA_SETS
 from sgw_jax.interactions import INTERACTIONS
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.multi_objective import Scalarizer, weighted_sum
@@ -29,7 +30,7 @@ from sgw_jax.tasks.base import Task
 SPLITS = ("train", "validation", "test")
 
 # Keys that may differ between a run and its resumption: they change no number of the run on the same mesh.
-FREE_KEYS = ("log_every", "keep", "mesh", "data.workers", "data.threads")
+FREE_KEYS = ("log_every", "keep", "mesh", "data.workers", "data.threads", "data.root", "data.format", "boundary")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,15 @@ class Settings:
     checkpoint_every: int
     eval_every: int
     keep: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Boundary:
+    """How boundaries are matched at the end of a run; see boundary.py. ``max_dist`` None: not at all."""
+
+    max_dist: float | None
+    outline_targets: bool
+    workers: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +116,7 @@ class Experiment:
     mesh: Mesh
     data: Data
     settings: Settings
+    boundary: Boundary
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     scalarizer: Scalarizer
@@ -152,6 +163,7 @@ def build(config: ConfigDict, cache_dir: Path | str, tasks: Sequence[Task] | Non
         mesh=mesh,
         data=build_data(config, tasks, cache_dir),
         settings=settings,
+        boundary=Boundary(**config.boundary),
         optimizer=make_optimizer(schedule, **options),
         schedule=schedule,
         scalarizer=weighted_sum([task.weight for task in tasks]),
@@ -160,16 +172,12 @@ def build(config: ConfigDict, cache_dir: Path | str, tasks: Sequence[Task] | Non
 
 def build_tasks(config: ConfigDict) -> tuple[Task, ...]:
     """The tasks that the configuration names, with the class names of its data."""
-    if config.data.source == "scenes":
-        semseg = {"num_classes": len(SEMSEG_CLASSES), "class_names": SEMSEG_CLASSES, "colours": SEMSEG_COLOURS}
-        parts = {"num_classes": len(PART_CLASSES), "class_names": PART_CLASSES, "colours": PART_COLOURS}
-    else:
-        semseg, parts = {"num_classes": config.data.num_classes}, {"num_classes": config.data.num_parts}
     options: dict[str, dict[str, Any]] = {
-        "semseg": semseg | {"dot_regression": config.dot_regression},
-        "human_parts": parts,
+        "semseg": {"dot_regression": config.dot_regression},
         "edges": {"edge_weight": config.edge_weight},
     }
+    for name, described in _task_options(config).items():
+        options[name] = {**options.get(name, {}), **described}
     names = tuple(config.tasks)
     if not names or len(set(names)) != len(names):
         raise ValueError(f"config.tasks is {names}; give at least one task, each once.")
@@ -179,6 +187,18 @@ def build_tasks(config: ConfigDict) -> tuple[Task, ...]:
         )
         for name in names
     )
+
+
+def _task_options(config: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
+    """What the data says of its tasks, such as the classes."""
+    if config.data.source in DATA_SETS:
+        return DATA_SETS[config.data.source].tasks
+    if config.data.source == "scenes":
+        return {
+            "semseg": {"num_classes": len(SEMSEG_CLASSES), "class_names": SEMSEG_CLASSES, "colours": SEMSEG_COLOURS},
+            "human_parts": {"num_classes": len(PART_CLASSES), "class_names": PART_CLASSES, "colours": PART_COLOURS},
+        }
+    return {"semseg": {"num_classes": config.data.num_classes}, "human_parts": {"num_classes": config.data.num_parts}}
 
 
 def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
@@ -206,7 +226,7 @@ def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
 def build_data(config: ConfigDict, tasks: Sequence[Task], cache_dir: Path | str) -> Data:
     """Sources, targets and augmentation."""
     targets = {task.name: Target(**task.target) for task in tasks}
-    makers = {"scenes": _scenes, "folder": _folder}
+    makers = {"scenes": _scenes, "folder": _folder, **dict.fromkeys(DATA_SETS, _data_set)}
     sources = choose(makers, config.data.source, "config.data.source")(config, targets, cache_dir)
     augment = config.augment
     return Data(
@@ -237,10 +257,21 @@ def _scenes(config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path |
     }
 
 
-def _folder(config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
+def _data_set(config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
+    return DATA_SETS[config.data.source].sources(_root(config), config.data.format, tuple(targets), config.protocol)
+
+
+def _root(config: ConfigDict) -> Path:
     if not config.data.root:
-        raise ValueError("config.data.source is 'folder', but config.data.root is empty: give the data's directory.")
-    root = Path(config.data.root)
+        raise ValueError(
+            f"config.data.source is {config.data.source!r}, but config.data.root is empty: give the data's directory "
+            "(--config.data.root=DIR; docs/datasets.md says what it must hold)."
+        )
+    return Path(config.data.root)
+
+
+def _folder(config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
+    root = _root(config)
     found = [split for split in SPLITS if (root / "splits" / f"{split}.txt").is_file()]
     if "train" not in found:
         raise ValueError(

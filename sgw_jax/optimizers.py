@@ -13,12 +13,15 @@ DECAYED = "kernel"
 
 
 def learning_rate_schedule(
-    peak: float, total_steps: int, warmup_steps: int = 0, schedule: Literal["poly", "cosine", "constant"] = "poly"
+    peak: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    schedule: Literal["poly", "cosine", "constant", "step"] = "poly",
 ) -> optax.Schedule:
-    """Linear warm-up, ``peak (step + 1) / warmup_steps``, then ``peak`` times a decay that is 0 at ``total_steps``.
+    """Linear warm-up, ``peak (step + 1) / warmup_steps``, then ``peak`` times a decay.
 
     With x in [0, 1] the share of the steps after the warm-up: "poly" is (1 - x)^0.9 (the field's recipe), "cosine" is
-    (1 + cos(pi x)) / 2, "constant" is 1.
+    (1 + cos(pi x)) / 2, "constant" is 1, "step" is 1 before x = 1/2 and 1/2 from there (LibMTL's).
     """
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(f"schedule: warmup_steps {warmup_steps} must be in [0, total_steps = {total_steps}).")
@@ -27,6 +30,7 @@ def learning_rate_schedule(
         "poly": lambda: optax.polynomial_schedule(peak, 0.0, power=0.9, transition_steps=steps),
         "cosine": lambda: optax.cosine_decay_schedule(peak, steps),
         "constant": lambda: optax.constant_schedule(peak),
+        "step": lambda: optax.piecewise_constant_schedule(peak, {(steps + 1) // 2: 0.5}),
     }
     if schedule not in decays:
         raise ValueError(f"schedule: {schedule!r}; it must be one of {sorted(decays)}.")

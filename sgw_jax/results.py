@@ -1,5 +1,6 @@
 """What a run found: metrics, references, diagnostics, environment, as a table, results.json and report.html."""
 
+import dataclasses
 import json
 import math
 import platform
@@ -16,6 +17,7 @@ from rich.progress import track
 from sgw_jax import probe
 from sgw_jax.build import Experiment, flatten
 from sgw_jax.diagnostics import collect_examples, diagnose
+from sgw_jax.edge_evaluation import edge_scores
 from sgw_jax.evaluate import Evaluation
 from sgw_jax.gallery import gallery
 from sgw_jax.metrics import delta_m
@@ -23,6 +25,7 @@ from sgw_jax.report import print_table, write_report
 from sgw_jax.restore import open_run
 from sgw_jax.sharding import replicated
 from sgw_jax.starting_state import restored_state
+from sgw_jax.tasks import Edges
 from sgw_jax.tasks.base import Task
 from sgw_jax.train import evaluate_split
 from sgw_jax.train_step import TrainState, make_eval_step
@@ -46,6 +49,7 @@ def finish(
             make_eval_step(experiment.model, experiment.tasks), out_shardings=replicated(experiment.mesh)
         )
         found = evaluate_split(experiment, eval_step, state.variables, split)
+        add_edge_scores(experiment, state, found, split, console)
         results = gather(experiment, state, found, split, console)
         results |= {"checkpoint": which, "speed": speed or earlier_speed(workdir)}
         pictures = examples(experiment, state, split)
@@ -57,6 +61,25 @@ def finish(
         gallery(pictures).save(workdir / f"examples{suffix}.png")
         console.print(f"Report: {workdir / f'report{suffix}.html'}   numbers: {workdir / f'results{suffix}.json'}")
     return results
+
+
+def add_edge_scores(experiment: Experiment, state: TrainState, found: Evaluation, split: str, console: Console) -> None:
+    """Writes ODS, OIS and AP into the metrics of every edge task, where the configuration asks for them."""
+    settings = experiment.boundary
+    for task in experiment.tasks:
+        if isinstance(task, Edges) and settings.max_dist is not None:
+            with experiment.data.evaluation(split) as batches:
+                found.metrics[task.name] |= edge_scores(
+                    experiment.model,
+                    state.variables,
+                    batches,
+                    experiment.mesh,
+                    task=task.name,
+                    length=len(experiment.data.sources[split]),
+                    published=task.protocol == "published",
+                    console=console,
+                    **dataclasses.asdict(settings),
+                )
 
 
 def earlier_speed(workdir: Path) -> dict[str, float]:

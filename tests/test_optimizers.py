@@ -19,6 +19,7 @@ DECAYS = {
     "poly": lambda x: (1 - x) ** 0.9,
     "cosine": lambda x: (1 + np.cos(np.pi * x)) / 2,
     "constant": lambda x: 1.0,
+    "step": lambda x: 1.0 if x < 0.5 else 0.5,
 }
 
 
@@ -31,7 +32,7 @@ def test_schedule(name, warmup):
         share = (step - warmup) / (50 - warmup)
         expected = 0.3 * (step + 1) / warmup if step < warmup else 0.3 * DECAYS[name](share)
         np.testing.assert_allclose(schedule(step), expected, rtol=16 * EPS32, atol=0.3 * 4 * EPS32)
-    if name != "constant":
+    if name in ("poly", "cosine"):
         assert schedule(50) == 0
         assert schedule(80) == 0  # not negative, not NaN
 
@@ -39,7 +40,7 @@ def test_schedule(name, warmup):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "linear"}, r"'linear'; it must be one of \['constant', 'cosine', 'poly'\]"),
+        ({"schedule": "linear"}, r"'linear'; it must be one of \['constant', 'cosine', 'poly', 'step'\]"),
         ({"warmup_steps": 10}, r"warmup_steps 10 must be in \[0, total_steps = 10\)"),
         ({"warmup_steps": -1}, "warmup_steps -1"),
     ],

@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, ratio, scalar_map
 
-COLORMAPS = {"depth": "magma_r", "disparity": "magma"}  # of uniform perceptual steps; near is bright in both
+COLORMAPS = {"depth": "magma_r", "disparity": "magma", "inverse_depth": "magma"}  # uniform steps; near is bright
+UNITS = {"depth": "m", "disparity": "px", "inverse_depth": ""}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Depth(Task):
     kind: ClassVar[str] = "depth"
 
     name: str = "depth"
-    quantity: str = "depth"  # "depth": metres, divided by a zoom; "disparity": pixels, multiplied by it
+    # "depth": metres, divided by a zoom; "disparity": pixels, and "inverse_depth": of no unit, multiplied by it
+    quantity: str = "depth"
     zero_is_valid: bool = False
     max_depth: float | None = None
 
@@ -53,7 +55,8 @@ class Depth(Task):
 
     @property
     def target(self) -> dict[str, Any]:
-        return {"kind": self.quantity, "fill": -1.0 if self.zero_is_valid else 0.0, "resample": "nearest"}
+        kind = "depth" if self.quantity == "depth" else "disparity"
+        return {"kind": kind, "fill": -1.0 if self.zero_is_valid else 0.0, "resample": "nearest"}
 
     @property
     def metric(self) -> str:
@@ -66,7 +69,7 @@ class Depth(Task):
     @property
     def unit(self) -> str:
         """The unit of the map itself."""
-        return "m" if self.quantity == "depth" else "px"
+        return UNITS[self.quantity]
 
     @property
     def units(self) -> dict[str, str]:

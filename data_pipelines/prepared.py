@@ -1,0 +1,100 @@
+"""Sets written by `data_pipelines.prepare`: their records, in TFDS's format without TensorFlow, and the source."""
+
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from data_pipelines.transforms import Example
+
+VERSION = "1.0.0"
+RECORD = "preparation.json"  # what was prepared, beside TFDS's own metadata
+
+
+def features_of(example: Example) -> tfds.features.FeaturesDict:
+    """The TFDS features of examples like this one; a target that an image lacks is stored with no rows.
+
+    The image is a PNG, which is lossless; targets are arrays of their own dtype, compressed with zlib.
+    """
+    features: dict[str, Any] = {"image": tfds.features.Image(shape=(None, None, 3), encoding_format="png")}
+    for name, values in example.items():
+        if name != "image":
+            shape = (None, None, *values.shape[2:])
+            features[name] = tfds.features.Tensor(shape=shape, dtype=values.dtype, encoding="zlib")
+    return tfds.features.FeaturesDict(features)
+
+
+def encode(example: Example, features: tfds.features.FeaturesDict) -> bytes:
+    """One record; the same example always gives the same bytes."""
+    written, png = cv2.imencode(".png", example["image"][..., ::-1])  # bytes: TFDS encodes arrays by TensorFlow
+    if not written:
+        raise ValueError(f"the image, {example['image'].dtype} {example['image'].shape}, cannot be written as PNG")
+    row: dict[str, Any] = {"image": png.tobytes()}
+    for name, feature in features.items():
+        if name != "image":
+            row[name] = example.get(name, np.zeros((0, 0, *feature.shape[2:]), feature.np_dtype))
+    if stray := set(example) - set(features):
+        raise ValueError(f"the example has {sorted(stray)}, which the features {sorted(features)} do not name")
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    # `serialize_example` leaves the order of the fields to the process's hash seed.
+    return serializer.get_tf_example(features.encode_example(row)).SerializeToString(deterministic=True)
+
+
+class Prepared:
+    """Source over a prepared set (picklable; opens files when an item is first read).
+
+    Examples are those of the source that was prepared, bit by bit, and so is the fingerprint: a run that began on the
+    archive's own files may go on here.
+
+    Raises ValueError unless the directory holds a whole set with this split.
+    """
+
+    def __init__(self, directory: str | Path, split: str) -> None:
+        self.directory, self.split = epath.Path(directory), split
+        try:
+            record = json.loads((self.directory / RECORD).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(
+                f"{self.directory} holds no prepared set: {RECORD} does not exist there. Give the directory that ends "
+                f"in {VERSION}, which `python -m data_pipelines.prepare NAME --source=ARCHIVE --out=DIR` writes, or "
+                "use --config.data.format=archive."
+            ) from error
+        if split not in record["splits"]:
+            raise ValueError(f"{self.directory} has no split {split!r}; it has {sorted(record['splits'])}.")
+        self._record: Mapping[str, Any] = record["splits"][split]
+        self._start()
+
+    def _start(self) -> None:
+        self._lock, self._data = threading.Lock(), None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_data")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def __len__(self) -> int:
+        return self._record["length"]
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        with self._lock:
+            if self._data is None:
+                self._data = tfds.builder_from_directory(self.directory).as_data_source(self.split)
+        return {name: values for name, values in self._data[index].items() if values.size}
+
+    def file_of(self, index: int) -> str:
+        """Where an item lies."""
+        return f"{self.directory}, {self.split}, record {index}"
+
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the source that was prepared."""
+        return dict(self._record["fingerprint"])

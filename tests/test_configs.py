@@ -1,0 +1,86 @@
+"""Every shipped configuration: it reads, its tasks and its network exist, and its published recipe is what it says."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sgw_jax.build import build, build_model, build_tasks
+from sgw_jax.config_files import read_config
+from sgw_jax.data_sets import DATA_SETS
+
+FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted(file.stem for file in FOLDER.glob("[!_]*.py") if file.stem != "base")
+VARIANTS = [
+    *CONFIGS,
+    "nyud:interaction=skem,tasks=semseg+depth,protocol=published",
+    "pascal_context:interaction=none,protocol=published",
+    "cityscapes:interaction=cross_attention",
+    "mtan:data=cityscapes",
+]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_network_of_a_configuration_predicts_every_task_at_the_labels_size(name):
+    config = read_config(name)
+    tasks = build_tasks(config)
+    model = build_model(config, tasks)
+    image = jax.ShapeDtypeStruct((1, *config.data.size, 3), jnp.float32)
+    predictions, _ = jax.eval_shape(lambda x: model.init_with_output(jax.random.key(0), x), image)
+    assert {n: p.shape for n, p in predictions.items()} == {t.name: (1, *config.data.size, t.channels) for t in tasks}
+    assert {task.protocol for task in tasks} == {config.protocol}
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith("scenes")])
+def test_without_the_data_the_error_says_what_to_give(name, tmp_path):
+    keys = ["--config.batch_size=8"]  # the published 6 does not divide by the 8 fake devices
+    with pytest.raises(ValueError, match=r"config.data.root is empty: give the data's directory \(--config.data.root"):
+        build(read_config(name, keys), tmp_path)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        build(read_config(name, [*keys, f"--config.data.root={tmp_path}"]), tmp_path)
+    with pytest.raises(ValueError, match=r"config.data.format is 'archived'; it must be one of"):
+        build(read_config(name, [*keys, f"--config.data.root={tmp_path}", "--config.data.format=archived"]), tmp_path)
+
+
+def test_published_recipes():
+    """Numbers of the peers' configuration files (learning rate, decay, steps, images a step, weights, sizes)."""
+    nyud, pascal, cityscapes, mtan = (read_config(name) for name in ("nyud", "pascal_context", "cityscapes", "mtan"))
+    for config in (nyud, pascal):
+        assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (2e-5, 1e-6)
+        assert (config.steps, config.batch_size, config.schedule.name) == (40_000, 6, "poly")
+        assert config.augment.to_dict() == {
+            "scale": (0.5, 2.0), "scale_crop": (), "cat_max_ratio": 0.75, "flip": True, "colour": True
+        }  # fmt: skip
+    weights = {task.name: task.weight for task in build_tasks(nyud)}
+    assert weights == {"semseg": 1, "depth": 1, "normals": 10, "edges": 50}
+    weights = {task.name: task.weight for task in build_tasks(pascal)}
+    assert weights == {"semseg": 1, "human_parts": 2, "saliency": 5, "normals": 10, "edges": 50}
+    assert (nyud.data.size, pascal.data.size, cityscapes.data.size) == ((448, 576), (512, 512), (1024, 2048))
+    assert (nyud.boundary.max_dist, pascal.boundary.max_dist) == (0.011, 0.0075)
+    assert not nyud.boundary.outline_targets
+    assert read_config("nyud:protocol=published").boundary.outline_targets
+    assert cityscapes.input_scale == 0.5
+    assert mtan.augment.scale_crop == (1.0, 1.2, 1.5)
+    np.testing.assert_allclose(mtan.steps / (795 / 8), 200, rtol=0.01)
+
+
+def test_classes_of_the_data_sets():
+    counts = {
+        name: {task: options["num_classes"] for task, options in data.tasks.items() if "num_classes" in options}
+        for name, data in DATA_SETS.items()
+    }
+    assert counts == {
+        "nyud": {"semseg": 40},
+        "pascal_context": {"semseg": 21, "human_parts": 7},
+        "cityscapes": {"semseg": 19},
+        "mtan_nyuv2": {"semseg": 13},
+        "mtan_cityscapes": {"semseg": 7},
+    }
+
+
+def test_mtan_knows_its_two_sets():
+    with pytest.raises(Exception, match=r"data='kitti'; it must be one of \['cityscapes', 'nyuv2'\]"):
+        read_config("mtan:data=kitti")

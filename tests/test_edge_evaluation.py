@@ -1,0 +1,81 @@
+"""ODS of a network over a split: the frame of the labels, padding, devices, and the published rounding."""
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+
+from sgw_jax import boundary
+from sgw_jax.edge_evaluation import edge_scores
+from sgw_jax.sharding import make_mesh
+
+SIZE, BATCH, LENGTH = (24, 32), 4, 6
+FRAMES = [(24, 32), (20, 30), (24, 20), (10, 32), (16, 16), (22, 26)]  # original sizes, padded in the middle
+
+
+class FirstChannel(nn.Module):
+    """The image's first channel as the logit: predictions are then known."""
+
+    @nn.compact
+    def __call__(self, image):
+        return {"edges": image[..., :1]}
+
+
+def centred(values, fill):
+    padded = np.full(SIZE, fill, np.float32)
+    top, left = ((whole - part) // 2 for whole, part in zip(SIZE, values.shape, strict=True))
+    padded[top : top + values.shape[0], left : left + values.shape[1]] = values
+    return padded
+
+
+@pytest.fixture(scope="module")
+def split():
+    """(batches as the loader yields them, [(probability, target, ignored)] of the real images in their frames)."""
+    rng = np.random.default_rng(0)
+    images, targets, originals = [], [], []
+    for frame in FRAMES:
+        logit = rng.normal(size=frame).astype(np.float32) * 3
+        target = (rng.random(frame) < 0.1).astype(np.float32)
+        target[rng.random(frame) < 0.05] = -1
+        target[0, 0] = target[-1, -1] = 1  # labelled corners: the frame of the labels is the image
+        images.append(np.repeat(centred(logit, 0)[..., None], 3, axis=-1))
+        targets.append(centred(target, -1)[..., None])
+        originals.append((np.asarray(jax.nn.sigmoid(logit)), target > 0.5, target < 0))
+    for _ in range(-LENGTH % BATCH):
+        images.append(np.ones((*SIZE, 3), np.float32))
+        targets.append(np.full((*SIZE, 1), -1, np.float32))
+    arrays = {"image": np.stack(images), "edges": np.stack(targets)}
+    batches = [{n: a[i : i + BATCH] for n, a in arrays.items()} for i in range(0, len(images), BATCH)]
+    return batches, originals
+
+
+def scores(batches, devices=1, length=LENGTH, **options):
+    mesh = make_mesh({"data": -1}, jax.devices()[:devices])
+    return edge_scores(FirstChannel(), {}, batches, mesh, length=length, max_dist=0.05, **options)
+
+
+def expected(originals, **options):
+    found = boundary.summarise(boundary.counts_of(originals, max_dist=0.05, **options))
+    return {name: 100 * found[name] for name in ("ods", "ois", "ap")}
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_scores_are_those_of_the_images_without_padding(split, devices):
+    batches, originals = split
+    found = scores(batches, devices)
+    assert found == expected(originals)
+    assert 0 < found["ods"] < 100
+
+
+def test_the_published_protocol_rounds_to_levels(split):
+    batches, originals = split
+    rounded = [(np.round(255 * p).astype(np.uint8), t, i) for p, t, i in originals]
+    assert scores(batches, published=True) == expected(rounded)
+    assert scores(batches, published=True, outline_targets=True) == expected(rounded, outline_targets=True)
+
+
+def test_images_without_labels_are_left_out(split):
+    batches, originals = split
+    bare = [{**batches[0], "edges": batches[0]["edges"].copy()}, batches[1]]
+    bare[0]["edges"][1] = -1
+    assert scores(bare) == expected(originals[:1] + originals[2:])
