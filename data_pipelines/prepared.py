@@ -71,7 +71,8 @@ class Prepared:
         self._start()
 
     def _start(self) -> None:
-        self._lock, self._data = threading.Lock(), None
+        self._lock = threading.Lock()
+        self._data: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_data")}

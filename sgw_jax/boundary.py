@@ -94,7 +94,7 @@ def counts_of(
     Images are taken from the iterable as they are needed, at most four per worker ahead.
     """
     options["max_dist"] = max_dist
-    found = _in_order(images, options, workers)
+    found: Iterable[np.ndarray] = _in_order(images, options, workers)
     if console is not None:
         found = track(found, "boundaries", total=total, console=console, transient=True)
     counts = list(found)
