@@ -15,6 +15,7 @@ from sgw_jax import boundary
 from sgw_jax.sharding import batch_sharding, global_batch
 
 Batch = Mapping[str, Any]
+SCORES = ("ods", "ois", "ap")
 LEVELS = 255  # the published protocol saves probabilities as 8-bit pictures
 
 
@@ -69,7 +70,7 @@ def edge_scores(
     if jax.process_count() > 1:
         counts = _from_all_processes(counts)
     found = boundary.summarise(counts)
-    return {name: 100 * found[name] for name in ("ods", "ois", "ap")}
+    return {name: 100 * found[name] for name in SCORES}
 
 
 def _own_rows(*arrays: jax.Array) -> Iterator[tuple[Any, ...]]:

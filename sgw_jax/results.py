@@ -17,7 +17,7 @@ from rich.progress import track
 from sgw_jax import probe
 from sgw_jax.build import Experiment, flatten
 from sgw_jax.diagnostics import collect_examples, diagnose
-from sgw_jax.edge_evaluation import edge_scores
+from sgw_jax.edge_evaluation import SCORES, edge_scores
 from sgw_jax.evaluate import Evaluation
 from sgw_jax.gallery import gallery
 from sgw_jax.metrics import delta_m
@@ -121,7 +121,7 @@ def gather(
                 "metric": task.metric,
                 "unit": task.units.get(task.metric, ""),
                 "higher_is_better": task.higher_is_better,
-                "units": task.units,
+                "units": task.units | {name: "%" for name in SCORES if name in found.metrics[task.name]},
             }
             for task in experiment.tasks
         ],

@@ -29,8 +29,7 @@ def paths(root: Path, split: str, id_: str) -> tuple[Path, Path, Path]:
     )
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+def write_archive(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     for split, id_ in [*(("train", id_) for id_ in IDS), ("val", "ulm/ulm_000000_000000")]:
         image, labels, disparity = paths(tmp_path, split, id_)
@@ -43,6 +42,11 @@ def root(tmp_path: Path) -> Path:
         stored[0, :3] = 1, 65535, 0
         save(disparity, stored)
     return tmp_path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_archive(tmp_path)
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -139,7 +139,10 @@ def test_a_file_of_ones_own_works_from_anywhere(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [
-        (["--config=scens"], ["no file 'scens'", "['cityscapes', 'mtan', 'nyud', 'pascal_context', 'scenes']", "Did you mean 'scenes'?"]),
+        (
+            ["--config=scens"],
+            ["no file 'scens'", "'nyud', 'pascal_context', 'scenes']", "Did you mean 'scenes'?"],
+        ),
         (["--config=scenes:interation=none"], ["'interation=none'", "['interaction', 'tasks']"]),
         (["--config=scenes", "--config.step=1"], ["Did you mean --config.steps?"]),
         (["--config=scenes", "--config.steps", "5"], ["'--config.steps'", "--config.key=value"]),

@@ -1,17 +1,22 @@
-"""A published data set from the archive's files to the report, and the same from prepared files."""
+"""Published data sets from the archive's files to the report, and the same from prepared files."""
 
 import json
 
 import pytest
-from test_nyud import write_archive
+import test_cityscapes
+import test_mtan
+import test_nyud
+import test_pascal_context
 
 from data_pipelines.prepare import main as prepare
 from data_pipelines.prepared import VERSION
 from sgw_jax.__main__ import main
 
-# The shipped configuration at toy size; 16 x 24 images are padded to 32 x 32.
+# A shipped configuration at toy size; the archives' images of 8 x 16 to 16 x 24 pixels are padded to 32 x 32.
 TOY = [
     "data.size=32,32",
+    "input_scale=1.0",
+    "backbone=vit",
     "backbones.vit.width=8",
     "backbones.vit.depth=4",
     "backbones.vit.num_heads=2",
@@ -21,28 +26,43 @@ TOY = [
     "checkpoint_every=2",
     "eval_every=2",
 ]
-
-
-def train(root, run, cache, *keys):
-    toy = [f"--config.{key}" for key in (*TOY, f"data.root={root}", *keys)]
-    return main(["train", "--config=nyud:protocol=published", f"--workdir={run}", cache, *toy])
+# Configuration -> (name for `prepare`, what writes a tiny archive).
+ARCHIVES = {
+    "nyud:protocol=published": ("nyud", lambda root: test_nyud.write_archive(root, "invpt")),
+    "pascal_context": ("pascal_context", test_pascal_context.write_archive),
+    "cityscapes": ("cityscapes", test_cityscapes.write_archive),
+    "mtan": ("mtan_nyuv2", lambda root: test_mtan.write(root, 13, normals=True)),
+    "mtan:data=cityscapes": ("mtan_cityscapes", lambda root: test_mtan.write(root, 7, normals=False)),
+}
 
 
 @pytest.mark.slow
-def test_nyud_from_the_archive_and_from_prepared_files(tmp_path, capsys):
-    archive, run, cache = tmp_path / "archive", tmp_path / "run", f"--cache_dir={tmp_path / 'cache'}"
+@pytest.mark.parametrize("config", ARCHIVES)
+def test_from_the_archive_and_from_prepared_files(config, tmp_path, capsys):
+    name, write = ARCHIVES[config]
+    archive, run, again = tmp_path / "archive", tmp_path / "run", tmp_path / "again"
     archive.mkdir()
-    write_archive(archive, "invpt")
-    assert train(archive, run, cache) == 0
-    assert "archive 'invpt' (NYUDv2.tar.gz of ATRC and InvPT)" in capsys.readouterr().out.replace("\n", " ")
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    assert (results["split"], results["protocol"]) == ("test", "published")
-    assert 0 < results["metrics"]["edges"]["ods"] <= 100
+    write(archive)
 
-    assert prepare(["nyud", f"--source={archive}", f"--out={tmp_path}"]) == 1
-    assert "split 'train' has 2 images, the published one 795" in capsys.readouterr().err.replace("\n", " ")
-    assert prepare(["nyud", f"--source={archive}", f"--out={tmp_path}", "--any_size"]) == 0
-    again = tmp_path / "again"
-    assert train(tmp_path / "nyud" / VERSION, again, cache, "data.format=prepared") == 0
+    def train(workdir, *keys):
+        options = [f"--config.{key}" for key in (*TOY, *keys)]
+        return main(["train", f"--config={config}", f"--workdir={workdir}", f"--cache_dir={tmp_path}", *options])
+
+    assert train(run, f"data.root={archive}") == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert results["split"] == "test"
+    assert set(results["metrics"]) == set(results["config"]["tasks"])
+    if name == "nyud":
+        assert "archive 'invpt' (NYUDv2.tar.gz of ATRC and InvPT)" in said
+        assert results["protocol"] == "published"
+    if name in ("nyud", "pascal_context"):
+        assert 0 < results["metrics"]["edges"]["ods"] <= 100
+
+    assert prepare([name, f"--source={archive}", f"--out={tmp_path}"]) == 1
+    assert "the published one" in capsys.readouterr().err.replace("\n", " ")
+    assert prepare([name, f"--source={archive}", f"--out={tmp_path}", "--any_size"]) == 0
+    assert train(again, f"data.root={tmp_path / name / VERSION}", "data.format=prepared") == 0
     prepared = json.loads((again / "results.json").read_text(encoding="utf-8"))
     assert prepared["metrics"] == results["metrics"]  # the same batches, hence the same numbers
+    assert main(["evaluate", f"--workdir={run}", "--split=train", f"--cache_dir={tmp_path}"]) == 0

@@ -62,8 +62,7 @@ PERSON = annotation(
 )
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
+def write_archive(tmp_path: Path) -> Path:
     """Train a, b (b has no person, and its semseg is in pascal-context alone); validation c."""
     rng = np.random.default_rng(0)
     for id_ in "abc":
@@ -83,6 +82,11 @@ def root(tmp_path: Path) -> Path:
     (tmp_path / "ImageSets/Context/train.txt").write_text("a\nb\n")
     (tmp_path / "ImageSets/Context/val.txt").write_text("c\n")
     return tmp_path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_archive(tmp_path)
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -44,7 +44,7 @@ class Edges(MaskTask):
 
     @property
     def units(self) -> dict[str, str]:
-        return {"max_f": "%", "loss": "", "ods": "%", "ois": "%", "ap": "%"}
+        return {"max_f": "%", "loss": ""}
 
     def loss_terms(
         self, prediction: Array, target: Array, statistics: Sums | None = None
