@@ -2,14 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 import test_cityscapes
 import test_mtan
 import test_nyud
 import test_pascal_context
 
+from data_pipelines.prepare import SOURCES
 from data_pipelines.prepare import main as prepare
-from data_pipelines.prepared import VERSION
+from data_pipelines.prepared import VERSION, Prepared
 from sgw_jax.__main__ import main
 
 # A shipped configuration at toy size; the archives' images of 8 x 16 to 16 x 24 pixels are padded to 32 x 32.
@@ -62,7 +64,17 @@ def test_from_the_archive_and_from_prepared_files(config, tmp_path, capsys):
     assert prepare([name, f"--source={archive}", f"--out={tmp_path}"]) == 1
     assert "the published one" in capsys.readouterr().err.replace("\n", " ")
     assert prepare([name, f"--source={archive}", f"--out={tmp_path}", "--any_size"]) == 0
-    assert train(again, f"data.root={tmp_path / name / VERSION}", "data.format=prepared") == 0
-    prepared = json.loads((again / "results.json").read_text(encoding="utf-8"))
-    assert prepared["metrics"] == results["metrics"]  # the same batches, hence the same numbers
-    assert main(["evaluate", f"--workdir={run}", "--split=train", f"--cache_dir={tmp_path}"]) == 0
+    directory = tmp_path / name / VERSION
+    for split in ("train", "validation"):
+        read, source = Prepared(directory, split), SOURCES[name](archive, split)
+        assert read.fingerprint() == source.fingerprint()
+        for index in range(len(source)):
+            found, expected = read[index], source[index]
+            assert set(found) == set(expected)
+            for key, values in expected.items():
+                np.testing.assert_array_equal(found[key], values)
+    if name == "nyud":  # the same batches, hence the same numbers
+        assert train(again, f"data.root={directory}", "data.format=prepared") == 0
+        prepared = json.loads((again / "results.json").read_text(encoding="utf-8"))
+        assert prepared["metrics"] == results["metrics"]
+        assert main(["evaluate", f"--workdir={again}", "--split=train", f"--cache_dir={tmp_path}"]) == 0
