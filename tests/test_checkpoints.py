@@ -1,9 +1,9 @@
 """Checkpoints: what is saved is what was, what is kept, and clear errors for what does not fit or is damaged."""
 
+import contextlib
 import gc
 import inspect
 import shutil
-import time
 
 import jax
 import jax.numpy as jnp
@@ -169,13 +169,13 @@ def what_reading_says(directory, state):
     return None
 
 
-def await_dropped_reads():
-    """Until the reads that a failed restore of Orbax abandoned are freed: their warnings belong to this test."""
-    deadline = time.monotonic() + 10
-    while any(inspect.iscoroutine(thing) and thing.__name__.startswith("_read_array") for thing in gc.get_objects()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-        gc.collect()
+def close_dropped_reads():
+    """Ends the reads that a failed restore of Orbax abandoned: left to the collector, they would complain in whatever
+    test it runs in."""
+    for thing in gc.get_objects():
+        if inspect.iscoroutine(thing) and thing.__name__.startswith("_read_array"):
+            with contextlib.suppress(Exception):  # Orbax wraps the exit in an error of its own
+                thing.close()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops a coroutine when it fails
@@ -200,7 +200,7 @@ def test_a_damaged_file_is_an_error_that_says_what_to_do_or_does_no_harm(tmp_pat
                 assert "listed" in message or f"Delete {directory} to go on from step 3" in message
             shutil.rmtree(directory)
             shutil.copytree(backup, directory)
-    await_dropped_reads()
+    close_dropped_reads()
     assert {file.parts[0] for file in damaging} >= {"state", "metadata"}
     shutil.rmtree(directory)
     again = Checkpoints(checkpoints.directory)

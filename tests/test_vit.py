@@ -74,7 +74,12 @@ def test_parameter_counts(size):
     [
         ({}, (1, 32, 40, 3), "32 x 40; both must be multiples of 32"),
         ({"patch_size": 64}, (1, 96, 128, 3), "multiples of 64"),
-        ({"patch_size": 12}, (1, 96, 96, 3), "patch_size 12 must be a power of two"),
+        ({"patch_size": 0}, (1, 96, 96, 3), "patch_size 0 must be at least 1"),
+        ({"tapped": (1, 2, 3)}, (1, 32, 32, 3), r"made of 4 taps; tapped is \(1, 2, 3\)"),
+        ({"tapped": (1, 2, 4, 3)}, (1, 32, 32, 3), "must be layers from 1 to 4, in ascending order"),
+        ({"tapped": (2, 3, 4, 5)}, (1, 32, 32, 3), "must be layers from 1 to 4, in ascending order"),
+        ({"output": "maps"}, (1, 32, 32, 3), r"'maps'; it must be one of \('pyramid', 'taps'\)"),
+        ({"remat": "all"}, (1, 32, 32, 3), r"'all'; it must be one of \['none', 'dots', 'full'\]"),
         ({"depth": 6}, (1, 32, 32, 3), "depth 6 must be a multiple of 4"),
         ({"depth": 0}, (1, 32, 32, 3), "depth 0 must be a multiple of 4"),
         ({"patch_embed": "hybrid"}, (1, 32, 32, 3), r"'hybrid'; it must be one of \['conv', 'patch'\]"),
@@ -163,13 +168,14 @@ def test_remat_changes_nothing(image, variables):
     def loss(model, params, image):
         return sum(jnp.sum(jnp.sin(level)) for level in model.apply({"params": params}, image, train=True).values())
 
-    one, other = (
+    one, *others = (
         jit(jax.value_and_grad(functools.partial(loss, TINY.clone(remat=remat))))(variables["params"], image)
-        for remat in (False, True)
+        for remat in ("none", "full", "dots")
     )
     # A gradient sums over the 2 x 128 positions of the finest map.
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=256 * ROUNDING, err_msg=str(path))
+    for other in others:
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=256 * ROUNDING, err_msg=str(path))
 
 
 # ---- drop path -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,6 @@ from collections.abc import Callable
 import flax.linen as nn
 
 from sgw_jax.backbones.swin import swin
-from sgw_jax.backbones.vit import vit
+from sgw_jax.backbones.vit import dinov2, vit
 
-BACKBONES: dict[str, Callable[..., nn.Module]] = {"vit": vit, "swin": swin}
+BACKBONES: dict[str, Callable[..., nn.Module]] = {"vit": vit, "dinov2": dinov2, "swin": swin}

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from sgw_jax.layers.drop_path import DropPath
 from sgw_jax.layers.mlp import MLP
 from sgw_jax.layers.patch_embed import PatchEmbed
+from sgw_jax.layers.remat import rematerialised
 from sgw_jax.layers.window_attention import WindowAttention, pad_to_multiple
 from sgw_jax.sharding import constrain_batch
 
@@ -52,13 +53,13 @@ class BlockPair(nn.Module):
     window_size: int = 7
     always_partition: bool = True
     mlp_ratio: float = 4.0
-    remat: bool = False
+    remat: str = "none"
     train: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, grid: Float[Array, "batch height width channels"], rates: Float[Array, "2"]):
-        block = nn.remat(SwinBlock, prevent_cse=False) if self.remat else SwinBlock
+        block = rematerialised(SwinBlock, self.remat)
         for index, name in enumerate(("regular", "shifted")):
             options = (
                 self.window_size,
@@ -107,7 +108,7 @@ class Swin(nn.Module):
         image's shorter side is at most 32 window_size = 224 pixels.
       drop_path: rate of the last block, in [0, 1), linear from 0 at the first block of the first stage.
       output_norms: a layer norm per map (`norm_stage1` to `norm_stage4`).
-      remat: recompute a block's inside in the backward pass.
+      remat: what a block keeps for the backward pass, see layers/remat.py.
 
     Call: (image (batch, H, W, 3), train) -> {stride: (batch, h, w, width stride / 4)} with strides 4, 8, 16 and 32,
     h = ceil(H / stride), w = ceil(W / stride).
@@ -124,14 +125,14 @@ class Swin(nn.Module):
     always_partition: bool = True
     drop_path: float = 0.0
     output_norms: bool = True
-    remat: bool = False
+    remat: str = "none"
     dtype: jnp.dtype = jnp.float32
 
     strides = (4, 8, 16, 32)
 
     @nn.compact
     def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[int, Array]:
-        self._check()
+        self.check()
         patch = self.strides[0]
         image = pad_to_multiple(image.astype(self.dtype), patch)
         grid, _ = PatchEmbed(patch, self.width, dtype=self.dtype, name="patch_embed")(image)
@@ -159,7 +160,8 @@ class Swin(nn.Module):
     def _norm(self, name: str) -> nn.LayerNorm:
         return nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name=name)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises a ValueError for attributes out of range."""
         stages = len(self.strides)
         if len(self.depths) != stages or any(depth < 2 or depth % 2 for depth in self.depths):
             raise ValueError(
