@@ -31,6 +31,8 @@ setup(
         "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources",  # tensorflow-datasets imports it without declaring it for Python >= 3.9
+        "safetensors>=0.5",
+        "etils[epath]>=1.9",  # pretrained weights in buckets
         "ml-collections>=1.1",
         "chex>=0.1.92",
         "jaxtyping>=0.3",

@@ -14,9 +14,13 @@ def optional(kind: type, value=None):
 
 
 def parse_arg(arg: str | None, **defaults: str) -> dict[str, str]:
-    """The part after the colon of `--config=FILE:key=value,key=value`, over its defaults; unknown keys are an error."""
+    """The part after the colon of `--config=FILE:key=value,key=value`, over its defaults; unknown keys are an error.
+
+    A word alone is the backbone, where there is one to choose: `--config=nyud:swin_l,interaction=skem`.
+    """
     values = dict(defaults)
     for item in filter(None, (arg or "").split(",")):
+        item = f"backbone={item}" if "backbone" in defaults and item in SYSTEMS else item
         key, separator, value = item.partition("=")
         if not separator or key not in defaults:
             raise ValueError(f"config argument {item!r}: expected key=value with a key of {sorted(defaults)}.")
@@ -90,17 +94,34 @@ def get_config() -> ConfigDict:
             "edge_weight": optional(float, 0.95),  # of edge pixels in the edge loss; None = balanced per batch
             "dot_regression": 0.0,  # weight of the loss that pulls semseg's features to the vertices of an ETF
             # --- model ------------------------------------------------------------------------------------------
-            "backbone": "vit",
+            "backbone": "vit",  # vit | dinov2 | swin
+            # Pretrained: a folder with config.json and model.safetensors (as the hub has them), or an AugReg .npz; read
+            # when a run starts.
+            "backbone_weights": "",
             "backbones": {
                 "vit": {
                     "size": "small",  # tiny | small | base | large; the next three override it
                     "width": optional(int),
                     "depth": optional(int),
                     "num_heads": optional(int),
+                    "mlp_ratio": 4.0,
                     "patch_size": 16,
                     "patch_embed": "patch",  # patch | conv
+                    "class_token": False,  # True for pretrained weights, as are the next two their values
+                    "approximate_gelu": False,  # the tanh approximation (AugReg)
+                    "epsilon": 1e-6,  # of the layer norms
                     "drop_path": 0.0,
-                    "remat": False,  # recompute blocks in the backward pass: less memory, a third more compute
+                    # What a block keeps for the backward pass: none = all | dots = matrix products | full = its input
+                    # alone (least memory, a third more compute).
+                    "remat": "none",
+                },
+                "dinov2": {
+                    "size": "small",  # small | base | large
+                    "width": optional(int),
+                    "depth": optional(int),
+                    "num_heads": optional(int),
+                    "drop_path": 0.0,
+                    "remat": "none",
                 },
                 "swin": {
                     "size": "tiny",  # tiny | small | base | large; width overrides it, a multiple of its first heads
@@ -108,7 +129,7 @@ def get_config() -> ConfigDict:
                     "window_size": 7,  # tokens; 12 for the weights pretrained at 384 pixels
                     "always_partition": True,  # False: no shift on maps within one window, as in the classifier
                     "drop_path": 0.0,
-                    "remat": False,
+                    "remat": "none",
                 },
             },
             "interaction": "kem",  # none | cross_attention | kem | skem | shared_workspace | within_tasks
@@ -131,6 +152,8 @@ def get_config() -> ConfigDict:
             "input_scale": 1.0,  # the network sees images resized by this; predictions keep the labels' size
             "channels": 64,  # width of the task features
             "stride": 4,  # of the task features
+            "scales": (),  # coarser strides at which the tasks interact too, such as 16,8
+            "persist": False,  # slots of one scale start the next
             "upsample": "bilinear",  # bilinear | subpixel: how heads reach the image size
             "preliminary": False,  # deep supervision: predictions from before the interaction
             # --- optimisation -----------------------------------------------------------------------------------
@@ -146,7 +169,8 @@ def get_config() -> ConfigDict:
                 "momentum": 0.9,  # sgd
                 "muon_rms": 0.2,  # muon: size of a kernel's update, relative to the learning rate
                 "clip_norm": optional(float, 10.0),
-                "backbone_scale": 1.0,  # the backbone's learning rate relative to the rest
+                "backbone_scale": 1.0,  # the pretrained layers' learning rate relative to the rest; 0 freezes them
+                "layer_decay": 1.0,  # ... times this to the power of the number of layers above
             },
             "schedule": {"name": "poly", "warmup_steps": 0},  # poly | cosine | constant | step
             "ema_decay": optional(float),  # evaluate an average of the parameters
@@ -160,10 +184,35 @@ def get_config() -> ConfigDict:
     return config.lock()  # a mistyped key in a config file is an error, not a new key
 
 
+# The full-size networks: backbone and its options. Windows of 12 and ViTs with a class token are what the weights
+# pretrained at 384 pixels have; AugReg's were trained with the tanh GELU.
+SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "swin_t": ("swin", {"size": "tiny", "window_size": 7, "drop_path": 0.2}),
+    "swin_b": ("swin", {"size": "base", "window_size": 12, "drop_path": 0.2}),
+    "swin_l": ("swin", {"size": "large", "window_size": 12, "drop_path": 0.2}),
+    "vit_b": ("vit", {"size": "base", "class_token": True, "approximate_gelu": True, "drop_path": 0.15}),
+    "vit_l": ("vit", {"size": "large", "class_token": True, "approximate_gelu": True, "drop_path": 0.15}),
+    "dinov2_l": ("dinov2", {"size": "large", "drop_path": 0.15}),
+}
+
+
+def use_system(config: ConfigDict, name: str, interaction: str) -> None:
+    """A full-size network: one of `SYSTEMS`, task features of width 192 at 1/4 of the image, 32 slots as wide."""
+    if name not in SYSTEMS:
+        raise ValueError(f"config argument backbone={name!r}; it must be one of {list(SYSTEMS)}.")
+    config.backbone, options = SYSTEMS[name]
+    config.backbones[config.backbone].update(options)
+    config.interaction = interaction
+    config.channels = 192
+    for workspace in ("kem", "skem", "shared_workspace", "within_tasks"):
+        config.interactions[workspace].num_slots = 32
+    config.interactions.skem.etf_vertices = 128
+    config.dtype = "bfloat16"
+
+
 def invpt_recipe(config: ConfigDict) -> None:
     """Augmentation and optimisation of InvPT, ATRC, TaskPrompter and MLoRE, as configs/nyud.py lists them."""
     config.augment.update({"scale": (0.5, 2.0), "cat_max_ratio": 0.75, "flip": True, "colour": True})
-    config.backbones.vit.update({"size": "large", "drop_path": 0.15})
     config.preliminary = True
     config.steps = 40_000
     config.batch_size = 6

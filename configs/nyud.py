@@ -1,6 +1,7 @@
 """NYUD-v2: segmentation (40 classes), depth, normals and edges, 795 images for training and 654 for testing.
 
 Command:   python -m sgw_jax train --config=nyud --config.data.root=DIR --workdir=runs/nyud
+Weights:   --config.backbone_weights=PATH: an AugReg .npz or a hub folder (docs/backbones.md); without, from scratch.
 Data:      DIR holds images/ segmentation/ depth/ normals/ edge/ gt_sets/, any of the three archives that look alike,
            or, with --config.data.format=prepared, what `python -m data_pipelines.prepare nyud` wrote.
 Recipe:    InvPT's, as published: zoom 0.5 to 2, crop 448 x 576 (no class over 75 %), flip, photometric distortion;
@@ -8,7 +9,7 @@ Recipe:    InvPT's, as published: zoom 0.5 to 2, crop 448 x 576 (no class over 7
            weight 0.95), predictions before the interaction supervised too. Differences: decoupled decay (AdamW),
            gradients clipped at norm 10 (TaskPrompter, MLoRE), layer instead of batch normalisation.
 Hardware:  1, 2, 3 or 6 accelerators (they must divide the batch of 6; --config.batch_size=8 for 8) of 16 GB or more.
-Variants:  --config=nyud:interaction=skem,tasks=semseg+depth,protocol=published
+Variants:  --config=nyud:swin_b,interaction=skem,tasks=semseg+depth,protocol=published
            protocol=published repeats the quirks of the published numbers, here the outlined edge masks.
 """
 
@@ -18,10 +19,11 @@ TASKS = ("semseg", "depth", "normals", "edges")
 
 
 def get_config(arg: str | None = None):
-    """interaction: a key of config.interactions; tasks: names joined by "+"; protocol: exact or published."""
+    """backbone: a key of base.SYSTEMS; interaction: a key of config.interactions;
+    tasks: names joined by "+"; protocol: exact or published."""
     config = base.get_config()
-    options = base.parse_arg(arg, interaction="kem", tasks="+".join(TASKS), protocol="exact")
-    config.interaction = options["interaction"]
+    options = base.parse_arg(arg, backbone="vit_l", interaction="kem", tasks="+".join(TASKS), protocol="exact")
+    base.use_system(config, options["backbone"], options["interaction"])
     config.tasks = tuple(options["tasks"].split("+"))
     config.protocol = options["protocol"]
 

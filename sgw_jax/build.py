@@ -30,7 +30,10 @@ from sgw_jax.tasks.base import Task
 SPLITS = ("train", "validation", "test")
 
 # Keys that may differ between a run and its resumption: they change no number of the run on the same mesh.
-FREE_KEYS = ("log_every", "keep", "mesh", "data.workers", "data.threads", "data.root", "data.format", "boundary")
+FREE_KEYS = (
+    *("log_every", "keep", "mesh", "data.workers", "data.threads", "data.root", "data.format", "boundary"),
+    "backbone_weights",  # read at step 0 alone
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +123,7 @@ class Experiment:
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     scalarizer: Scalarizer
+    backbone_weights: str  # a pretrained backbone's file or folder; empty for none
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to go on: the configuration but for FREE_KEYS, and the data."""
@@ -167,6 +171,7 @@ def build(config: ConfigDict, cache_dir: Path | str, tasks: Sequence[Task] | Non
         optimizer=make_optimizer(schedule, **options),
         schedule=schedule,
         scalarizer=weighted_sum([task.weight for task in tasks]),
+        backbone_weights=config.backbone_weights,
     )
 
 
@@ -217,6 +222,8 @@ def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
         channels=config.channels,
         input_scale=config.input_scale,
         stride=config.stride,
+        scales=tuple(config.scales),
+        persist=config.persist,
         upsample=config.upsample,
         preliminary=config.preliminary,
         dtype=dtype,

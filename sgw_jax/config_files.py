@@ -139,11 +139,14 @@ def _parse(key: str, text: str, old: Any) -> Any:
 
 
 def _tuple(text: str, old: tuple) -> tuple:
-    """As many numbers as there were, or any number of names; brackets and quotes are optional."""
-    kind = type(old[0])
+    """As many numbers as there were (any, if there were none), or any number of names; brackets and quotes are
+    optional."""
+    kind = type(old[0]) if old else float
     separators = ",+" if kind is str else ","
     parts = [part.strip(" '\"") for part in re.split(f"[{separators}]", text.strip("()[]"))]
     values = tuple(_scalar(part, kind) for part in parts if part)
+    if not old:  # whole numbers where they are
+        return tuple(int(value) if value == int(value) and "." not in text else value for value in values)
     if kind is not str and len(values) != len(old):
         raise ValueError(f"{len(old)} numbers with a comma between them")
     return values

@@ -1,4 +1,4 @@
-"""Starting from another run's parameters."""
+"""Starting from another run's parameters, or from a pretrained backbone."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,10 +8,16 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
+from data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
+from sgw_jax.backbones.pretrained import Pretrained, fit, read_pretrained
+from sgw_jax.build import Experiment
 from sgw_jax.checkpoints import Checkpoints
+from sgw_jax.layer_rates import ADDED
 from sgw_jax.sharding import path_name
 from sgw_jax.train_step import TrainState
 from sgw_jax.workdir import WorkdirError
+
+BACKBONE = "backbone/"
 
 
 def fine_tuning_source(source: Path) -> tuple[Checkpoints, int]:
@@ -53,6 +59,36 @@ def fine_tuning_start(state: TrainState, source: Path, console: Console) -> Trai
             console.print(f"  unused: {name.removeprefix(f'{collection}/')}", soft_wrap=True)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return state.replace(params=params, ema=ema)
+
+
+def pretrained_start(state: TrainState, experiment: Experiment, console: Console) -> TrainState:
+    """The state with the backbone's parameters from `Experiment.backbone_weights`, each where its sharding puts it."""
+    found, values = pretrained_parameters(experiment, state.params)
+
+    def place(path: Any, leaf: jax.Array) -> jax.Array:
+        value = values.get(path_name(path).removeprefix(BACKBONE)) if path_name(path).startswith(BACKBONE) else None
+        if value is None:
+            return leaf
+        # Every process has read the whole file; each device takes its part.
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index].astype(leaf.dtype))
+
+    params = jax.tree_util.tree_map_with_path(place, state.params)
+    names = [path_name(path).removeprefix(BACKBONE) for path, _ in jax.tree_util.tree_leaves_with_path(state.params)]
+    fresh = [name for name in names if ADDED.match(name)]
+    console.print(f"Backbone from {found.summary()}", soft_wrap=True)
+    if left := [name for name in fresh if name not in values]:
+        console.print(f"  fresh: {', '.join(left)}", soft_wrap=True)
+    return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+
+
+def pretrained_parameters(experiment: Experiment, params: Any) -> tuple[Pretrained, dict[str, Any]]:
+    """What the file holds, and the backbone's parameters of it by name; ``params`` may be shapes alone.
+
+    Raises:
+      PretrainedError: see `read_pretrained` and `fit`.
+    """
+    found = read_pretrained(experiment.backbone_weights)
+    return found, fit(found, experiment.model.backbone, params["backbone"], IMAGE_MEAN, IMAGE_STD)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:

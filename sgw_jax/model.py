@@ -25,6 +25,11 @@ class MultiTaskModel(nn.Module):
       interaction: mapping task -> (batch, h, w, channels) -> the same mapping.
       channels: width of the task features.
       stride: of the task features, relative to the image.
+      scales: coarser strides at which the tasks interact too, from the coarsest to ``stride``, each with stems and an
+        interaction of its own (parameters stem16_NAME, interaction16); what leaves a scale is resized and added to the
+        features of the next.
+      persist: the slots that leave a scale start the next one, so that one workspace sees all scales (KEM, sKEM,
+        SharedWorkspace).
       input_scale: the image is resized by it before the backbone, while predictions keep the image's size (Cityscapes:
         labels at 1024 x 2048, the network at half of that).
       upsample: how heads reach the image's size, see `PredictionHead`.
@@ -36,7 +41,8 @@ class MultiTaskModel(nn.Module):
     channels)}, what enters the interaction, for each task whose loss uses it (`Task.uses_features`).
 
     Raises:
-      ValueError: no task, or two of one name.
+      ValueError: no task, or two of one name; a scale that is not coarser than ``stride``; ``persist`` with an
+        interaction that has no slots.
     """
 
     tasks: Sequence[Task]
@@ -44,6 +50,8 @@ class MultiTaskModel(nn.Module):
     interaction: nn.Module
     channels: int = 64
     stride: int = 4
+    scales: tuple[int, ...] = ()
+    persist: bool = False
     input_scale: float = 1.0
     upsample: Literal["bilinear", "subpixel"] = "bilinear"
     preliminary: bool = False
@@ -51,19 +59,20 @@ class MultiTaskModel(nn.Module):
 
     @nn.compact
     def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[str, Array]:
-        names = [task.name for task in self.tasks]
-        if not names or len(set(names)) < len(names):
-            raise ValueError(f"MultiTaskModel: the tasks are {names}; give at least one, each name once.")
+        self._check()
         size = (image.shape[1], image.shape[2])
         seen = resize(image, (round(size[0] * self.input_scale), round(size[1] * self.input_scale)))
         pyramid = self.backbone(constrain_batch(seen), train=train)
-        features = {
-            task.name: constrain_batch(
-                TaskStem(self.channels, self.stride, dtype=self.dtype, name=f"stem_{task.name}")(pyramid)
-            )
-            for task in self.tasks
-        }
-        mixed = {name: constrain_batch(value) for name, value in self.interaction(features).items()}
+        mixed: dict[str, Array] = {}
+        slots = None
+        for stride in (*sorted(self.scales, reverse=True), self.stride):
+            features = self._stems(pyramid, stride, mixed)
+            interaction = self._interaction(stride)
+            if self.persist:
+                mixed, slots = interaction(features, slots, True)
+            else:
+                mixed = interaction(features)
+            mixed = {name: constrain_batch(value) for name, value in mixed.items()}
         predictions = self._predict("head", mixed, size)
         if self.preliminary and train:
             early = self._predict("preliminary", features, size)
@@ -72,6 +81,21 @@ class MultiTaskModel(nn.Module):
             predictions |= {FEATURES + task.name: features[task.name] for task in self.tasks if task.uses_features}
         return predictions
 
+    def _stems(self, pyramid: dict[int, Array], stride: int, coarser: dict[str, Array]) -> dict[str, Array]:
+        """Every task's features at a stride, with what left the scale before."""
+        prefix = "stem" if stride == self.stride else f"stem{stride}"
+        features = {}
+        for task in self.tasks:
+            stem = TaskStem(self.channels, stride, dtype=self.dtype, name=f"{prefix}_{task.name}")
+            own = stem(pyramid)
+            if coarser:
+                own += resize(coarser[task.name], (own.shape[1], own.shape[2]))
+            features[task.name] = constrain_batch(own)
+        return features
+
+    def _interaction(self, stride: int) -> nn.Module:
+        return self.interaction if stride == self.stride else self.interaction.copy(name=f"interaction{stride}")
+
     def _predict(self, prefix: str, features: dict[str, Array], size: tuple[int, int]) -> dict[str, Array]:
         return {
             task.name: PredictionHead(
@@ -79,3 +103,16 @@ class MultiTaskModel(nn.Module):
             )(features[task.name])
             for task in self.tasks
         }
+
+    def _check(self) -> None:
+        names = [task.name for task in self.tasks]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"MultiTaskModel: the tasks are {names}; give at least one, each name once.")
+        if len(set(self.scales)) < len(self.scales) or any(scale <= self.stride for scale in self.scales):
+            raise ValueError(
+                f"MultiTaskModel: scales {self.scales} must be different strides, coarser than stride {self.stride}."
+            )
+        if self.persist and not getattr(self.interaction, "has_slots", False):
+            raise ValueError(
+                f"MultiTaskModel: persist needs an interaction with slots; {type(self.interaction).__name__} has none."
+            )

@@ -1,4 +1,4 @@
-"""The Optax chain: clipping, AdamW, Muon or SGD, decay mask, schedule, and the backbone's own learning rate."""
+"""The Optax chain: clipping, AdamW, Muon or SGD, decay mask, schedule, and rates by layer."""
 
 from typing import Any, Literal
 
@@ -6,6 +6,7 @@ import jax
 import optax
 import optax.contrib
 
+from sgw_jax.layer_rates import scale_by_layer
 from sgw_jax.sharding import path_name
 
 # What weight decay shrinks: matrices. Biases, norms, slots, embeddings and gates keep their scale.
@@ -52,6 +53,7 @@ def make_optimizer(
     muon_rms: float = 0.2,
     clip_norm: float | None = None,
     backbone_scale: float = 1.0,
+    layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW (Loshchilov and Hutter 2019), Muon or SGD with momentum, then the learning rate.
 
@@ -60,11 +62,13 @@ def make_optimizer(
     momentum. A kernel's entries then move by ``muon_rms`` times the learning rate (Liu et al. 2025, arXiv 2502.16982:
     0.2, about what Adam's do, so that one learning rate serves both).
 
-    Weight decay is decoupled and applies to kernels alone. Updates of everything under ``backbone`` are multiplied by
-    ``backbone_scale`` (0 freezes it), which equals a learning rate of its own.
+    Weight decay is decoupled and applies to kernels alone. Updates of the backbone's pretrained layers are multiplied
+    by ``backbone_scale`` (0 freezes them) and by ``layer_decay`` to the power of the number of layers above, see
+    layer_rates.py, which equals learning rates of their own; what a model adds to a backbone learns at the full rate.
 
     Raises:
-      ValueError: an unknown name; ``clip_norm`` that is not positive (None is no clipping).
+      ValueError: an unknown name; ``clip_norm`` that is not positive (None is no clipping); ``backbone_scale`` below 0,
+        ``layer_decay`` outside (0, 1].
     """
     inner = {
         "adamw": lambda: optax.scale_by_adam(b1=b1, b2=b2),
@@ -79,8 +83,8 @@ def make_optimizer(
     steps.append(inner[name]())
     if weight_decay:
         steps.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
-    if backbone_scale != 1.0:
-        steps.append(optax.masked(optax.scale(backbone_scale), backbone_mask))
+    if (backbone_scale, layer_decay) != (1.0, 1.0):
+        steps.append(scale_by_layer(backbone_scale, layer_decay))
     steps.append(optax.scale_by_learning_rate(learning_rate))
     return optax.chain(*steps)
 
@@ -109,8 +113,3 @@ def _matrix_axes(params: Any) -> Any:
 def decay_mask(params: Any) -> Any:
     """True for the leaves that weight decay shrinks."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path[-1:]) == DECAYED, params)
-
-
-def backbone_mask(params: Any) -> Any:
-    """True for the backbone's leaves."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path).startswith("backbone/"), params)

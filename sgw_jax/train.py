@@ -13,13 +13,18 @@ from rich.console import Console
 from sgw_jax.build import Experiment
 from sgw_jax.checkpoints import Checkpoints
 from sgw_jax.evaluate import Evaluation, evaluate
-from sgw_jax.fine_tuning import fine_tuning_source, fine_tuning_start
+from sgw_jax.fine_tuning import (
+    fine_tuning_source,
+    fine_tuning_start,
+    pretrained_parameters,
+    pretrained_start,
+)
 from sgw_jax.finite import check_finite, check_finite_losses, check_finite_step
 from sgw_jax.sharding import global_batch, replicated
 from sgw_jax.starting_state import abstract_state, initial_state, restored_state
 from sgw_jax.stop_signal import StopSignal
 from sgw_jax.train_step import TrainState, make_eval_step, make_train_step
-from sgw_jax.workdir import check_workdir, claim_workdir
+from sgw_jax.workdir import check_workdir, claim_workdir, has_checkpoint
 from sgw_jax.writers import MetricsWriter, TrainProgress
 
 
@@ -145,7 +150,9 @@ def starting_state(
         console.print(f"Resuming {checkpoints.directory.parent} at step {start}.", soft_wrap=True)
         return restored_state(experiment, checkpoints, start)
     state = initial_state(experiment)
-    return state if init_from is None else fine_tuning_start(state, Path(init_from), console)
+    if init_from is not None:
+        return fine_tuning_start(state, Path(init_from), console)
+    return pretrained_start(state, experiment, console) if experiment.backbone_weights else state
 
 
 def evaluate_split(experiment: Experiment, eval_step: Callable, variables: Any, split: str) -> Evaluation:
@@ -163,7 +170,11 @@ def summary(experiment: Experiment, found: Evaluation) -> str:
 
 def check_start(experiment: Experiment, workdir: Path | str, init_from: Path | str | None = None) -> None:
     """Raises all that `train` would refuse at its beginning, without having rendered, compiled or written anything."""
-    abstract_state(experiment)
+    state = abstract_state(experiment)
     check_workdir(Path(workdir), experiment)
     if init_from is not None:
+        if experiment.backbone_weights:
+            raise ValueError("--init_from brings a backbone of its own: give it or config.backbone_weights, not both.")
         fine_tuning_source(Path(init_from))
+    elif experiment.backbone_weights and not has_checkpoint(Path(workdir)):
+        pretrained_parameters(experiment, state.params)

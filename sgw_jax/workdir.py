@@ -31,8 +31,14 @@ def check_workdir(workdir: Path, experiment: Experiment) -> None:
                 f"{workdir} holds a run that differs from this one:\n  " + "\n  ".join(lines) + "\n"
                 "Use another --workdir, or the configuration of that run to go on with it (to fine-tune: --init_from)."
             )
-    elif (workdir / "checkpoints").exists() and any((workdir / "checkpoints").iterdir()):
+    elif has_checkpoint(workdir):
         raise WorkdirError(f"{workdir} has checkpoints but no {IDENTITY}; use another --workdir.")
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether the directory holds a checkpoint to go on from."""
+    folder = workdir / "checkpoints"
+    return folder.exists() and any(folder.iterdir())
 
 
 def claim_workdir(workdir: Path, experiment: Experiment) -> None:

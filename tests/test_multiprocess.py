@@ -172,19 +172,20 @@ def test_two_processes_are_one_run(command, tmp_path):
 
 def test_a_pair_that_is_told_to_stop_saves_one_step_and_goes_on_bit_by_bit(command, tmp_path):
     reference, stopped = tmp_path / "reference", tmp_path / "stopped"
-    command.run(PAIR, reference)
+    steps = "--config.steps=40"  # far enough that a slow signal comes before the end
+    command.run(PAIR, reference, steps)
 
-    process = command.start(PAIR, stopped)  # the scheduler's notice, to one of the two
+    process = command.start(PAIR, stopped, steps)  # the scheduler's notice, to one of the two
     wait_for(process, saved(stopped, 2))
     os.kill(children(process)[1], signal.SIGTERM)
     assert "Stopped by SIGTERM; saved at step" in command.finish(process, code=128 + signal.SIGTERM)
 
-    process = command.start(PAIR, stopped)  # Ctrl-C at the launcher
+    process = command.start(PAIR, stopped, steps)  # Ctrl-C at the launcher
     wait_for(process, saved(stopped, 8))
     process.send_signal(signal.SIGINT)
     assert "Stopped by SIGTERM; saved at step" in command.finish(process, code=128 + signal.SIGINT)
 
-    command.run(PAIR, stopped)
+    command.run(PAIR, stopped, steps)
     assert outcome(stopped) == outcome(reference)
 
 

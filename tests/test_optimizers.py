@@ -9,7 +9,7 @@ import pytest
 from sgw_jax.backbones.vit import ViT
 from sgw_jax.interactions import KEM
 from sgw_jax.model import MultiTaskModel
-from sgw_jax.optimizers import backbone_mask, decay_mask, learning_rate_schedule, make_optimizer
+from sgw_jax.optimizers import decay_mask, learning_rate_schedule, make_optimizer
 from sgw_jax.sharding import path_name
 from sgw_jax.tasks import Depth
 
@@ -57,18 +57,14 @@ def test_optimizer_errors():
         make_optimizer(0.1, clip_norm=0)
 
 
-def test_masks_of_a_real_model():
+def test_decay_mask_of_a_real_model():
     """Kernels alone are decayed: no bias (the scanned ones have two axes), norm, slot, gate or embedding."""
     module = KEM(3, pre_norm=True, task_embedding=True, task_gate=True, etf_vertices=5)
     model = MultiTaskModel((Depth(),), ViT(32, 8, 4, 2, image_size=(32, 32), patch_embed="conv"), module, channels=8)
     params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))["params"]
-    for mask, belongs in (
-        (decay_mask(params), lambda name: name.split("/")[-1] == "kernel"),
-        (backbone_mask(params), lambda name: name.split("/")[0] == "backbone"),
-    ):
-        found = {path_name(path): value for path, value in jax.tree_util.tree_leaves_with_path(mask)}
-        assert found == {name: belongs(name) for name in found}
-        assert set(found.values()) == {True, False}
+    found = {path_name(path): value for path, value in jax.tree_util.tree_leaves_with_path(decay_mask(params))}
+    assert found == {name: name.split("/")[-1] == "kernel" for name in found}
+    assert set(found.values()) == {True, False}
     shapes = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     assert len(shapes["backbone/blocks/mlp/hidden/bias"]) == 2
     assert not decay_mask({"subkernel": 1, "kernel": {"bias": 1}})["subkernel"]

@@ -61,7 +61,7 @@ def expected_maps(family, model, pixels):
         return [level.permute(0, 2, 3, 1) for level in model(pixels).feature_maps]
     if family == "swin":
         body = model.swin
-        size = (body.embeddings.patch_embeddings(pixels)[1])
+        size = body.embeddings.patch_embeddings(pixels)[1]
         hidden = body.embeddings(pixels)[0]
         found = body.encoder(
             hidden,
@@ -72,17 +72,14 @@ def expected_maps(family, model, pixels):
         )
         return [level.permute(0, 2, 3, 1) for level in found.reshaped_hidden_states[1:]]
     body = getattr(model, "vit", model)
-    name = type(body).__name__
-    options = {"interpolate_pos_encoding": True} if name.startswith("ViT") else {}
-    hidden = list(body(pixels, output_hidden_states=True, **options).hidden_states)[1:] if name != "Dinov2Backbone" else None
-    if hidden is None:
-        body.config.out_features = None
-        tokens = body.embeddings(pixels)
-        hidden = []
+    if type(body).__name__ == "Dinov2Backbone":  # gives its last layer alone
+        tokens, hidden = body.embeddings(pixels), []
         for layer in body.encoder.layer:
             tokens = layer(tokens)
-            tokens = tokens[0] if isinstance(tokens, tuple) else tokens
             hidden.append(tokens)
+    else:
+        options = {"interpolate_pos_encoding": True} if type(body).__name__ == "ViTModel" else {}
+        hidden = list(body(pixels, output_hidden_states=True, **options).hidden_states)[1:]
     patch = body.config.patch_size
     rows, columns = pixels.shape[2] // patch, pixels.shape[3] // patch
     hidden[-1] = body.layernorm(hidden[-1])
@@ -156,7 +153,7 @@ def test_the_classifiers_swin(pair, size):
     """Maps no larger than the window, as `SwinModel` treats them: one unshifted window."""
     import torch
 
-    family, model, folder = pair
+    _, model, folder = pair
     module, variables = load_pretrained(folder)
     image = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
     fresh = type(model).from_pretrained(folder).eval()  # the model remembers a map that small

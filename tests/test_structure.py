@@ -12,7 +12,7 @@ FILES = sorted([*ROOT.glob("sgw_jax/**/*.py"), *ROOT.glob("data_pipelines/**/*.p
 # From the bottom up.
 LAYERS = [
     "layers etf selection sharding writers config_files host_memory stop_signal album charts",
-    "projections neural_collapse",
+    "projections neural_collapse layer_rates",
     "tasks optimizers multi_objective interactions backbones heads data_sets boundary",
     "model metrics",
     "train_step checkpoints evaluate probe report panels",

@@ -107,6 +107,8 @@ class KEM(nn.Module):
     rounds: int = 1
     dtype: jnp.dtype = jnp.float32
 
+    has_slots = True
+
     @nn.compact
     def __call__(
         self,

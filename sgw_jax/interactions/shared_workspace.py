@@ -157,14 +157,15 @@ class _SlotGate(nn.Module):
 
 
 class WorkspaceInteraction(nn.Module):
-    """``F <- F + broadcast(LN(F))`` over the tokens F of all tasks together; the slots restart in every call.
+    """``F <- F + broadcast(LN(F))`` over the tokens F of all tasks together; the slots restart unless given.
 
     The residual and the norm are what the authors' transformer has around its workspace. The slots are as wide as the
     features: head_dim = C / num_heads.
 
     Attributes: as those of `SharedWorkspace`.
 
-    Call: mapping task -> (batch, *space, C); returns the same mapping, shapes and key order.
+    Call: mapping task -> (batch, *space, C) and, if wanted, the slots (batch, num_slots, C) to start from; returns the
+    same mapping, shapes and key order, with ``return_slots`` a pair with the new slots.
     """
 
     num_slots: int = 8
@@ -176,8 +177,15 @@ class WorkspaceInteraction(nn.Module):
     rounds: int = 1
     dtype: jnp.dtype = jnp.float32
 
+    has_slots = True
+
     @nn.compact
-    def __call__(self, features: Mapping[str, Float[Array, "batch *space channels"]]) -> dict[str, Array]:
+    def __call__(
+        self,
+        features: Mapping[str, Float[Array, "batch *space channels"]],
+        slots: Float[Array, "batch slots channels"] | None = None,
+        return_slots: bool = False,
+    ) -> dict[str, Array] | tuple[dict[str, Array], Array]:
         tokens, layout = concatenate_tasks(features, "SharedWorkspace")
         channels = tokens.shape[-1]
         if self.num_heads < 1 or channels % self.num_heads:
@@ -197,5 +205,6 @@ class WorkspaceInteraction(nn.Module):
             name="workspace",
         )
         normed = nn.LayerNorm(epsilon=TORCH_EPSILON, dtype=self.dtype, name="norm")(tokens)
-        broadcast, _ = workspace(normed)
-        return split_tasks(tokens + broadcast.astype(tokens.dtype), layout)
+        broadcast, slots = workspace(normed, slots)
+        result = split_tasks(tokens + broadcast.astype(tokens.dtype), layout)
+        return (result, slots) if return_slots else result

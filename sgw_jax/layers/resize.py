@@ -33,8 +33,8 @@ def depth_to_space(
 def resize_bicubic(
     features: Float[Array, "batch height width channels"], size: tuple[int, int]
 ) -> Float[Array, "batch new_height new_width channels"]:
-    """Bicubic with a = -0.75, half-pixel centres, clamped at the edges and without antialiasing (torch's
-    ``interpolate(mode="bicubic", align_corners=False)``), in float32: how pretrained position embeddings are resized."""
+    """Bicubic with a = -0.75, half-pixel centres, clamped at the edges and without antialiasing, in float32 (torch's
+    ``interpolate(mode="bicubic", align_corners=False)``): how pretrained position embeddings are resized."""
     rows, columns = (jnp.asarray(cubic_matrix(old, new)) for old, new in zip(features.shape[1:3], size, strict=True))
     wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
     resized = jnp.einsum("ih,jw,bhwc->bijc", rows, columns, wide, precision="highest")

@@ -1,0 +1,427 @@
+"""Pretrained files: every tensor accounted for, clear errors, and what becomes of them in a model."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sgw_jax.__main__ import main
+from sgw_jax.backbones.hub import HALF, IMAGENET
+from sgw_jax.backbones.pretrained import PretrainedError, fit, load_pretrained, read_pretrained
+from sgw_jax.backbones.swin import Swin
+from sgw_jax.backbones.vit import ViT
+from sgw_jax.checkpoints import Checkpoints
+from sgw_jax.layers.resize import cubic_matrix
+
+EPS32 = float(np.finfo(np.float32).eps)
+CONFIGS = {
+    "vit": {
+        "model_type": "vit",
+        "hidden_size": 8,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "image_size": 64,
+        "patch_size": 16,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-12,
+    },
+    "dinov2": {
+        "model_type": "dinov2",
+        "hidden_size": 8,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "mlp_ratio": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "layer_norm_eps": 1e-6,
+        "layerscale_value": 1.0,
+    },
+    "swin": {
+        "model_type": "swin",
+        "embed_dim": 4,
+        "depths": [2, 2, 2, 2],
+        "num_heads": [1, 1, 2, 2],
+        "window_size": 3,
+        "mlp_ratio": 2.0,
+        "patch_size": 4,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+    },
+}
+
+
+def names_and_shapes(kind):
+    """What the hub's file of such a model holds."""
+
+    def dense(name, inputs, outputs):
+        return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+    def norm(name, width):
+        return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+    projection = "embeddings.patch_embeddings.projection"
+    if kind == "swin":
+        found = {f"{projection}.weight": (4, 3, 4, 4), f"{projection}.bias": (4,), **norm("embeddings.norm", 4)}
+        for stage in range(4):
+            width, heads = 4 << stage, CONFIGS["swin"]["num_heads"][stage]
+            for index in range(2):
+                at = f"encoder.layers.{stage}.blocks.{index}"
+                found |= norm(f"{at}.layernorm_before", width) | norm(f"{at}.layernorm_after", width)
+                for part in ("query", "key", "value"):
+                    found |= dense(f"{at}.attention.self.{part}", width, width)
+                found |= {f"{at}.attention.self.relative_position_bias_table": (25, heads)}
+                found |= {f"{at}.attention.self.relative_position_index": (9, 9)}
+                found |= dense(f"{at}.attention.output.dense", width, width)
+                found |= dense(f"{at}.intermediate.dense", width, 2 * width)
+                found |= dense(f"{at}.output.dense", 2 * width, width)
+            if stage < 3:
+                found |= norm(f"encoder.layers.{stage}.downsample.norm", 4 * width)
+                found |= {f"encoder.layers.{stage}.downsample.reduction.weight": (2 * width, 4 * width)}
+        return {f"swin.{name}": shape for name, shape in (found | norm("layernorm", 32)).items()} | {
+            "classifier.weight": (5, 32),
+            "classifier.bias": (5,),
+        }
+    patch = CONFIGS[kind]["patch_size"]
+    found = {f"{projection}.weight": (8, 3, patch, patch), f"{projection}.bias": (8,), **norm("layernorm", 8)}
+    found |= {"embeddings.cls_token": (1, 1, 8), "embeddings.position_embeddings": (1, 17, 8)}
+    for index in range(4):
+        at = f"encoder.layer.{index}"
+        for part in ("query", "key", "value"):
+            found |= dense(f"{at}.attention.attention.{part}", 8, 8)
+        found |= dense(f"{at}.attention.output.dense", 8, 8)
+        if kind == "dinov2":
+            found |= norm(f"{at}.norm1", 8) | norm(f"{at}.norm2", 8)
+            found |= dense(f"{at}.mlp.fc1", 8, 16) | dense(f"{at}.mlp.fc2", 16, 8)
+            found |= {f"{at}.layer_scale{i}.lambda1": (8,) for i in (1, 2)}
+        else:
+            found |= norm(f"{at}.layernorm_before", 8) | norm(f"{at}.layernorm_after", 8)
+            found |= dense(f"{at}.intermediate.dense", 8, 16) | dense(f"{at}.output.dense", 16, 8)
+    if kind == "dinov2":
+        return found | {"embeddings.mask_token": (1, 8)}
+    return {f"vit.{name}": shape for name, shape in found.items()} | {
+        "classifier.weight": (5, 8),
+        "classifier.bias": (5,),
+    }
+
+
+def write(folder, kind, tensors=None, **changes):
+    """A folder in the hub's layout, random unless ``tensors`` are given."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    if tensors is None:
+        shapes = names_and_shapes(kind)
+        tensors = {name: rng.normal(0, 0.3, size=shape).astype(np.float32) for name, shape in shapes.items()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIGS[kind] | changes))
+    return folder
+
+
+def write_augreg(path, **changes):
+    """An AugReg file: width 8, two heads, four layers, patches of 16, 4 x 4 positions, and a classifier's head."""
+    rng = np.random.default_rng(0)
+    shapes = {"cls": (1, 1, 8), "embedding/kernel": (16, 16, 3, 8), "embedding/bias": (8,), "head/kernel": (8, 5)}
+    shapes |= {"head/bias": (5,), "Transformer/posembed_input/pos_embedding": (1, 17, 8)}
+    shapes |= {f"Transformer/encoder_norm/{part}": (8,) for part in ("scale", "bias")}
+    for layer in range(4):
+        at = f"Transformer/encoderblock_{layer}"
+        shapes |= {f"{at}/LayerNorm_{i}/{part}": (8,) for i in (0, 2) for part in ("scale", "bias")}
+        attention = f"{at}/MultiHeadDotProductAttention_1"
+        shapes |= {f"{attention}/{part}/kernel": (8, 2, 4) for part in ("query", "key", "value")}
+        shapes |= {f"{attention}/{part}/bias": (2, 4) for part in ("query", "key", "value")}
+        shapes |= {f"{attention}/out/kernel": (2, 4, 8), f"{attention}/out/bias": (8,)}
+        shapes |= {f"{at}/MlpBlock_3/Dense_0/kernel": (8, 16), f"{at}/MlpBlock_3/Dense_0/bias": (16,)}
+        shapes |= {f"{at}/MlpBlock_3/Dense_1/kernel": (16, 8), f"{at}/MlpBlock_3/Dense_1/bias": (8,)}
+    arrays = {name: rng.normal(0, 0.3, size=shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays |= changes
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    return path
+
+
+# ---- what is loaded ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_tensor_is_accounted_for(tmp_path, kind):
+    """The values that are loaded are those of the file, each once; what is left over is named."""
+    folder = write(tmp_path / kind, kind)
+    tensors = load_file(folder / "model.safetensors")
+    found = read_pretrained(folder)
+    unused = {
+        "vit": {"classifier.weight", "classifier.bias"},
+        "dinov2": {"embeddings.mask_token"},
+        "swin": {"classifier.weight", "classifier.bias", "layernorm.weight", "layernorm.bias"}
+        | {name.removeprefix("swin.") for name in tensors if name.endswith("relative_position_index")},
+    }[kind]
+    assert set(found.unused) == unused
+    assert found.tensors == len(tensors) - len(unused)
+    flat = jax.tree.leaves(found.params)
+    loaded = np.sort(np.concatenate([leaf.ravel() for leaf in flat if leaf.shape != (1, 1, 8)]))
+    used = {
+        name: value for name, value in tensors.items() if name.split(".", 1)[-1] not in unused and name not in unused
+    }
+    merged = [value for name, value in used.items() if "cls_token" not in name and "position_embeddings" not in name]
+    merged += [value[:, 1:] for name, value in used.items() if "position_embeddings" in name]
+    np.testing.assert_array_equal(loaded, np.sort(np.concatenate([value.ravel() for value in merged])))
+    assert {leaf.dtype for leaf in flat} == {np.dtype(np.float32)}
+    assert f"{found.tensors} tensors" in found.summary()
+    assert found.sha256[:16] in found.summary()
+    # and the module takes exactly these
+    shapes = jax.eval_shape(found.module.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    assert jax.tree.map(lambda a: a.shape, shapes) == jax.tree.map(lambda a: a.shape, found.params)
+
+
+def test_an_augreg_file_computes_what_its_authors_code_does(tmp_path):
+    """Against a ViT in Flax as AugReg's repository has it: `nn.MultiHeadDotProductAttention`, tanh GELU, eps 1e-6."""
+    path = write_augreg(tmp_path / "B_16.npz")
+    arrays = dict(np.load(path))
+    module, variables = load_pretrained(path)
+    image = np.random.default_rng(1).normal(size=(2, 64, 64, 3)).astype(np.float32)
+
+    def expected(image):
+        params = {}
+        for name, value in arrays.items():
+            node = params
+            *parents, last = name.split("/")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = value
+        tokens = nn.Conv(8, (16, 16), (16, 16), padding="VALID").apply({"params": params["embedding"]}, image)
+        tokens = jnp.concatenate([jnp.tile(params["cls"], (2, 1, 1)), tokens.reshape(2, 16, 8)], 1)
+        tokens += params["Transformer"]["posembed_input"]["pos_embedding"]
+        outputs = []
+        for layer in range(4):
+            block = params["Transformer"][f"encoderblock_{layer}"]
+            normed = nn.LayerNorm().apply({"params": block["LayerNorm_0"]}, tokens)
+            attention = nn.MultiHeadDotProductAttention(2, deterministic=True)
+            tokens += attention.apply({"params": block["MultiHeadDotProductAttention_1"]}, normed, normed)
+            normed = nn.LayerNorm().apply({"params": block["LayerNorm_2"]}, tokens)
+            hidden = nn.gelu(nn.Dense(16).apply({"params": block["MlpBlock_3"]["Dense_0"]}, normed))
+            tokens += nn.Dense(8).apply({"params": block["MlpBlock_3"]["Dense_1"]}, hidden)
+            outputs.append(tokens)
+        outputs[-1] = nn.LayerNorm().apply({"params": params["Transformer"]["encoder_norm"]}, outputs[-1])
+        return [tokens[:, 1:].reshape(2, 4, 4, 8) for tokens in outputs]
+
+    found = jax.jit(module.apply)(variables, image)
+    for level, theirs in zip(found.values(), jax.jit(expected)(image), strict=True):
+        # As in tests/test_vit.py: 16 operations a layer on sums of at most 768 terms of size below 1.
+        np.testing.assert_allclose(level, theirs, rtol=0, atol=4 * 16 * 28 * EPS32)
+    assert read_pretrained(path).unused == ("head/bias", "head/kernel")
+    assert read_pretrained(path).normalisation == HALF
+
+
+def test_half_precision_files_are_read(tmp_path):
+    tensors = load_file(write(tmp_path / "a", "vit") / "model.safetensors")
+    for dtype in (ml_dtypes.bfloat16, np.float16):
+        half = {name: value.astype(dtype) for name, value in tensors.items()}
+        params = read_pretrained(write(tmp_path / "b", "vit", half)).params
+        np.testing.assert_array_equal(params["norm"]["scale"], half["vit.layernorm.weight"].astype(np.float32))
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------
+
+
+def damaged(change):
+    def make(tmp_path):
+        folder = write(tmp_path / "vit", "vit")
+        change(folder)
+        return folder
+
+    return make
+
+
+def rewrite(edit):
+    def change(folder):
+        tensors = load_file(folder / "model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return damaged(change)
+
+
+def cut(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def pickled(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def cut_npz(tmp_path):
+    path = write_augreg(tmp_path / "a.npz")
+    path.write_bytes(path.read_bytes()[:1000])
+    return path
+
+
+def configured(**changes):
+    return lambda tmp_path: write(tmp_path / "model", changes.get("model_type", "vit"), **changes)
+
+
+REFUSED = {
+    "missing": (rewrite(lambda t: t.pop("vit.layernorm.bias")), r"1 missing: layernorm.bias"),
+    "unexpected": (
+        rewrite(lambda t: t.update({"vit.encoder.layer.4.norm": np.zeros(3)})),
+        "1 unexpected: encoder.layer.4.norm",
+    ),
+    "shape": (
+        rewrite(lambda t: t.update({"vit.layernorm.bias": np.zeros(9)})),
+        r"1 of another shape: layernorm.bias \(9,\) instead of \(8,\)",
+    ),
+    "nan": (rewrite(lambda t: t["vit.layernorm.bias"].fill(np.nan)), "NaN or infinity in layernorm.bias"),
+    "cut": (damaged(cut), "truncated or no safetensors file"),
+    "pickled": (damaged(pickled), "pytorch_model.bin is not read: convert it"),
+    "no_config": (damaged(lambda folder: (folder / "config.json").unlink()), "config.json cannot be read"),
+    "bad_config": (damaged(lambda folder: (folder / "config.json").write_text("{")), "config.json is no JSON"),
+    "nothing": (lambda tmp_path: tmp_path / "absent", "absent/config.json cannot be read"),
+    "family": (configured(model_type="vit", hidden_act="relu"), "hidden_act is 'relu'; it must be one of"),
+    "other": (damaged(lambda f: (f / "config.json").write_text('{"model_type": "resnet"}')), "model_type is 'resnet'"),
+    "width": (configured(hidden_size=16), "of another shape: .*embeddings.cls_token"),
+    "depth": (configured(num_hidden_layers=8), r"missing: encoder.layer.4.*\.\.\."),
+    "no_bias": (configured(qkv_bias=False), "qkv_bias is False; only True is supported"),
+    "odd": (configured(model_type="swin", depths=[1, 2, 2, 2]), r"depths \(1, 2, 2, 2\) must be 4 even numbers"),
+    "window": (configured(model_type="swin", window_size=7), "relative_position_bias_table"),
+    "no_number": (configured(patch_size="16"), "patch_size is '16'; it must be a positive whole number"),
+    "npz_cut": (cut_npz, "truncated or no .npz"),
+    "npz_objects": (
+        lambda tmp_path: write_augreg(tmp_path / "a.npz", cls=np.array([{"a": 1}], dtype=object)),
+        "truncated or no .npz of plain arrays",
+    ),
+    "npz_foreign": (lambda tmp_path: write_augreg(tmp_path / "a.npz", cls=None), r"has no \['cls'\]"),
+    "npz_missing": (
+        lambda tmp_path: write_augreg(tmp_path / "a.npz", **{"Transformer/encoder_norm/bias": None}),
+        "1 missing: Transformer/encoder_norm/bias",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_right_is_refused(tmp_path, case):
+    make, message = REFUSED[case]
+    with pytest.raises(PretrainedError, match=message):
+        load_pretrained(make(tmp_path))
+
+
+# ---- in a model ----------------------------------------------------------------------------------------------------
+
+
+def shapes_of(backbone, size):
+    return jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, *size, 3)))["params"]
+
+
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "augreg"])
+def test_fitted_to_another_size_and_normalisation(tmp_path, kind):
+    """The pretrained function on a larger image that is normalised in another way, to the accuracy of a kernel whose
+    entries were rounded once more: 3 x 16 x 16 terms of an embedding, through four layers."""
+    path = write_augreg(tmp_path / "a.npz") if kind == "augreg" else write(tmp_path / kind, kind)
+    found = read_pretrained(path)
+    patch = found.module.patch_size
+    size = (6 * patch, 10 * patch)
+    pixels = np.random.default_rng(0).uniform(size=(1, *size, 3))
+    theirs, ours = (((pixels - m) / s).astype(np.float32) for m, s in (found.normalisation, IMAGENET))
+    expected = jax.jit(found.module.apply)({"params": found.params}, theirs)
+    target = found.module.clone(image_size=size)
+    flat = fit(found, target, shapes_of(target, size), *IMAGENET)
+    params = nested(flat)
+    assert params["position_embedding"].shape == (1, 6, 10, 8)
+    for level, other in zip(jax.jit(target.apply)({"params": params}, ours).values(), expected.values(), strict=True):
+        np.testing.assert_allclose(level, other, rtol=0, atol=4 * 28 * 16 * EPS32 * float(np.abs(other).max()))
+
+
+def nested(flat):
+    tree = {}
+    for name, value in flat.items():
+        node = tree
+        *parents, last = name.split("/")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def test_fit_leaves_what_the_model_adds(tmp_path):
+    found = read_pretrained(write(tmp_path / "swin", "swin"))
+    target = Swin(4, (2, 2, 2, 2), (1, 1, 2, 2), 3, 2.0)
+    flat = fit(found, target, shapes_of(target, (64, 64)), *IMAGENET)
+    assert not any(name.startswith("norm_stage") for name in flat)
+    pyramid = ViT(16, 8, 4, 2, 2.0, (64, 64), class_token=True, epsilon=1e-12)
+    found = read_pretrained(write(tmp_path / "vit", "vit"))
+    assert not any("pyramid" in name for name in fit(found, pyramid, shapes_of(pyramid, (64, 64)), *IMAGENET))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 16}, "of another ViT: width is 8 there, 16 here"),
+        ({"class_token": False}, "class_token is True there, False here"),
+        ({"epsilon": 1e-6, "approximate_gelu": True}, "approximate_gelu is False there, True here; epsilon is 1e-12"),
+    ],
+)
+def test_another_models_file_is_refused(tmp_path, changes, message):
+    found = read_pretrained(write(tmp_path / "vit", "vit"))
+    target = found.module.clone(**changes)
+    with pytest.raises(PretrainedError, match=message):
+        fit(found, target, shapes_of(target, (64, 64)), *IMAGENET)
+    with pytest.raises(PretrainedError, match="holds a ViT, but the backbone is a Swin"):
+        fit(found, Swin(), {}, *IMAGENET)
+
+
+def test_the_cubic_kernel():
+    """Weights sum to 1, reproduce straight lines inside, and are a = -0.75's at a quarter of the way."""
+    for old, new in ((4, 4), (4, 9), (7, 3), (14, 28)):
+        matrix = cubic_matrix(old, new)
+        np.testing.assert_allclose(matrix.sum(1), 1, atol=8 * EPS32)
+        centre = (np.arange(new) + 0.5) * old / new - 0.5
+        inside = (centre >= 1) & (centre <= old - 2)
+        np.testing.assert_allclose((matrix @ np.arange(old))[inside], centre[inside], atol=old * 8 * EPS32 + 0.1)
+    assert np.array_equal(cubic_matrix(4, 4), np.eye(4))
+    x = 0.25  # sample 2 of 8 from 4 lies a quarter after sample 0 ... of the old ones 0, 1
+    row = cubic_matrix(8, 16)[5]  # centre 2.25
+    expected = [
+        -0.75 * ((1 + x) ** 3 - 5 * (1 + x) ** 2 + 8 * (1 + x) - 4),
+        1.25 * x**3 - 2.25 * x**2 + 1,
+        1.25 * (1 - x) ** 3 - 2.25 * (1 - x) ** 2 + 1,
+        -0.75 * ((2 - x) ** 3 - 5 * (2 - x) ** 2 + 8 * (2 - x) - 4),
+    ]
+    np.testing.assert_allclose(row[1:5], expected, atol=8 * EPS32)
+    assert not row[[0, 5, 6, 7]].any()
+
+
+def test_a_run_starts_from_the_file_and_goes_on_without_it(tmp_path, capsys):
+    """The command: loaded, frozen, resumed after the file is gone; another model's file is an error at the start."""
+    weights = write(tmp_path / "vit", "vit")
+    arguments = [
+        *("train", "--config=scenes:tasks=depth", f"--workdir={tmp_path / 'run'}", f"--cache_dir={tmp_path / 'cache'}"),
+        *(f"--config.{option}" for option in (
+            "data.size=32,64", "data.lengths.train=16", "data.lengths.validation=0", "data.lengths.test=0",
+            "backbones.vit.width=8", "backbones.vit.num_heads=2", "backbones.vit.patch_size=16",
+            "backbones.vit.patch_embed=patch", "backbones.vit.class_token=true", "backbones.vit.mlp_ratio=2",
+            "channels=8", "interaction=none", "batch_size=8", "checkpoint_every=1", "eval_every=1",
+            "schedule.warmup_steps=0", "optimizer.backbone_scale=0", f"backbone_weights={weights}",
+        )),
+    ]  # fmt: skip
+    assert main([*arguments, "--config.steps=2"]) == 1
+    assert "epsilon is 1e-12 there, 1e-06 here" in capsys.readouterr().err.replace("\n", " ")
+    arguments.append("--config.backbones.vit.epsilon=1e-12")
+    assert main([*arguments, "--config.steps=2"]) == 0
+    output = capsys.readouterr().out.replace("\n", " ")
+    assert "Backbone from" in output
+    assert "fresh: pyramid" in output
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)
+    shapes = checkpoints.shapes(2)
+    found = read_pretrained(weights).params["blocks"]["mlp"]["hidden"]["kernel"]
+    name = "params/backbone/blocks/mlp/hidden/kernel"
+    one = {"params": {"backbone": {"blocks": {"mlp": {"hidden": {"kernel": None}}}}}}
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    one["params"]["backbone"]["blocks"]["mlp"]["hidden"]["kernel"] = jax.ShapeDtypeStruct(
+        shapes[name], jnp.float32, sharding=sharding
+    )
+    kept = checkpoints.restore_variables(one, 2)["params"]["backbone"]["blocks"]["mlp"]["hidden"]["kernel"]
+    np.testing.assert_array_equal(kept, found)
+    (weights / "model.safetensors").unlink()
+    assert main([*arguments, "--config.steps=2"]) == 0
