@@ -1,6 +1,7 @@
-"""The command: python -m sgw_jax train | evaluate | predict (also installed as sgw-jax)."""
+"""The command: python -m sgw_jax train | evaluate | predict | plan (also installed as sgw-jax)."""
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -22,10 +23,12 @@ from sgw_jax.config_files import UsageError, read_config
 from sgw_jax.finite import NonFiniteError
 from sgw_jax.host_memory import keep_freed_memory
 from sgw_jax.image_files import predict_files
+from sgw_jax.plan import plan, print_plan
 from sgw_jax.restore import open_run
 from sgw_jax.results import finish
 from sgw_jax.train import check_start, train
 from sgw_jax.workdir import WorkdirError, wait_for_all
+from sgw_jax.writers import write_atomically
 
 EPILOG = """\
 configuration:
@@ -38,6 +41,7 @@ examples:
   python -m sgw_jax train --config=scenes --workdir=runs/tuned --init_from=runs/scenes
   python -m sgw_jax evaluate --workdir=runs/scenes --split=validation
   python -m sgw_jax predict --workdir=runs/scenes --output=pictures photo.jpg folder/
+  python -m sgw_jax plan --config=nyud:swin_l,interaction=skem
 """
 
 # Slurm's srun and Open MPI's mpirun set these in every process that they start.
@@ -87,14 +91,17 @@ def _parser() -> argparse.ArgumentParser:
         "allow_abbrev": False,  # or --conf would be taken for --config
     }
     parser = argparse.ArgumentParser("sgw-jax", description="Multi-task dense vision in JAX.", **shape)
-    commands = parser.add_subparsers(required=True, metavar="train | evaluate | predict")
+    commands = parser.add_subparsers(required=True, metavar="train | evaluate | predict | plan")
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgw_jax"
 
-    def command(name: str, run: Callable, text: str, checkpoint: bool = True) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Callable, text: str, workdir: bool = True, checkpoint: bool = True
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, **shape)
         sub.set_defaults(run=run)
-        sub.add_argument("--workdir", required=True, help="directory of the run")
+        if workdir:
+            sub.add_argument("--workdir", required=True, help="directory of the run")
         if checkpoint:
             help = "best by validation, or last (default: %(default)s)"
             sub.add_argument("--checkpoint", default="best", choices=("best", "last"), help=help)
@@ -112,6 +119,10 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("predict", _predict, "Predict on image files: panels (PNG) and arrays (npz).")
     sub.add_argument("--output", required=True, help="directory for the results")
     sub.add_argument("inputs", nargs="+", help="image files or directories")
+    text = "What a configuration costs by module: parameters, MACs, FLOPs, memory. Needs no data."
+    sub = command("plan", _plan, text, workdir=False, checkpoint=False)
+    sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
+    sub.add_argument("--json", help="file to write the numbers to")
     return parser
 
 
@@ -159,6 +170,14 @@ def _evaluate(arguments: argparse.Namespace, rest: Sequence[str], console: Conso
 def _predict(arguments: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     _refuse(rest, "predict takes its configuration from the checkpoint")
     predict_files(arguments.workdir, arguments.inputs, arguments.output, console, which=arguments.checkpoint)
+    return 0
+
+
+def _plan(arguments: argparse.Namespace, overrides: Sequence[str], console: Console) -> int:
+    found = plan(read_config(arguments.config, overrides))
+    print_plan(found, console)
+    if arguments.json:
+        write_atomically(Path(arguments.json), json.dumps(found.to_dict(), indent=1))
     return 0
 
 

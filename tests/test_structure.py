@@ -11,13 +11,13 @@ FILES = sorted([*ROOT.glob("sgw_jax/**/*.py"), *ROOT.glob("data_pipelines/**/*.p
 # A module imports only from layers below its own; within a layer, files of one family may import each other.
 # From the bottom up.
 LAYERS = [
-    "layers etf selection sharding writers config_files host_memory stop_signal album charts",
+    "cost layers etf selection sharding writers config_files host_memory stop_signal album charts",
     "projections neural_collapse layer_rates",
     "tasks optimizers multi_objective interactions backbones heads data_sets boundary",
     "model metrics",
     "train_step checkpoints evaluate probe report panels",
     "build diagnostics gallery finite edge_evaluation",
-    "restore workdir starting_state",
+    "restore workdir starting_state plan",
     "fine_tuning",
     "train predict",
     "results image_files",

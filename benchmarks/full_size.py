@@ -1,0 +1,122 @@
+"""The full-size systems: cost of every one by `plan`, and their training and evaluation steps compiled.
+
+    python benchmarks/full_size.py                    every system: parameters, MACs, memory from the trace
+    python benchmarks/full_size.py --compile          also compiles both steps for this machine, one image each
+
+Writes benchmarks/results/full_size.json after each system and skips what is there already, so that it can be stopped
+at any time; prints the table of docs/results.md. Nothing is executed: shapes only.
+"""
+
+import argparse
+import gc
+import json
+import platform
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from configs.base import SYSTEMS
+from sgw_jax.build import build_model, build_tasks
+from sgw_jax.config_files import read_config
+from sgw_jax.optimizers import make_optimizer
+from sgw_jax.plan import plan, target_shapes
+from sgw_jax.train_step import init_state, make_eval_step, make_train_step
+from sgw_jax.writers import write_atomically
+
+CONFIGS = ("nyud", "pascal_context", "cityscapes")
+INTERACTIONS = ("none", "cross_attention", "shared_workspace", "kem", "skem")
+
+# As their authors and others report them for NYUD-v2 (docs of InvPT, MQTransformer and DeMT): what they call FLOPs are
+# multiply-accumulates.
+PUBLISHED = (
+    ("InvPT ViT-L", 402.1, 555.57),
+    ("MQTransformer Swin-L", 204.3, 365.25),
+    ("DeMT Swin-L", 201.64, None),
+    ("DeMT Swin-B", 90.9, 153.65),
+    ("DeMT Swin-T", 32.07, 100.70),
+)
+
+
+def compiled_memory(config) -> dict[str, dict[str, float]]:
+    """Of both steps on one image: seconds of compilation, bytes of arguments and of temporaries."""
+    tasks = build_tasks(config)
+    model = build_model(config, tasks)
+    optimizer = make_optimizer(1e-4)
+    image = jnp.zeros((1, *config.data.size, 3))
+    state = jax.eval_shape(lambda: init_state(model, optimizer, image))
+    batch = {"image": jax.ShapeDtypeStruct(image.shape, jnp.float32), **target_shapes(tasks, tuple(config.data.size))}
+    steps = {
+        "train": (jax.jit(make_train_step(model, tasks, optimizer), donate_argnums=0), state),
+        "evaluate": (jax.jit(make_eval_step(model, tasks)), state.variables),
+    }
+    found = {}
+    for name, (step, first) in steps.items():
+        started = time.monotonic()
+        memory = step.lower(first, batch).compile().memory_analysis()
+        found[name] = {
+            "compile_seconds": time.monotonic() - started,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "temporary_bytes": memory.temp_size_in_bytes,
+        }
+    return found
+
+
+def table(results: dict) -> str:
+    """Markdown: one row per system of NYUD, beside the published ones."""
+    lines = [
+        "| NYUD, 448 x 576, 4 tasks | parameters M | MACs G | FLOPs G | interaction, of MACs | kept GiB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, found in results["systems"].items():
+        if not name.startswith("nyud:"):
+            continue
+        cost = found["plan"]
+        macs = cost["macs_total"] / 1e9
+        lines.append(
+            f"| {name.removeprefix('nyud:').replace(',interaction=', ', ')} | {cost['parameters_total'] / 1e6:.1f} "
+            f"| {macs:.1f} | {2 * macs:.1f} | {cost['interaction_share']:.1%} | {cost['kept_bytes'] / 2**30:.2f} |"
+        )
+    lines += [f"| published: {n} | {p} | {m or ''} | {2 * m if m else ''} | | |" for n, p, m in PUBLISHED]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Goes through the systems."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", nargs="+", default=CONFIGS, choices=CONFIGS)
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
+    parser.add_argument("--interactions", nargs="+", default=INTERACTIONS, choices=INTERACTIONS)
+    parser.add_argument("--compile", action="store_true", help="compile both steps too")
+    parser.add_argument("--output", default="benchmarks/results/full_size.json")
+    arguments = parser.parse_args()
+    path, console = Path(arguments.output), Console()
+    results = json.loads(path.read_text()) if path.exists() else {"systems": {}}
+    results["environment"] = {
+        "jax": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for config in arguments.configs:
+        for system in arguments.systems:
+            for interaction in arguments.interactions:
+                name = f"{config}:{system},interaction={interaction}"
+                found = results["systems"].setdefault(name, {})
+                read = read_config(name)
+                if "plan" not in found:
+                    found["plan"] = plan(read).to_dict()
+                if arguments.compile and "compiled" not in found:
+                    found["compiled"] = compiled_memory(read)
+                    seconds = sum(step["compile_seconds"] for step in found["compiled"].values())
+                    console.print(f"{name}: compiled in {seconds:.0f} s")
+                    jax.clear_caches()
+                    gc.collect()
+                write_atomically(path, json.dumps(results, indent=1))
+    console.print(table(results), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

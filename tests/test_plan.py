@@ -1,0 +1,156 @@
+"""Costs counted from the trace, against formulas; the promises that docs/results.md makes of the full-size systems."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs.base import SYSTEMS
+from sgw_jax.__main__ import main
+from sgw_jax.backbones.vit import Block
+from sgw_jax.config_files import read_config
+from sgw_jax.cost import largest_arrays, multiply_accumulates, residual_bytes
+from sgw_jax.interactions import INTERACTIONS, KEM, CrossTaskAttention
+from sgw_jax.plan import plan
+
+f32 = jnp.float32
+
+
+def shape(*lengths, dtype=f32):
+    return jax.ShapeDtypeStruct(lengths, dtype)
+
+
+class Small(nn.Module):
+    """A matrix product, a convolution in two groups and a stack of three scanned products."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(6, (3, 5), feature_group_count=2, name="conv")(x)
+        x = nn.Dense(8, name="dense")(x)
+        stack = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return stack(name="stack")(x, None)[0]
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.remat(nn.Dense)(8, name="inner")(x), None
+
+
+def test_counts_are_the_formulas():
+    x = shape(2, 7, 9, 4)
+    variables = jax.eval_shape(Small().init, jax.random.key(0), x)
+    positions = 2 * 7 * 9
+    found = multiply_accumulates(Small().apply, variables, x)
+    assert {path.split("/")[1]: count for path, count in found.items()} == {
+        "conv": positions * 6 * 3 * 5 * 2,
+        "dense": positions * 6 * 8,
+        "stack": 3 * positions * 8 * 8,
+    }
+    # Backward: a product with the kernel and one with the input for each; remat repeats what the scan holds. The
+    # convolution's input needs no gradient.
+    grads = multiply_accumulates(jax.grad(lambda v, x: jnp.sum(Small().apply(v, x) ** 2)), variables, x)
+    repeated = {"conv": 2, "dense": 3, "stack": 4}
+    total = sum(repeated[path.split("/")[1]] * count for path, count in found.items())
+    # A kernel's gradient is a convolution whose groups are over batches: counted by its own shapes.
+    assert sum(grads.values()) == pytest.approx(total, rel=0.25)
+
+
+def test_branches_and_loops():
+    square = shape(4, 4)
+    branch = multiply_accumulates(lambda x: jax.lax.cond(x[0, 0] > 0, lambda y: y @ y @ y, lambda y: y @ y, x), square)
+    assert sum(branch.values()) == 2 * 64
+    assert sum(multiply_accumulates(lambda x: jax.lax.map(lambda row: x @ row, x), square).values()) == 64
+    with pytest.raises(ValueError, match="inside a while loop"):
+        multiply_accumulates(lambda x: jax.lax.while_loop(lambda y: y[0, 0] < 9, lambda y: y @ y, x), square)
+
+
+def test_residuals_are_what_the_gradient_needs():
+    def forward(params, x):
+        return jnp.sum(jnp.tanh(x @ params))
+
+    # tanh keeps its output; the product needs its input, which is an argument.
+    assert residual_bytes(forward, shape(8, 16), shape(4, 8)) in (4 * 4 * 16, 4 * 4 * 16 * 2)
+    tokens, rate = shape(2, 16, 8), shape()
+    kept = {}
+    for policy in ("none", "full"):
+        block = nn.remat(Block)(2) if policy == "full" else Block(2)
+        params = jax.eval_shape(Block(2).init, jax.random.key(0), tokens, rate)
+        kept[policy] = residual_bytes(lambda p, t, r, block=block: block.apply(p, t, r)[0], params, tokens, rate)
+    assert kept["full"] < kept["none"] / 10
+
+
+@pytest.mark.parametrize("name", INTERACTIONS)
+def test_no_array_of_an_interaction_grows_with_the_square_of_the_tokens(name):
+    """Four times the tokens, four times the largest array; only dense attention without chunks has the square."""
+    options = {"kem": {"num_slots": 4, "top_k": 16}, "none": {"mlp_width": 16}}
+    options |= {"skem": options["kem"] | {"etf_vertices": 9}, "within_tasks": options["kem"]}
+    member = INTERACTIONS[name](**options.get(name, {}))
+
+    def largest(side, member=member):
+        features = {task: shape(1, side, side, 16) for task in "ab"}
+        variables = jax.eval_shape(member.init, jax.random.key(0), features)
+        return largest_arrays(lambda v, f: member.apply(v, f), variables, features, number=1)[0][2]
+
+    # 16,384 and 65,536 tokens a task: far more than slots, channels or a chunk of 1,024 queries.
+    assert largest(256) <= 4 * largest(128)
+    dense = CrossTaskAttention(query_chunk=None)
+    assert largest(256, dense) == 16 * largest(128, dense)
+
+
+@pytest.mark.parametrize("name", ["kem", "cross_attention"])
+def test_compiled_memory_of_the_backward_pass(name):
+    """From the compiler: temporaries of forward and backward over 2,048 and 8,192 tokens."""
+    member = KEM(4, top_k=16) if name == "kem" else CrossTaskAttention(query_chunk=None)
+
+    def temporaries(side):
+        features = {task: shape(1, side, side, 8) for task in "ab"}
+        variables = jax.eval_shape(member.init, jax.random.key(0), features)
+
+        def loss(v, f):
+            return sum(jnp.sum(value**2) for value in member.apply(v, f).values())
+
+        return jax.jit(jax.grad(loss)).lower(variables, features).compile().memory_analysis().temp_size_in_bytes
+
+    ratio = temporaries(64) / temporaries(32)
+    assert ratio <= 4.2 if name == "kem" else ratio > 15
+
+
+def test_the_swin_l_system_is_as_small_as_promised():
+    found = plan(read_config("nyud:swin_l,interaction=skem"))
+    assert sum(found.parameters.values()) < 240e6
+    assert sum(found.macs.values()) < 365e9
+    assert found.interaction_share < 0.05
+    tokens = 4 * 112 * 144
+    assert all(size < 4 * tokens * 1024 for _, _, size in found.largest)  # linear in tokens x tasks
+    # KEM's closed form (method.md): the projections of the tokens, of 32 slots, and the two attentions.
+    slots, width, vertices = 32, 192, 128
+    expected = tokens * vertices * width * 3 + tokens * width * vertices + 4 * tokens * slots * width
+    expected += slots * width**2 * 2 - 0 + slots * width * width
+    # top-k leaves the weighted sum of the values to 32 of the tokens
+    expected -= tokens * slots * width - slots * 32 * width
+    assert found.macs["interaction"] == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    "config", ["nyud", *(pytest.param(c, marks=pytest.mark.slow) for c in ("pascal_context", "cityscapes"))]
+)
+def test_every_system_is_traced(config, system):
+    """Training and prediction at the published size, with two scales on a persisting workspace."""
+    found = plan(read_config(f"{config}:{system},interaction=skem", ["--config.scales=16", "--config.persist=true"]))
+    assert found.macs["backbone"] > 4e9
+    assert found.training_macs > 2.5 * sum(found.macs.values())
+    assert found.kept_bytes > 2**28
+
+
+def test_the_command(tmp_path, capsys):
+    assert main(["plan", "--config=scenes", f"--json={tmp_path / 'plan.json'}", f"--cache_dir={tmp_path}"]) == 0
+    output = capsys.readouterr().out
+    for part in ("parameters (M)", "MACs (G)", "= 2 MACs", "backbone", "interaction", "GiB an image"):
+        assert part in " ".join(output.split())
+    saved = json.loads((tmp_path / "plan.json").read_text())
+    assert saved["macs_total"] == sum(saved["macs"].values())
+    assert saved["parameters_total"] == 961_776  # docs/results.md
