@@ -107,7 +107,7 @@ def peak_memory(arguments: argparse.Namespace, model: str, task: str, library: s
     """Resident MiB of a process of its own at the peak of a call, compilation and loading before it left out."""
     flags = [f"--models={model}", f"--size={arguments.size}", f"--batch={arguments.batch}"]
     flags += [f"--dtype={arguments.dtype}", f"--peak_of={library}", f"--task={task}"]
-    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True, env=os.environ)
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
@@ -165,9 +165,13 @@ def main() -> None:
                 row["peak_MiB"] = {lib: peak_memory(arguments, name, task, lib) for lib in ("ours", "theirs")}
             rows.append(row)
     result = {
-        **{"shape": shape, "dtype": arguments.dtype, "device": device.device_kind, "cores": os.cpu_count()},
-        **{"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        **{"python": platform.python_version(), "rows": rows},
+        "shape": shape,
+        "dtype": arguments.dtype,
+        "device": device.device_kind,
+        "cores": os.cpu_count(),
+        "versions": {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        "python": platform.python_version(),
+        "rows": rows,
     }
     path = Path(arguments.output or f"benchmarks/results/backbones_{device.platform}.json")
     path.parent.mkdir(parents=True, exist_ok=True)

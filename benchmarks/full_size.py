@@ -107,7 +107,7 @@ def main() -> None:
                 found = results["systems"].setdefault(name, {})
                 read = read_config(name)
                 if "plan" not in found:
-                    found["plan"] = plan(read).to_dict()
+                    found["plan"] = plan(build_model(read, build_tasks(read)), tuple(read.data.size)).to_dict()
                 if arguments.compile and "compiled" not in found:
                     found["compiled"] = compiled_memory(read)
                     seconds = sum(step["compile_seconds"] for step in found["compiled"].values())

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from sgw_jax.backbones.pretrained import load_pretrained
 from sgw_jax.etf import SimplexETF, simplex_etf
 from sgw_jax.interactions import INTERACTIONS, KEM, CrossTaskAttention
 from sgw_jax.interactions.shared_workspace import SharedWorkspace
@@ -25,6 +26,7 @@ __all__ = [
     "Task",
     "delta_m",
     "load",
+    "load_pretrained",
     "make_eval_step",
     "make_train_step",
     "shared_workspace_params",

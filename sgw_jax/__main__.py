@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from data_pipelines.loader import ExampleError
-from sgw_jax.build import Experiment, build
+from sgw_jax.build import Experiment, build, build_model, build_tasks
 from sgw_jax.checkpoints import CheckpointError
 from sgw_jax.config_files import UsageError, read_config
 from sgw_jax.finite import NonFiniteError
@@ -174,7 +174,8 @@ def _predict(arguments: argparse.Namespace, rest: Sequence[str], console: Consol
 
 
 def _plan(arguments: argparse.Namespace, overrides: Sequence[str], console: Console) -> int:
-    found = plan(read_config(arguments.config, overrides))
+    config = read_config(arguments.config, overrides)
+    found = plan(build_model(config, build_tasks(config)), tuple(config.data.size))
     print_plan(found, console)
     if arguments.json:
         write_atomically(Path(arguments.json), json.dumps(found.to_dict(), indent=1))

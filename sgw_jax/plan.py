@@ -1,4 +1,4 @@
-"""What a configuration costs, without its data and without running it: parameters, MACs, FLOPs and memory by module."""
+"""What a network costs, without running it: parameters, MACs, FLOPs and memory by part."""
 
 import dataclasses
 import math
@@ -7,12 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from sgw_jax.build import build_model, build_tasks
 from sgw_jax.cost import by_part, largest_arrays, multiply_accumulates, residual_bytes
+from sgw_jax.model import MultiTaskModel
 from sgw_jax.tasks.base import Task
 from sgw_jax.train_step import task_losses
 
@@ -22,7 +21,7 @@ GIB, GIGA = 2**30, 1e9
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The cost of one image of a configuration's size.
+    """The cost of one image.
 
     parameters, macs: by part of the network, of one prediction. training_macs: of the forward and backward pass of one
     image, predictions before the interaction included. kept_bytes: what the forward pass keeps for the backward pass
@@ -50,14 +49,13 @@ class Plan:
         return dataclasses.asdict(self) | totals | {"interaction_share": self.interaction_share}
 
 
-def plan(config: ConfigDict) -> Plan:
-    """Traces the network of a configuration; nothing is computed and no data is read."""
-    tasks = build_tasks(config)
-    model = build_model(config, tasks)
-    image = jax.ShapeDtypeStruct((1, *config.data.size, 3), jnp.float32)
+def plan(model: MultiTaskModel, size: tuple[int, int]) -> Plan:
+    """Traces a network for images of a size (height, width); nothing is computed and no data is read."""
+    tasks = model.tasks
+    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(image.shape), train=True))
     params, constants = variables["params"], variables.get("constants", {})
-    targets = target_shapes(tasks, tuple(config.data.size))
+    targets = target_shapes(tasks, size)
 
     def predict(params: Any, constants: Any, image: Any) -> Any:
         return model.apply({"params": params, "constants": constants}, image)
@@ -70,10 +68,10 @@ def plan(config: ConfigDict) -> Plan:
 
     training = (params, constants, image, targets, jax.eval_shape(lambda: jax.random.key(0)))
     return Plan(
-        size=tuple(config.data.size),
+        size=size,
         tasks=tuple(task.name for task in tasks),
-        interaction=config.interaction,
-        dtype=config.dtype,
+        interaction=type(model.interaction).__name__,
+        dtype=jnp.dtype(model.dtype).name,
         parameters=_sums({name: _count(tree) for name, tree in params.items()}, params),
         macs=_sums(multiply_accumulates(predict, params, constants, image), params),
         training_macs=sum(multiply_accumulates(jax.grad(loss), *training).values()),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.base import SYSTEMS
 from sgw_jax.build import build, build_model, build_tasks
 from sgw_jax.config_files import read_config
 from sgw_jax.data_sets import DATA_SETS
@@ -20,6 +21,7 @@ VARIANTS = [
     "pascal_context:interaction=none,protocol=published",
     "cityscapes:interaction=cross_attention",
     "mtan:data=cityscapes",
+    *(f"nyud:{name},interaction=skem" for name in SYSTEMS),
 ]
 
 
@@ -84,3 +86,21 @@ def test_classes_of_the_data_sets():
 def test_mtan_knows_its_two_sets():
     with pytest.raises(Exception, match=r"data='kitti'; it must be one of \['cityscapes', 'nyuv2'\]"):
         read_config("mtan:data=kitti")
+
+
+def test_systems():
+    for name, (backbone, options) in SYSTEMS.items():
+        config = read_config(f"nyud:{name},interaction=cross_attention")
+        assert (config.backbone, config.interaction) == (backbone, "cross_attention")
+        assert config.backbones[backbone].size == options["size"]
+    assert read_config("nyud:backbone=swin_b").backbones.swin.size == "base"
+    with pytest.raises(Exception, match=r"backbone='resnet'; it must be one of \['swin_t'"):
+        read_config("nyud:backbone=resnet")
+
+
+def test_a_key_that_holds_no_numbers_takes_any_number_of_them():
+    config = read_config("scenes", ["--config.scales=16,8", "--config.augment.scale_crop=(1.0,1.5)"])
+    assert (config.scales, config.augment.scale_crop) == ((16, 8), (1.0, 1.5))
+    assert all(isinstance(scale, int) for scale in config.scales)
+    with pytest.raises(Exception, match=r"--config.scales=coarse: expected a number"):
+        read_config("scenes", ["--config.scales=coarse"])

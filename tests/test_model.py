@@ -160,3 +160,73 @@ def test_users_bring_their_own_task_and_interaction():
     assert set(variables["params"]["interaction"]) == {"semseg", "albedo"}
     loss = jax.eval_shape(task.loss, predictions["albedo"], jax.ShapeDtypeStruct((2, *SIZE, 2), jnp.float32))
     assert loss.shape == ()
+
+
+# ---- several scales ------------------------------------------------------------------------------------------------
+
+
+class Recorder(nn.Module):
+    """An interaction with slots that adds one to every feature and counts its calls in the slots."""
+
+    has_slots = True
+
+    @nn.compact
+    def __call__(self, features, slots=None, return_slots=False):
+        slots = jnp.zeros((2, 1, 1)) if slots is None else slots + 1
+        self.param("weight", nn.initializers.ones, ())
+        result = {name: value + 1 for name, value in features.items()}
+        self.sow("seen", "slots", slots)
+        self.sow("seen", "size", next(iter(features.values())).shape[1:3])
+        return (result, slots) if return_slots else result
+
+
+def several(**options):
+    backbone = ViT(width=8, depth=4, num_heads=2, mlp_ratio=2.0, image_size=SIZE)
+    options = {"interaction": Recorder(), "scales": (8, 16), "channels": 8} | options
+    return MultiTaskModel((Depth(), Normals()), backbone, **options)
+
+
+@pytest.mark.parametrize("persist", [False, True])
+def test_scales_go_from_coarse_to_fine(persist):
+    """Each scale has its own stems and interaction; with persist the slots of one start the next."""
+    model = several(persist=persist)
+    image = jnp.zeros((2, *SIZE, 3))
+    variables = jax.jit(model.init)(jax.random.key(0), image)
+    assert {name for name in variables["params"] if name.startswith("interaction")} == {
+        "interaction", "interaction8", "interaction16"
+    }  # fmt: skip
+    stems = {f"stem{scale}_{task}" for scale in ("", 8, 16) for task in ("depth", "normals")}
+    assert stems == {name for name in variables["params"] if name.startswith("stem")}
+    assert "level4" not in variables["params"]["stem16_depth"]  # finer maps would alias
+    _, found = model.apply({"params": variables["params"]}, image, mutable="seen")
+    found = found["seen"]
+    for turn, name in enumerate(("interaction16", "interaction8", "interaction")):
+        np.testing.assert_array_equal(found[name]["slots"][0], np.full((2, 1, 1), float(turn if persist else 0)))
+        stride = (16, 8, 4)[turn]
+        assert found[name]["size"][0] == (SIZE[0] // stride, SIZE[1] // stride)
+
+
+def test_coarse_scales_reach_the_predictions():
+    """A gradient of the predictions comes to the slots of the coarsest scale's KEM, through the finer ones too."""
+    model = several(interaction=KEM(3, top_k=5), persist=True)
+    image = jnp.asarray(np.random.default_rng(0).normal(size=(1, *SIZE, 3)), jnp.float32)
+    params = jax.jit(model.init)(jax.random.key(0), image)["params"]
+    grads = jax.jit(jax.grad(lambda p: sum(jnp.sum(v**2) for v in model.apply({"params": p}, image).values())))(params)
+    for name in ("stem16_depth", "interaction16"):
+        assert all(np.any(leaf) for leaf in jax.tree.leaves(grads[name])), name
+    # A scale that is handed its slots has no use for its own, so only the coarsest learns any.
+    assert not np.any(grads["interaction"]["slots"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scales": (4,)}, r"scales \(4,\) must be different strides, coarser than stride 4"),
+        ({"scales": (8, 8)}, "must be different strides"),
+        ({"interaction": NoInteraction(), "persist": True}, "persist needs an interaction with slots; NoInteraction"),
+        ({"scales": (64,)}, r"stride 64 is not in the pyramid"),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(several(**options).init, jax.random.key(0), jnp.zeros((1, *SIZE, 3)))

@@ -10,10 +10,11 @@ import pytest
 from configs.base import SYSTEMS
 from sgw_jax.__main__ import main
 from sgw_jax.backbones.vit import Block
+from sgw_jax.build import build_model, build_tasks
 from sgw_jax.config_files import read_config
 from sgw_jax.cost import largest_arrays, multiply_accumulates, residual_bytes
 from sgw_jax.interactions import INTERACTIONS, KEM, CrossTaskAttention
-from sgw_jax.plan import plan
+from sgw_jax.plan import Plan, plan
 
 f32 = jnp.float32
 
@@ -118,8 +119,13 @@ def test_compiled_memory_of_the_backward_pass(name):
     assert ratio <= 4.2 if name == "kem" else ratio > 15
 
 
+def planned(name: str, overrides=()) -> Plan:
+    config = read_config(name, overrides)
+    return plan(build_model(config, build_tasks(config)), tuple(config.data.size))
+
+
 def test_the_swin_l_system_is_as_small_as_promised():
-    found = plan(read_config("nyud:swin_l,interaction=skem"))
+    found = planned("nyud:swin_l,interaction=skem")
     assert sum(found.parameters.values()) < 240e6
     assert sum(found.macs.values()) < 365e9
     assert found.interaction_share < 0.05
@@ -140,7 +146,7 @@ def test_the_swin_l_system_is_as_small_as_promised():
 )
 def test_every_system_is_traced(config, system):
     """Training and prediction at the published size, with two scales on a persisting workspace."""
-    found = plan(read_config(f"{config}:{system},interaction=skem", ["--config.scales=16", "--config.persist=true"]))
+    found = planned(f"{config}:{system},interaction=skem", ["--config.scales=16", "--config.persist=true"])
     assert found.macs["backbone"] > 4e9
     assert found.training_macs > 2.5 * sum(found.macs.values())
     assert found.kept_bytes > 2**28
