@@ -1,0 +1,102 @@
+"""Equal weights, DB-MTL and GradNorm: what needs no more of the Gramian than the gradients' lengths."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sgw_jax.multi_objective._weighting import WeightedAggregator, Weighting, from_weighting, stateless
+from sgw_jax.multi_objective.gramian import standardise
+
+
+def equal_weights(
+    gramian: Float[Array, "tasks tasks"],
+    *,
+    preference: Float[Array, " tasks"] | None = None,
+    mask: Bool[Array, " tasks"] | None = None,
+) -> Float[Array, " tasks"]:
+    """The preference itself, summing to T (all ones by default): the sum of the losses.
+
+    With weights of the losses tuned on validation data it is a strong baseline (Kurin et al. 2022, arXiv 2201.04122;
+    Xin et al. 2022, arXiv 2209.11379), at the cost of one backward pass if you add the losses instead.
+    """
+    return standardise(gramian, preference, mask, 0.0, "count").preference
+
+
+def db_mtl_weights(
+    gramian: Float[Array, "tasks tasks"],
+    *,
+    losses: Float[Array, " tasks"],
+    preference: Float[Array, " tasks"] | None = None,
+    mask: Bool[Array, " tasks"] | None = None,
+) -> Float[Array, " tasks"]:
+    """Gradients of log L_i, all made as long as the longest: ``w_i = max_k (|g_k| / L_k) / |g_i|`` (Lin et al. 2023,
+    arXiv 2308.12029), without its average over steps.
+
+    Preference: sums to T. Cost: the norms alone. Scale: the update does not depend on any loss's scale (losses must be
+    positive). Promise: equal lengths, nothing about conflicts. At stationarity of one task (|g_i| to 0) its weight
+    grows without bound, as published; a zero gradient is left out. Use it when scales differ by orders of magnitude.
+    """
+    found = standardise(gramian, preference, mask, 0.0, "count")
+    relative = jnp.where(found.active, found.norms / jnp.where(found.active, losses, 1), 0)
+    return jnp.where(found.active, found.preference * jnp.max(relative) / found.norms, 0)
+
+
+def equal(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
+    """The aggregator of `equal_weights`."""
+    return from_weighting(stateless(equal_weights, **options), num_tasks)
+
+
+def db_mtl(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
+    """The aggregator of `db_mtl_weights`; its update needs ``losses``."""
+
+    def apply(matrix: Array, state: Any, *, losses: Any = None, mask: Any = None, key: Any = None) -> Any:
+        del key
+        if losses is None:
+            raise ValueError("db_mtl: the update needs losses=.")
+        return db_mtl_weights(matrix, losses=losses, mask=mask, **options), state
+
+    return from_weighting(Weighting(lambda number: (), apply), num_tasks)
+
+
+def gradnorm(num_tasks: int, *, alpha: float = 1.5, learning_rate: float = 0.025) -> WeightedAggregator:
+    """GradNorm (Chen et al. 2018, arXiv 1711.02257): weights learnt so that gradients have comparable lengths.
+
+    w = T softmax(theta); each update first descends ``sum_i |w_i n_i - target_i|`` in theta by one gradient step of
+    ``learning_rate``, with n_i = |g_i| and ``target_i = mean(w n) (r_i / mean r)^alpha``, r_i = L_i / L_i(0), held
+    constant; L(0) are the losses of the first update (of a task that came later, of its first). Its own rate, no weight
+    decay (LibMTL's goes through the model's optimiser). The update needs ``losses``. Cost: the norms alone.
+    Scale: balances it. At stationarity: bounded, weights are between 0 and T.
+    """
+
+    def init(number: int) -> tuple[Array, Array]:
+        return jnp.zeros(num_tasks), jnp.full(num_tasks, jnp.nan)
+
+    def apply(matrix: Array, state: Any, *, losses: Any = None, mask: Any = None, key: Any = None) -> Any:
+        del key
+        if losses is None:
+            raise ValueError("gradnorm: the update needs losses=.")
+        theta, first = state
+        found = standardise(matrix, None, mask, 0.0, "count")
+        first = jnp.where(jnp.isnan(first) & found.present, losses, first)
+        norms = jnp.where(found.active, found.norms, 0)
+        count = jnp.maximum(jnp.sum(found.present), 1)
+        progress = jnp.where(found.present, losses / jnp.where(found.present & (first > 0), first, 1), 0)
+        relative = progress / jnp.maximum(jnp.sum(progress) / count, jnp.finfo(norms.dtype).tiny)
+
+        def weights(theta: Array) -> Array:
+            return count * jax.nn.softmax(jnp.where(found.present, theta, -jnp.inf))
+
+        def distance(theta: Array) -> Array:
+            lengths = weights(theta) * norms
+            mean = jnp.sum(lengths) / count
+            target = jax.lax.stop_gradient(mean * relative**alpha)
+            # By the mean length, so that the step does not depend on the losses' scale.
+            scale = jax.lax.stop_gradient(jnp.maximum(mean, jnp.finfo(norms.dtype).tiny))
+            return jnp.sum(jnp.abs(lengths - target)) / scale
+
+        theta = theta - learning_rate * jax.grad(distance)(theta)
+        return weights(theta), (theta, first)
+
+    return from_weighting(Weighting(init, apply), num_tasks)

@@ -1,0 +1,38 @@
+"""ConFIG: the direction with equal cosines to all gradients, as long as they pull along it."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sgw_jax.multi_objective._solvers import solve
+from sgw_jax.multi_objective._weighting import WeightedAggregator, from_weighting, stateless
+from sgw_jax.multi_objective.gramian import standardise
+
+
+def config_weights(
+    gramian: Float[Array, "tasks tasks"],
+    *,
+    preference: Float[Array, " tasks"] | None = None,
+    eps: float = 1e-5,
+    mask: Bool[Array, " tasks"] | None = None,
+) -> Float[Array, " tasks"]:
+    """``u = U' C^+ p``, U the unit gradients; update ``(sum_i <g_i, u>) u / |u|^2`` (Liu et al. 2024, 2408.11104).
+
+    Preference: sums to T; the cosine to g_i is proportional to p_i. Cost: one system of T equations. Scale: the
+    direction does not depend on the rows' sizes, the length is linear in them. Promise: no conflict (positive, equal
+    cosines) when the gradients are independent. At stationarity u vanishes like the common direction; the cosines'
+    ``eps`` bounds it. Use it as IMTL-G, from which it differs in length.
+    """
+    found = standardise(gramian, preference, mask, eps, "count")
+    wanted = jnp.where(found.active, found.preference, 0)
+    scaled = solve(found.cosines, wanted)
+    along = jnp.sum(jnp.where(found.active, found.norms * jnp.matvec(found.cosines, scaled), 0))
+    square = scaled @ wanted
+    weights = scaled * along / jnp.maximum(square, jnp.finfo(square.dtype).tiny) / found.norms
+    return jnp.where(found.active, weights, 0)
+
+
+def config_(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
+    """The aggregator of `config_weights`."""
+    return from_weighting(stateless(config_weights, **options), num_tasks)

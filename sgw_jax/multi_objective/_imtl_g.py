@@ -1,0 +1,42 @@
+"""IMTL-G: the update whose projections onto all gradients are equal."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sgw_jax.multi_objective._solvers import solve
+from sgw_jax.multi_objective._weighting import WeightedAggregator, from_weighting, stateless
+from sgw_jax.multi_objective.gramian import standardise
+
+LEAST_SUM = 0.05  # of the weights, as a share of the sum of their sizes
+
+
+def imtl_g_weights(
+    gramian: Float[Array, "tasks tasks"],
+    *,
+    preference: Float[Array, " tasks"] | None = None,
+    eps: float = 1e-5,
+    mask: Bool[Array, " tasks"] | None = None,
+) -> Float[Array, " tasks"]:
+    """``w ~ G^+ (p |g|)``, sum w = 1 (Liu et al. 2021, openreview IMPnRXEWpvr).
+
+    Preference: sums to T; the projection onto g_i / |g_i| is proportional to p_i. Cost: one system of T equations.
+    Scale: the direction does not depend on the rows' sizes, the length does. Promise: equal projections; weights may be
+    negative, so no descent for a task in conflict with what is common. At stationarity the sum of the solution may
+    vanish: it is then taken to be 5 % of the sum of sizes, which bounds the weights [our decision]. Use it to balance
+    tasks of different scales when they do not conflict much.
+    """
+    found = standardise(gramian, preference, mask, eps, "count")
+    scaled = solve(found.cosines, jnp.where(found.active, found.preference, 0))
+    weights = jnp.where(found.active, scaled, 0) / found.norms
+    # Relative to the largest first: norms of 1e-6 would make sums of 1e6 and more.
+    weights = weights / jnp.maximum(jnp.max(jnp.abs(weights)), jnp.finfo(weights.dtype).tiny)
+    total, size = jnp.sum(weights), jnp.sum(jnp.abs(weights))
+    divisor = jnp.where(total < 0, -1, 1) * jnp.maximum(jnp.abs(total), LEAST_SUM * size)
+    return jnp.where(size > 0, weights / jnp.where(size > 0, divisor, 1), found.preference / len(weights))
+
+
+def imtl_g(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
+    """The aggregator of `imtl_g_weights`."""
+    return from_weighting(stateless(imtl_g_weights, **options), num_tasks)

@@ -1,0 +1,116 @@
+"""PCGrad and GradVac: gradients that conflict (or agree too little) are turned away from each other, pair by pair."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sgw_jax.multi_objective._weighting import WeightedAggregator, Weighting, from_weighting
+from sgw_jax.multi_objective.gramian import standardise
+
+
+def pcgrad_weights(
+    gramian: Float[Array, "tasks tasks"],
+    *,
+    key: Array,
+    preference: Float[Array, " tasks"] | None = None,
+    mask: Bool[Array, " tasks"] | None = None,
+) -> Float[Array, " tasks"]:
+    """Each g_i, in random order over j: ``if <g_i, g_j> < 0: g_i -= <g_i, g_j> g_j / |g_j|^2``; their sum (Yu et al.
+    2020, arXiv 2001.06782).
+
+    Done on the coefficients of the gradients, so that it needs G alone. ``key``: of the orders.
+
+    Preference: sums to T; weighs the projected gradients. Cost: T^2 steps in T variables. Scale: the projections do not
+    depend on the rows' sizes, the sum does. Promise: for two tasks no conflict; for more, the last projection may undo
+    an earlier one. At stationarity: finite. Use it as the simplest method with surgery.
+    """
+    found = standardise(gramian, preference, mask, 0.0, "count")
+
+    def project(first: Array, order: Array) -> Array:
+        def visit(position: int, mine: Array) -> Array:
+            other = order[position]
+            agreement = found.cosines[other] @ mine  # <current, g_j> / |g_j|
+            meeting = (other != first) & found.active[other] & found.active[first] & (agreement < 0)
+            return mine.at[other].add(jnp.where(meeting, -agreement, 0))
+
+        start = jnp.where(jnp.arange(len(order)) == first, found.norms, 0)
+        return jax.lax.fori_loop(0, len(order), visit, start)
+
+    projected = jax.vmap(project)(jnp.arange(len(found.norms)), orders(key, len(found.norms)))
+    weights = found.preference @ (projected * found.active[:, None]) / found.norms
+    return jnp.where(found.active, weights, found.preference)
+
+
+def gradvac_weights(
+    gramian: Float[Array, "tasks tasks"],
+    targets: Float[Array, "tasks tasks"],
+    *,
+    key: Array,
+    beta: float = 0.01,
+    preference: Float[Array, " tasks"] | None = None,
+    mask: Bool[Array, " tasks"] | None = None,
+) -> tuple[Float[Array, " tasks"], Float[Array, "tasks tasks"]]:
+    """As PCGrad, but a cosine below a running target phi_ij is raised to it (Wang et al. 2021, arXiv 2010.05874).
+
+    ``g_i += |g_i| (phi sqrt(1 - s^2) - s sqrt(1 - phi^2)) / (|g_j| sqrt(1 - phi^2)) g_j`` where s = cos(g_i, g_j) <
+    phi; then ``phi <- (1 - beta) phi + beta s``. One group of all parameters. Returns (weights, new targets); targets
+    start at 0. Cost, preference and scale as PCGrad; promise: none beyond it.
+    """
+    found = standardise(gramian, preference, mask, 0.0, "count")
+    phi = jnp.clip(targets, -0.999, 0.999)
+
+    def turn(first: Array, order: Array, row: Array) -> tuple[Array, Array]:
+        def visit(position: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            mine, wanted = carry
+            other = order[position]
+            length = jnp.sqrt(jnp.maximum(mine @ jnp.matvec(found.cosines, mine), jnp.finfo(mine.dtype).tiny))
+            cosine = jnp.clip(found.cosines[other] @ mine / length, -1, 1)
+            target = wanted[other]
+            meeting = (other != first) & found.active[other] & found.active[first]
+            side = jnp.sqrt(1 - target**2)
+            step = length * (target * jnp.sqrt(jnp.maximum(1 - cosine**2, 0)) - cosine * side) / side
+            mine = mine.at[other].add(jnp.where(meeting & (cosine < target), step, 0))
+            wanted = wanted.at[other].set(jnp.where(meeting, (1 - beta) * target + beta * cosine, target))
+            return mine, wanted
+
+        start = jnp.where(jnp.arange(len(order)) == first, found.norms, 0)
+        return jax.lax.fori_loop(0, len(order), visit, (start, row))
+
+    indices = jnp.arange(len(found.norms))
+    turned, phi = jax.vmap(turn)(indices, orders(key, len(found.norms)), phi)
+    weights = found.preference @ (turned * found.active[:, None]) / found.norms
+    return jnp.where(found.active, weights, found.preference), phi
+
+
+def orders(key: Array, tasks: int) -> Int[Array, "tasks tasks"]:
+    """A random order of the tasks for each task."""
+    return jax.vmap(lambda k: jax.random.permutation(k, tasks))(jax.random.split(key, tasks))
+
+
+def pcgrad(num_tasks: int | None = None, *, seed: int = 0, **options: Any) -> WeightedAggregator:
+    """The aggregator of `pcgrad_weights`; without ``key`` in its update the orders follow from ``seed`` and a count."""
+
+    def apply(matrix: Array, count: Array, *, losses: Any = None, mask: Any = None, key: Any = None) -> Any:
+        del losses
+        key = jax.random.fold_in(jax.random.key(seed), count) if key is None else key
+        return pcgrad_weights(matrix, key=key, mask=mask, **options), count + 1
+
+    return from_weighting(Weighting(lambda number: jnp.zeros((), jnp.int32), apply), num_tasks)
+
+
+def gradvac(num_tasks: int, *, seed: int = 0, **options: Any) -> WeightedAggregator:
+    """The aggregator of `gradvac_weights`; its state, the targets, needs ``num_tasks``."""
+
+    def init(number: int) -> tuple[Array, Array]:
+        return jnp.zeros((num_tasks, num_tasks)), jnp.zeros((), jnp.int32)
+
+    def apply(matrix: Array, state: Any, *, losses: Any = None, mask: Any = None, key: Any = None) -> Any:
+        del losses
+        targets, count = state
+        key = jax.random.fold_in(jax.random.key(seed), count) if key is None else key
+        weights, targets = gradvac_weights(matrix, targets, key=key, mask=mask, **options)
+        return weights, (targets, count + 1)
+
+    return from_weighting(Weighting(init, apply), num_tasks)

@@ -1,0 +1,133 @@
+"""Small dense solvers inside jit: fixed work, float32, a batch of problems at once."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+ENUMERATED = 10  # tasks up to which all supports are tried: 1,024 systems of 10 x 10
+
+
+def inverse(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """Of symmetric positive definite matrices, by Gauss-Jordan without pivoting (none is needed for these).
+
+    Unrolled over n: elementwise operations alone, which a compiler fuses, where a library call would wait.
+    """
+    size = matrix.shape[-1]
+    left, right = matrix, jnp.broadcast_to(jnp.eye(size, dtype=matrix.dtype), matrix.shape)
+    for row in range(size):
+        pivot = left[..., row, row][..., None]
+        scaled, other = left[..., row, :] / pivot, right[..., row, :] / pivot
+        factor = left[..., :, row] * (jnp.arange(size) != row)
+        left = left - factor[..., :, None] * scaled[..., None, :]
+        right = right - factor[..., :, None] * other[..., None, :]
+        left = left.at[..., row, :].set(scaled)
+        right = right.at[..., row, :].set(other)
+    return (right + jnp.swapaxes(right, -1, -2)) / 2
+
+
+def solve(matrix: Float[Array, "n n"], right: Float[Array, " n"]) -> Float[Array, " n"]:
+    """``matrix^-1 right``, with one step of iterative refinement."""
+    inverted = inverse(matrix)
+    first = jnp.matvec(inverted, right)
+    return first + jnp.matvec(inverted, right - jnp.matvec(matrix, first))
+
+
+def supports(size: int) -> np.ndarray:
+    """All subsets of ``size`` variables, (2^size, size) bool."""
+    return np.array(list(itertools.product((False, True), repeat=size)))
+
+
+def support_inverses(matrix: Float[Array, "n n"]) -> Float[Array, "subsets n n"]:
+    """For every support S the inverse of matrix_SS, zero outside S."""
+    chosen = supports(matrix.shape[-1])
+    both = chosen[:, :, None] & chosen[:, None, :]
+    return jnp.where(both, inverse(jnp.where(both, matrix, jnp.eye(matrix.shape[-1], dtype=matrix.dtype))), 0)
+
+
+def non_negative_qp(matrix: Float[Array, "n n"], linear: Float[Array, "problems n"]) -> Float[Array, "problems n"]:
+    """``argmin_{x >= 0} x' A x / 2 + b' x`` for each row b; A is symmetric positive definite.
+
+    Up to `ENUMERATED` variables every support is solved and the one that satisfies the optimality conditions best
+    (x >= 0, A x + b >= 0 where x = 0) is taken, which is exact; beyond, `interior_point`.
+    """
+    size = matrix.shape[-1]
+    if size > ENUMERATED:
+        return jax.vmap(lambda b: interior_point(matrix, b))(linear)
+    found = -jnp.einsum("sij,pj->psi", support_inverses(matrix), linear, precision="highest")
+    gradient = jnp.einsum("ij,psj->psi", matrix, found, precision="highest") + linear[:, None]
+    chosen = jnp.asarray(supports(size))
+    violation = jnp.where(chosen, -found, -gradient)
+    scale = jnp.maximum(jnp.max(jnp.abs(linear), -1), jnp.finfo(matrix.dtype).tiny)
+    worst = jnp.max(jnp.maximum(violation, 0), -1) / scale[:, None]
+    best = jnp.argmin(worst, -1)
+    return jnp.maximum(jnp.take_along_axis(found, best[:, None, None], 1)[:, 0], 0)
+
+
+def interior_point(matrix: Float[Array, "n n"], linear: Float[Array, " n"], iterations: int = 30) -> Float[Array, " n"]:
+    """The same for one problem of any size: Mehrotra's predictor-corrector, a fixed number of iterations."""
+    scale = jnp.maximum(jnp.max(jnp.abs(linear)), jnp.finfo(matrix.dtype).tiny)
+    b = linear / scale
+    tiny = jnp.finfo(matrix.dtype).eps ** 2
+
+    def longest(value: Array, change: Array) -> Array:
+        return jnp.minimum(1.0, 0.995 * jnp.min(jnp.where(change < 0, -value / jnp.where(change < 0, change, -1), 2.0)))
+
+    def step(_: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, dual = carry
+        residual = jnp.matvec(matrix, x) + b - dual
+        average = jnp.mean(x * dual)
+        inverted = inverse(matrix + jnp.diag(dual / x))
+
+        def direction(target: Array) -> tuple[Array, Array]:
+            dx = -jnp.matvec(inverted, residual + (x * dual - target) / x)
+            return dx, -(x * dual - target) / x - dual / x * dx
+
+        dx, dz = direction(jnp.zeros_like(x))
+        reached = jnp.mean((x + longest(x, dx) * dx) * (dual + longest(dual, dz) * dz))
+        dx, dz = direction((reached / average) ** 3 * average - dx * dz)
+        length = jnp.minimum(longest(x, dx), longest(dual, dz))
+        new = x + length * dx, dual + length * dz
+        going = (average > tiny) & jnp.all(jnp.isfinite(new[0])) & jnp.all(jnp.isfinite(new[1]))
+        return tuple(
+            jnp.where(going, jnp.maximum(after, tiny), before) for after, before in zip(new, carry, strict=True)
+        )
+
+    start = (jnp.ones_like(b), jnp.ones_like(b))
+    x, dual = jax.lax.fori_loop(0, iterations, step, start)
+    return jnp.where(x > dual, x, jnp.minimum(x, jnp.sqrt(jnp.finfo(matrix.dtype).eps))) * scale
+
+
+def fair_point(
+    matrix: Float[Array, "n n"], gain: Float[Array, " n"], power: float, iterations: int = 30
+) -> Float[Array, " n"]:
+    """The positive a with ``A a = gain a^-power``: the minimum of the strictly convex ``a' A a / 2 - sum_i u_i(a_i)``.
+
+    u is gain log a for power 1, gain a^(1 - power) / (1 - power) otherwise. Newton's method; each iteration takes the
+    best of twelve step lengths, so that it descends whatever the start.
+    """
+
+    def value(a: Array) -> Array:
+        utility = jnp.log(a) if power == 1 else a ** (1 - power) / (1 - power)
+        return a @ jnp.matvec(matrix, a) / 2 - jnp.sum(gain * utility)
+
+    lengths = 0.5 ** jnp.arange(12.0)
+
+    def step(_: int, a: Array) -> Array:
+        gradient = jnp.matvec(matrix, a) - gain * a**-power
+        # In units of a, so that entries of any size are solved alike.
+        hessian = matrix * a[:, None] * a[None, :] + jnp.diag(power * gain * a ** (1 - power))
+        root = jnp.sqrt(jnp.diagonal(hessian))
+        change = -jnp.matvec(inverse(hessian / root[:, None] / root[None, :]), gradient * a / root) / root
+        candidates = a * (1 + lengths[:, None] * change)
+        safe = jnp.all(candidates > 0, -1)
+        values = jnp.where(safe, jax.vmap(value)(jnp.maximum(candidates, jnp.finfo(a.dtype).tiny)), jnp.inf)
+        best = jnp.argmin(values)
+        # Near the minimum the values differ by rounding alone; the full step is then the better one.
+        close = jnp.all(jnp.abs(change) < 0.1)
+        return jnp.where(close, candidates[0], jnp.where(jnp.isfinite(values[best]), candidates[best], a))
+
+    start = jnp.full_like(gain, 1.0) * (gain / jnp.diagonal(matrix)) ** (1 / (1 + power))
+    return jax.lax.fori_loop(0, iterations, step, start)

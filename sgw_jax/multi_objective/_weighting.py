@@ -1,0 +1,110 @@
+"""What a method is: weights from a Gramian, with a state; and the Optax aggregator that applies them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from optax.experimental import aggregating
+
+from sgw_jax.multi_objective.gramian import gramian, standardise
+
+
+class Weighting(NamedTuple):
+    """A pair of pure functions.
+
+    init(num_tasks) -> state. apply(gramian (T, T), state, *, losses (T,), mask (T,), key) -> (weights (T,), state);
+    ``losses``, ``mask`` and ``key`` may be None where the method does not need them.
+    """
+
+    init: Callable[[int], Any]
+    apply: Callable[..., tuple[Array, Any]]
+
+
+class AggregatorState(NamedTuple):
+    """weights: of the last update, and stationary: whether the weighted gradients all but cancelled (both None without
+    ``num_tasks``). inner: the method's own state."""
+
+    weights: Any
+    stationary: Any
+    inner: Any
+
+
+class WeightedAggregator(aggregating.Aggregator):
+    """An Optax aggregator that knows its `Weighting` (attribute ``weighting``), so that wrappers and train steps that
+    have a Gramian but no Jacobian can use it."""
+
+    weighting: Weighting
+
+
+def stateless(function: Callable[..., Array], **options: Any) -> Weighting:
+    """A weighting from ``function(gramian, mask=mask, **options)``."""
+
+    def apply(matrix: Array, state: Any, *, losses: Any = None, mask: Any = None, key: Any = None) -> tuple[Array, Any]:
+        del losses, key
+        return function(matrix, mask=mask, **options), state
+
+    return Weighting(lambda num_tasks: (), apply)
+
+
+def from_weighting(weighting: Weighting | Callable[..., Array], num_tasks: int | None = None) -> WeightedAggregator:
+    """The aggregator ``sum_i w_i g_i`` of a weighting, or of a function (gramian, mask=) -> weights.
+
+    ``init(params)`` and ``update(jacobian, state, params, *, losses, task_mask, key)``: the Jacobian's leaves have a
+    leading axis of tasks, the update is like the parameters. It goes first in ``optax.chain``: what comes after sees
+    one gradient. With ``num_tasks`` the state holds the weights of the last update, for logging.
+
+    Raises:
+      ValueError: (update) a Jacobian of another number of tasks than ``num_tasks``.
+    """
+    chosen = weighting if isinstance(weighting, Weighting) else stateless(weighting)
+
+    def init(params: Any) -> AggregatorState:
+        del params
+        if num_tasks is None:
+            return AggregatorState(None, None, chosen.init(0))
+        return AggregatorState(jnp.zeros(num_tasks), jnp.zeros((), bool), chosen.init(num_tasks))
+
+    def update(
+        jacobian: Any,
+        state: AggregatorState,
+        params: Any = None,
+        *,
+        losses: Any = None,
+        task_mask: Any = None,
+        key: Any = None,
+        **extra: Any,
+    ) -> tuple[Any, AggregatorState]:
+        del params, extra
+        matrix = gramian(jacobian)
+        if num_tasks not in (None, matrix.shape[0]):
+            raise ValueError(f"aggregator: made for {num_tasks} tasks, but the Jacobian has {matrix.shape[0]} rows.")
+        weights, inner = chosen.apply(matrix, state.inner, losses=losses, mask=task_mask, key=key)
+        found = weighted_sum_of(jacobian, weights)
+        if num_tasks is None:
+            return found, AggregatorState(None, None, inner)
+        flag = standardise(matrix, None, task_mask, 0.0, "one").stationary(weights)
+        return found, AggregatorState(weights, flag, inner)
+
+    aggregator = WeightedAggregator(init, update)
+    aggregator.weighting = chosen
+    return aggregator
+
+
+def weighted_sum_of(jacobian: Any, weights: Float[Array, " tasks"]) -> Any:
+    """``sum_i w_i g_i`` in float32, leaf by leaf, in the leaf's dtype.
+
+    Added task by task: elementwise, so that shards stay where they are, and no matrix product that a TPU would take in
+    bfloat16. A task of weight 0 adds nothing, even if its gradient is not finite.
+    """
+
+    def combine(leaf: Array) -> Array:
+        wide = jnp.promote_types(leaf.dtype, jnp.float32)
+        rows = (jnp.where(weights[i] == 0, 0, weights[i].astype(wide) * leaf[i].astype(wide)) for i in range(len(leaf)))
+        total = next(rows)
+        for row in rows:
+            total = total + row
+        return total.astype(leaf.dtype)
+
+    return jax.tree.map(combine, jacobian)
