@@ -41,7 +41,7 @@ def cagrad_weights(
     mean = found.preference * found.norms * found.active
     scale = jnp.maximum(jnp.max(mean), jnp.finfo(mean.dtype).tiny)
     mean = mean / scale
-    slope = jnp.matvec(found.cosines, mean)  # <g_i, g_0> / |g_i|
+    slope = jnp.matvec(found.cosines, mean) - eps * mean  # <g_i, g_0> / |g_i|
     radius = c * jnp.sqrt(jnp.maximum(mean @ slope, 0))
     least = jnp.min(jnp.where(found.active, found.norms, jnp.inf))
     inverse_norms = jnp.where(found.active, jnp.where(jnp.isfinite(least), least, 1) / found.norms, 0)

@@ -43,7 +43,7 @@ def mgda_weights(
         raise ValueError(f"mgda: normalisation {normalisation!r} needs losses.")
     found = standardise(gramian, preference, mask, eps, "count")
     divisor = found.norms if normalisation in ("l2", "loss+") else jnp.ones_like(found.norms)
-    if "loss" in normalisation:
+    if losses is not None and "loss" in normalisation:
         divisor = divisor * jnp.where(found.active, losses, 1)
     divisor = divisor * jnp.where(found.preference > 0, found.preference, 1)
     reach = divisor / found.norms  # one over the norms of the divided rows
