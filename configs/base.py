@@ -156,6 +156,28 @@ def get_config() -> ConfigDict:
             "persist": False,  # slots of one scale start the next
             "upsample": "bilinear",  # bilinear | subpixel: how heads reach the image size
             "preliminary": False,  # deep supervision: predictions from before the interaction
+            # --- objective: how the tasks' losses become one update (docs/objectives.md) ---------------------------
+            # equal (the sum weighted by task_weights), uncertainty, uw_so, log_loss, gls, dwa, rlw, stch, famo;
+            # upgrad, dualproj, nash_mtl, fairgrad, cagrad, mgda, imtl_g, aligned_mtl, pcgrad, gradvac, config, db_mtl,
+            # gradnorm: these take the gradient of every task.
+            "objective": "equal",
+            "gradients": "parameters",  # parameters | representation: one backward pass of the backbone for all tasks
+            "weights_ema": optional(float),  # average the tasks' weights over steps
+            "weights_every": 1,  # compute them every k-th step
+            "objectives": {
+                "uncertainty": {"learning_rate": 0.025},
+                "uw_so": {"temperature": 1.0},
+                "dwa": {"temperature": 2.0},
+                "stch": {"mu": 1.0},
+                "famo": {"learning_rate": 0.025},
+                "nash_mtl": {"max_norm": optional(float, 1.0)},
+                "fairgrad": {"alpha": 1.0},
+                "cagrad": {"c": 0.5, "rescale": False},
+                "mgda": {"normalisation": "none"},  # none | l2 | loss | loss+
+                "aligned_mtl": {"scale": "min"},  # min | median | rmse
+                "gradvac": {"beta": 0.01},
+                "gradnorm": {"alpha": 1.5, "learning_rate": 0.025},
+            },
             # --- optimisation -----------------------------------------------------------------------------------
             "steps": 40_000,
             "batch_size": 8,  # global: over all devices and processes

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from sgw_jax.backbones import BACKBONES
 from sgw_jax.data_sets import DATA_SETS
 from sgw_jax.interactions import INTERACTIONS
 from sgw_jax.model import MultiTaskModel
-from sgw_jax.multi_objective import Scalarizer, weighted_sum
+from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS, ema_weights, every_k
+from sgw_jax.objective import GRADIENTS, Objective
 from sgw_jax.optimizers import learning_rate_schedule, make_optimizer
 from sgw_jax.sharding import check_batch_size, make_mesh
 from sgw_jax.tasks import TASKS
@@ -122,7 +123,8 @@ class Experiment:
     boundary: Boundary
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
-    scalarizer: Scalarizer
+    objective: Objective
+    gradients: Literal["parameters", "representation"]
     backbone_weights: str  # a pretrained backbone's file or folder; empty for none
 
     def identity(self) -> dict[str, Any]:
@@ -159,18 +161,20 @@ def build(config: ConfigDict, cache_dir: Path | str, tasks: Sequence[Task] | Non
         config.optimizer.learning_rate, config.steps, config.schedule.warmup_steps, config.schedule.name
     )
     options = {key: value for key, value in config.optimizer.items() if key != "learning_rate"}
+    data = build_data(config, tasks, cache_dir)
     return Experiment(
         config=config,
         tasks=tasks,
         model=build_model(config, tasks),
         size=tuple(config.data.size),
         mesh=mesh,
-        data=build_data(config, tasks, cache_dir),
+        data=data,
         settings=settings,
         boundary=Boundary(**config.boundary),
         optimizer=make_optimizer(schedule, **options),
         schedule=schedule,
-        scalarizer=weighted_sum([task.weight for task in tasks]),
+        objective=build_objective(config, len(tasks), data),
+        gradients=config.gradients,
         backbone_weights=config.backbone_weights,
     )
 
@@ -228,6 +232,27 @@ def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
         preliminary=config.preliminary,
         dtype=dtype,
     )
+
+
+def build_objective(config: ConfigDict, tasks: int, data: Data) -> Objective:
+    """How the losses become one update."""
+    name = config.objective
+    choose({**SCALARIZERS, **AGGREGATORS}, name, "config.objective")
+    options = dict(config.objectives[name]) if name in config.objectives else {}
+    choose(dict.fromkeys(GRADIENTS), config.gradients, "config.gradients")
+    if name in SCALARIZERS:
+        if config.gradients == "representation" or config.weights_ema is not None or config.weights_every != 1:
+            raise ValueError(
+                f"config.objective {name!r} takes one gradient of all tasks: config.gradients must be 'parameters', "
+                "config.weights_ema None and config.weights_every 1."
+            )
+        if name == "dwa":
+            options["steps_per_epoch"] = max(1, len(data.sources["train"]) // config.batch_size)
+        return SCALARIZERS[name](tasks, **options)
+    found = AGGREGATORS[name](tasks, **options)
+    if config.weights_ema is not None:
+        found = ema_weights(found, config.weights_ema, tasks)
+    return found if config.weights_every == 1 else every_k(found, config.weights_every, tasks)
 
 
 def build_data(config: ConfigDict, tasks: Sequence[Task], cache_dir: Path | str) -> Data:

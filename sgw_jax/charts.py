@@ -13,9 +13,13 @@ PLOT = {"width": 340.0, "height": 190.0, "left": 44.0, "right": 8.0, "top": 10.0
 
 
 def loss_curves(tasks: Sequence[str], history: Sequence[Values]) -> list[Record]:
-    """A small chart for every loss, the gradient's norm and the learning rate."""
+    """A small chart for every loss, the gradient's norm and the learning rate; with task gradients also for the weights
+    of the tasks, the share of conflicting pairs and the cosine of each pair."""
     names = {"loss": "all tasks, weighted"} | {f"loss/{task}": task for task in tasks}
     names |= {"grad_norm": "gradient norm", "learning_rate": "learning rate"}
+    names |= {f"weight/{task}": f"weight of {task}" for task in tasks}
+    names |= {"conflict_rate": "share of conflicting pairs"}
+    names |= {f"cosine/{a}-{b}": f"cosine of {a} and {b}" for i, a in enumerate(tasks) for b in tasks[i + 1 :]}
     charts = []
     for key, title in names.items():
         train, validation = _binned(_series(history, "train", key)), _series(history, "validation", key)

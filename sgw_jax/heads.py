@@ -16,8 +16,7 @@ class TaskStem(nn.Module):
     """One task's encoder: fuses the pyramid to one map of stride ``stride``.
 
     Every level is projected to ``channels`` by a 1x1 convolution, resized, summed, normalised, and passed through one
-    3x3 convolution with a residual. LayerNorm over channels: no running state (see backbones/vit.py). Levels finer than
-    ``stride`` are left out: subsampled without a filter they would alias.
+    3x3 convolution with a residual. LayerNorm over channels: no running state (see backbones/vit.py).
     """
 
     channels: int
@@ -33,7 +32,6 @@ class TaskStem(nn.Module):
         levels = [
             resize(nn.Dense(self.channels, dtype=self.dtype, name=f"level{stride}")(level), (height, width))
             for stride, level in pyramid.items()
-            if stride >= self.stride
         ]
         fused = sum(levels[1:], start=levels[0])
         normed = nn.LayerNorm(dtype=self.dtype, name="norm")(fused)

@@ -57,12 +57,18 @@ class MultiTaskModel(nn.Module):
     preliminary: bool = False
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
     def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[str, Array]:
+        return self.decode(self.encode(image, train), (image.shape[1], image.shape[2]), train)
+
+    def encode(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[int, Array]:
+        """The backbone's pyramid {stride: (batch, h, w, width)}: all that tasks have in common."""
+        size = (round(image.shape[1] * self.input_scale), round(image.shape[2] * self.input_scale))
+        return self.backbone(constrain_batch(resize(image, size)), train=train)
+
+    @nn.compact
+    def decode(self, pyramid: dict[int, Array], size: tuple[int, int], train: bool = False) -> dict[str, Array]:
+        """Predictions of an image of ``size`` (height, width) from its pyramid; with `encode`, the call."""
         self._check()
-        size = (image.shape[1], image.shape[2])
-        seen = resize(image, (round(size[0] * self.input_scale), round(size[1] * self.input_scale)))
-        pyramid = self.backbone(constrain_batch(seen), train=train)
         mixed: dict[str, Array] = {}
         slots = None
         for stride in (*sorted(self.scales, reverse=True), self.stride):

@@ -40,5 +40,5 @@ def _init(experiment: Experiment) -> Callable[[], TrainState]:
         jnp.zeros((experiment.settings.batch_size, *experiment.size, 3), jnp.float32),
         seed=experiment.settings.seed,
         ema=experiment.settings.ema_decay is not None,
-        scalarizer=experiment.scalarizer,
+        objective=experiment.objective,
     )

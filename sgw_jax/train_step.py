@@ -1,7 +1,7 @@
 """One training step and one evaluation step, as pure functions of (state, batch)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -11,7 +11,19 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from sgw_jax.model import FEATURES, PRELIMINARY
-from sgw_jax.multi_objective.scalarize import Scalarizer, weighted_sum
+from sgw_jax.multi_objective import Scalarizer, weighted_sum
+from sgw_jax.objective import (
+    GRADIENTS,
+    Objective,
+    Program,
+    by_parameters,
+    by_representation,
+    by_scalar,
+    flat,
+    initial_state,
+    owner,
+    unflat,
+)
 from sgw_jax.tasks.base import Task
 
 Batch = Mapping[str, Array]
@@ -21,7 +33,7 @@ class TrainState(flax.struct.PyTreeNode):
     """All that a step reads and writes; what a checkpoint holds.
 
     step: how many updates have been made (int32). params, constants: the model's collections; constants (the ETF) never
-    change. ema: exponential moving average of params, or None. objective: the scalariser's state.
+    change. ema: exponential moving average of params, or None. objective: the state of the scalariser or aggregator.
     """
 
     step: Int[Array, ""]
@@ -44,7 +56,7 @@ def init_state(
     *,
     seed: int = 0,
     ema: bool = False,
-    scalarizer: Scalarizer | None = None,
+    objective: Objective | None = None,
 ) -> TrainState:
     """The state at step 0. Call it under `jax.jit` with out_shardings, so that parameters are born where they live."""
     variables = model.init({"params": jax.random.key(seed)}, image, train=True)
@@ -60,7 +72,7 @@ def init_state(
         constants=variables.get("constants", {}),
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params) if ema else None,  # donated buffers must not be shared
-        objective=scalarizer.init() if scalarizer else (),
+        objective=initial_state(objective, params),
     )
 
 
@@ -69,37 +81,46 @@ def make_train_step(
     tasks: Sequence[Task],
     optimizer: optax.GradientTransformation,
     *,
-    scalarizer: Scalarizer | None = None,
+    objective: Objective | None = None,
+    gradients: Literal["parameters", "representation"] = "parameters",
     accumulate: int = 1,
     ema_decay: float | None = None,
     seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds ``step(state, batch) -> (state, metrics)``; jit it with the state donated.
 
-    Losses are sums over all labelled pixels of the global batch divided by their count, per task; a task without labels
-    in the batch has loss 0 and no gradient. ``scalarizer`` makes one number of them (default: the tasks' weights).
+    Losses are sums over all labelled pixels of the global batch divided by their count, per task, times the task's
+    weight; a task without labels in the batch has loss 0, no gradient, and no say in how the others are combined.
 
     Args:
+      objective: how losses become one update (multi_objective/): a scalariser, or an aggregator made for the number of
+        tasks, whose weights act on the shared parameters (see `owner`), while a task's own take its own gradient. None
+        is the sum.
+      gradients: of which an aggregator takes the Gramian: the shared parameters, or the backbone's pyramid, which costs
+        one backward pass of the backbone instead of one a task.
       accumulate: k micro-batches, one after another in a scan. Counts and balances are taken over the whole batch
-        first, so the gradient equals that of one large batch up to rounding (with a scalariser that is linear in the
-        losses).
+        first, so the gradient equals that of one large batch up to rounding, whatever the objective.
       ema_decay: d in ``ema <- d ema + (1 - d) params``, with d at most (1 + step) / (10 + step) so that the
         random start is forgotten; None keeps no average.
       seed: of drop path; folded with the step and the micro-batch, so a resumed run draws the same numbers.
 
-    Returns metrics: "loss", "loss/TASK", "grad_norm", all float32 scalars.
+    Returns metrics: "loss" (the weighted sum, whatever the objective), "loss/TASK" (unweighted; 0 for a weight of 0),
+    "grad_norm" (of the update), with an aggregator those of `gradient_metrics`; all float32 scalars.
+
+    Raises:
+      ValueError: unknown ``gradients``; "representation" with a model that has no `encode` and `decode`.
     """
-    scalarizer = scalarizer or weighted_sum([task.weight for task in tasks])
-
-    def objective(params: Any, state: TrainState, batch: Batch, statistics: Mapping[str, Any], micro: Array) -> Any:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), state.step), micro)
-        variables = {"params": params, "constants": state.constants}
-        predictions: Any = model.apply(variables, batch["image"], train=True, rngs={"drop_path": key})
-        losses = task_losses(tasks, predictions, batch, statistics)
-        total, objective_state = scalarizer.apply(losses, state.objective)
-        return total, (losses, objective_state)
-
-    gradient = jax.value_and_grad(objective, has_aux=True)
+    objective = weighted_sum([1.0] * len(tasks)) if objective is None else objective
+    names = [task.name for task in tasks]
+    scale = tuple(float(task.weight) for task in tasks)
+    if gradients not in GRADIENTS:
+        raise ValueError(f"train step: gradients is {gradients!r}; it must be one of {GRADIENTS}.")
+    if gradients == "representation" and not (hasattr(model, "encode") and hasattr(model, "decode")):
+        raise ValueError(
+            f"train step: gradients='representation' needs a model with encode and decode; {type(model).__name__} has "
+            "none."
+        )
+    mixes = getattr(getattr(model, "interaction", None), "mixes_tasks", True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         if (state.ema is None) != (ema_decay is None):
@@ -108,32 +129,46 @@ def make_train_step(
                 "average; give both or neither (init_state(..., ema=True))."
             )
         statistics = {task.name: task.batch_statistics(batch[task.name]) for task in tasks}
-        if accumulate == 1:
-            (total, (losses, objective_state)), grads = gradient(
-                state.params, state, batch, statistics, jnp.zeros((), jnp.int32)
-            )
+        mask = jnp.stack([statistics[name]["count"] > 0 for name in names])
+
+        def weighted_losses(predictions: Any, part: Batch) -> Array:
+            losses = task_losses(tasks, predictions, part, statistics)
+            return losses * jnp.asarray(scale, losses.dtype)
+
+        def apply(params: Any, key: Array, *arguments: Any, **options: Any) -> Any:
+            variables = {"params": unflat(params), "constants": state.constants}
+            return model.apply(variables, *arguments, train=True, rngs={"drop_path": key}, **options)
+
+        program = Program(
+            losses=lambda params, part, key: weighted_losses(apply(params, key, part["image"]), part),
+            encode=lambda params, part, key: apply(params, key, part["image"], method="encode"),
+            decode=lambda z, params, part, key: weighted_losses(
+                apply(params, key, z, part["image"].shape[1:3], method="decode"), part
+            ),
+        )
+        first = jax.random.fold_in(jax.random.key(seed), state.step)
+        keys = jax.vmap(lambda micro: jax.random.fold_in(first, micro))(jnp.arange(accumulate))
+        params = flat(state.params)
+        common = (params, state.objective, micro_batches(batch, accumulate), keys, mask)
+        if isinstance(objective, Scalarizer):
+            found = by_scalar(program, objective, *common)
         else:
-
-            def add(carry: Any, micro: Any) -> tuple[Any, None]:
-                index, part = micro
-                (total, (losses, objective_state)), grads = gradient(state.params, state, part, statistics, index)
-                sums = jax.tree.map(jnp.add, carry[0], (total, losses, grads))
-                return (sums, objective_state), None
-
-            zeros = (jnp.zeros(()), jnp.zeros(len(tasks)), jax.tree.map(jnp.zeros_like, state.params))
-            parts = (jnp.arange(accumulate), micro_batches(batch, accumulate))
-            ((total, losses, grads), objective_state), _ = jax.lax.scan(add, (zeros, state.objective), parts)
+            own = frozenset(path for path in params if owner(path, names, mixes))
+            combine = by_parameters if gradients == "parameters" else by_representation
+            found = combine(program, objective, own, *common, names)
+        # In the parameters' own order: a flat tree is sorted by path.
+        grads = unflat({name: found.gradients[name] for name in params})
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": total, "grad_norm": optax.tree.norm(grads)}
-        metrics |= {f"loss/{task.name}": loss for task, loss in zip(tasks, losses, strict=True)}
+        new_params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": jnp.sum(found.losses), "grad_norm": optax.tree.norm(grads), **found.metrics}
+        metrics |= {f"loss/{name}": found.losses[i] / (scale[i] or 1.0) for i, name in enumerate(names)}
         new_state = state.replace(
             step=state.step + 1,
-            params=params,
+            params=new_params,
             opt_state=opt_state,
-            ema=None if ema_decay is None else _averaged(state.ema, params, ema_decay, state.step),
-            objective=objective_state,
+            ema=None if ema_decay is None else _averaged(state.ema, new_params, ema_decay, state.step),
+            objective=found.state,
         )
         return new_state, metrics
 

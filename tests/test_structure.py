@@ -14,7 +14,7 @@ LAYERS = [
     "cost layers etf selection sharding writers config_files host_memory stop_signal album charts",
     "projections neural_collapse layer_rates",
     "tasks optimizers multi_objective interactions backbones heads data_sets boundary",
-    "model metrics",
+    "model metrics objective",
     "train_step checkpoints evaluate probe report panels",
     "plan build diagnostics gallery finite edge_evaluation",
     "restore workdir starting_state",

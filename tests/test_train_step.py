@@ -135,7 +135,7 @@ def toy(**options):
     optimizer = optax.adam(0.1)
     batch = {"image": make_batch()["image"], "depth": make_batch()["depth"]}
     ema = options.get("ema_decay") is not None
-    state = init_state(Toy(), optimizer, batch["image"], ema=ema, scalarizer=options.get("scalarizer"))
+    state = init_state(Toy(), optimizer, batch["image"], ema=ema, objective=options.get("objective"))
     return make_train_step(Toy(), (Depth(),), optimizer, **options), state, batch
 
 
@@ -197,11 +197,17 @@ def test_randomness_is_a_function_of_seed_and_step():
 
 
 def test_scalarizer_state_is_carried():
-    counting = Scalarizer(init=lambda: jnp.zeros(()), apply=lambda losses, n: (2 * jnp.sum(losses), n + 1))
-    for accumulate in (1, 2):
-        step, state, batch = toy(scalarizer=counting, accumulate=accumulate)
+    def apply(losses, n, mask=None):
+        return 2 * jnp.sum(losses), n + 1
+
+    base, state, batch = toy(accumulate=2)
+    expected = jax.jit(base)(state, batch)[1]
+    for linear in (True, False):
+        counting = Scalarizer(init=lambda: jnp.zeros(()), apply=apply, linear=linear)
+        step, state, batch = toy(objective=counting, accumulate=2)
         state, metrics = jax.jit(step)(state, batch)
-        np.testing.assert_allclose(metrics["loss"], 2 * metrics["loss/depth"], rtol=4 * EPS32)
+        np.testing.assert_allclose(metrics["loss"], expected["loss"], rtol=4 * EPS32)
+        np.testing.assert_allclose(metrics["grad_norm"], 2 * expected["grad_norm"], rtol=16 * EPS32)
         assert state.objective == 1  # once a step, not once a micro-batch
 
 

@@ -21,6 +21,8 @@ class NoInteraction(nn.Module):
     mlp_width: int | None = None
     dtype: jnp.dtype = jnp.float32
 
+    mixes_tasks = False
+
     @nn.compact
     def __call__(self, features: Mapping[str, Float[Array, "batch *space channels"]]) -> dict[str, Array]:
         check_features(features, "NoInteraction")  # what the others cannot mix is refused here too

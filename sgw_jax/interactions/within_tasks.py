@@ -21,6 +21,8 @@ class WithinTasks(nn.Module):
 
     kem: KEM
 
+    mixes_tasks = False
+
     def __call__(self, features: Mapping[str, Float[Array, "batch *space channels"]]) -> dict[str, Array]:
         check_features(features, "WithinTasks")
         return {name: cast(dict, self.kem({name: value}))[name] for name, value in features.items()}

@@ -71,7 +71,7 @@ def gradnorm(num_tasks: int, *, alpha: float = 1.5, learning_rate: float = 0.025
     """
 
     def init(number: int) -> tuple[Array, Array]:
-        return jnp.zeros(num_tasks), jnp.full(num_tasks, jnp.nan)
+        return jnp.zeros(num_tasks), jnp.full(num_tasks, jnp.nan, jnp.float32)
 
     def apply(matrix: Array, state: Any, *, losses: Any = None, mask: Any = None, key: Any = None) -> Any:
         del key

@@ -91,9 +91,7 @@ def interior_point(matrix: Float[Array, "n n"], linear: Float[Array, " n"], iter
         length = jnp.minimum(longest(x, dx), longest(dual, dz))
         new = x + length * dx, dual + length * dz
         going = (average > tiny) & jnp.all(jnp.isfinite(new[0])) & jnp.all(jnp.isfinite(new[1]))
-        return tuple(
-            jnp.where(going, jnp.maximum(after, tiny), before) for after, before in zip(new, carry, strict=True)
-        )
+        return jnp.where(going, jnp.maximum(new[0], tiny), x), jnp.where(going, jnp.maximum(new[1], tiny), dual)
 
     start = (jnp.ones_like(b), jnp.ones_like(b))
     x, dual = jax.lax.fori_loop(0, iterations, step, start)

@@ -192,7 +192,8 @@ def famo(num_tasks: int, *, learning_rate: float = 0.025, weight_decay: float = 
     def init() -> tuple[Array, ...]:
         zeros = jnp.zeros(num_tasks)
         # xi; first and second moment; the last losses' logarithms (NaN before the first); the z they had; steps.
-        return zeros, zeros, zeros, jnp.full(num_tasks, jnp.nan), jnp.full(num_tasks, 1 / num_tasks), jnp.zeros(())
+        before, used = (jnp.full(num_tasks, value, jnp.float32) for value in (jnp.nan, 1 / num_tasks))
+        return zeros, zeros, zeros, before, used, jnp.zeros(())
 
     def apply(losses: Losses, state: tuple, mask: Mask | None = None) -> tuple[Array, Any]:
         xi, first, second, before, used, count = state

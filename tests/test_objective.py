@@ -1,0 +1,285 @@
+"""Objectives in the training step: whose parameters they weigh, against gradients task by task; accumulation, missing
+labels, bfloat16, and the same numbers on eight devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sgw_jax.backbones.vit import ViT
+from sgw_jax.interactions import KEM, NoInteraction
+from sgw_jax.model import MultiTaskModel
+from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS, upgrad, weights
+from sgw_jax.objective import Program, by_parameters, by_representation, by_scalar, flat, initial_state, owner
+from sgw_jax.optimizers import make_optimizer
+from sgw_jax.sharding import global_batch, make_mesh, path_name, replicated, state_sharding
+from sgw_jax.tasks import Depth, Saliency, SemSeg
+from sgw_jax.train_step import init_state, make_train_step, task_losses
+
+EPS32 = float(np.finfo(np.float32).eps)
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
+TASKS = (SemSeg(num_classes=3, weight=2.0), Depth(), Saliency(weight=0.5))
+NAMES = [task.name for task in TASKS]
+SGD = make_optimizer(1.0, name="sgd", momentum=0.9)  # after one step its state is the first gradient itself
+ROWS, SIZE = 8, (32, 32)
+
+
+def make_model(interaction=None, dtype=jnp.float32):
+    backbone = ViT(16, 8, 4, 2, 2.0, SIZE, dtype=dtype)
+    interaction = KEM(3, top_k=4, dtype=dtype) if interaction is None else interaction
+    return MultiTaskModel(TASKS, backbone, interaction, channels=8, stride=8, preliminary=True, dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.normal(size=(ROWS, *SIZE, 3)).astype(np.float32),
+        "semseg": rng.integers(0, 3, (ROWS, *SIZE)).astype(np.int32),
+        "depth": rng.uniform(1, 2, (ROWS, *SIZE, 1)).astype(np.float32),
+        "saliency": (rng.random((ROWS, *SIZE, 1)) < 0.4).astype(np.float32),
+    }
+
+
+@functools.cache
+def params_of(interaction=None):
+    shape = jnp.zeros((ROWS, *SIZE, 3))
+    return jax.device_get(
+        jit(make_model(interaction).init, static_argnames="train")(jax.random.key(0), shape, train=True)
+    )
+
+
+def start(objective, interaction=None):
+    image = jnp.zeros((ROWS, *SIZE, 3))
+    state = jit(lambda: init_state(make_model(interaction), SGD, image, objective=objective))()
+    return jax.device_get(state)
+
+
+def step_of(objective, interaction=None, dtype=jnp.float32, **options):
+    return make_train_step(make_model(interaction, dtype), TASKS, SGD, objective=objective, **options)
+
+
+def first_gradient(state):
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    return {path_name(path).split("trace/")[1]: np.asarray(leaf) for path, leaf in leaves if "trace" in path_name(path)}
+
+
+@functools.cache
+def task_by_task(interaction=None):
+    """(losses, {path: (tasks, ...)}, (tasks, pyramid)): jax.jacrev of the weighted losses, apart from the step."""
+    model = make_model(interaction)
+    variables = params_of(interaction)
+    data = batch.__wrapped__() if hasattr(batch, "__wrapped__") else None
+    statistics = {task.name: task.batch_statistics(data[task.name]) for task in TASKS}
+    scale = jnp.array([task.weight for task in TASKS])
+
+    def losses(params):
+        found = model.apply({"params": params}, data["image"], train=True)
+        return scale * task_losses(TASKS, found, data, statistics)
+
+    def after(pyramid):
+        found = model.apply(variables, pyramid, SIZE, True, method="decode")
+        return scale * task_losses(TASKS, found, data, statistics)
+
+    pyramid = model.apply(variables, data["image"], method="encode")
+    by_pyramid = jit(jax.jacrev(after))(pyramid)
+    rows = np.concatenate([np.asarray(leaf, np.float64).reshape(3, -1) for leaf in jax.tree.leaves(by_pyramid)], 1)
+    jacobian = jit(jax.jacrev(losses))(variables["params"])
+    return np.asarray(losses(variables["params"])), {k: np.asarray(v) for k, v in flat(jacobian).items()}, rows
+
+
+def test_who_owns_what():
+    cases = {
+        "backbone/blocks/norm1/scale": (None, None),
+        "interaction/slots": (None, None),
+        "interaction16/slots": (None, None),
+        "head_depth/conv/kernel": ("depth", "depth"),
+        "preliminary_depth/conv/kernel": ("depth", "depth"),
+        "stem_depth/norm/scale": (None, "depth"),
+        "stem16_depth/norm/scale": (None, "depth"),
+        "head_of_state/kernel": (None, None),
+        "backbone/head_depth/kernel": (None, None),
+    }
+    for path, (mixing, alone) in cases.items():
+        assert owner(path, ["depth", "semseg"], True) == mixing
+        assert owner(path, ["depth", "semseg"], False) == alone
+    assert make_model().interaction.__class__ is KEM
+    assert not NoInteraction.mixes_tasks
+
+
+@pytest.mark.parametrize("mixing", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("gradients", ["parameters", "representation"])
+def test_shared_parameters_take_the_weighted_gradient_and_heads_their_own(batch, gradients, mixing):
+    interaction = None if mixing else NoInteraction()
+    objective = upgrad(3)
+    state = start(objective, interaction)
+    new, metrics = jit(step_of(objective, interaction, gradients=gradients))(state, batch)
+    losses, jacobian, by_pyramid = task_by_task(interaction)
+    own = {path: owner(path, NAMES, mixing) for path in jacobian}
+    assert {name for name in own.values() if name} == set(NAMES)
+    shared = [leaf.reshape(3, -1).astype(np.float64) for path, leaf in jacobian.items() if own[path] is None]
+    rows = np.concatenate(shared, 1) if gradients == "parameters" else by_pyramid
+    matrix = rows @ rows.T
+    expected = np.asarray(weights.upgrad(matrix.astype(np.float32)), np.float64)
+    found = np.array([metrics[f"weight/{name}"] for name in NAMES])
+    # Float32 sums in another order: 1e-5 of the gradients, as tests/test_train_step.py; cosines by the least
+    # eigenvalue of generic gradients.
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    for path, gradient in first_gradient(new).items():
+        if own[path] is None:
+            wanted = np.tensordot(found, jacobian[path].astype(np.float64), 1)
+        else:
+            wanted = jacobian[path][NAMES.index(own[path])]
+        size = np.abs(jacobian[path]).max()
+        np.testing.assert_allclose(gradient, wanted, rtol=0, atol=2e-5 * max(size, 1e-3), err_msg=path)
+    np.testing.assert_allclose(metrics["loss"], losses.sum(), rtol=1e-5)
+    norms = np.sqrt(np.diag(matrix))
+    np.testing.assert_allclose(metrics["cosine/semseg-depth"], matrix[0, 1] / norms[0] / norms[1], atol=1e-4)
+    assert metrics["conflict_rate"] == np.mean([matrix[0, 1] < 0, matrix[0, 2] < 0, matrix[1, 2] < 0], dtype=np.float32)
+
+
+@pytest.mark.parametrize("gradients", ["parameters", "representation"])
+def test_accumulation_equals_one_large_batch(batch, gradients):
+    objective = AGGREGATORS["nash_mtl"](3)
+    state = start(objective)
+    once, metrics = jit(step_of(objective, gradients=gradients))(state, batch)
+    parts, other = jit(step_of(objective, gradients=gradients, accumulate=4))(state, batch)
+    for name in metrics:
+        np.testing.assert_allclose(other[name], metrics[name], rtol=1e-3, atol=1e-4, err_msg=name)
+    for path, gradient in first_gradient(once).items():
+        size = max(np.abs(gradient).max(), 1e-3)
+        np.testing.assert_allclose(first_gradient(parts)[path], gradient, rtol=0, atol=1e-3 * size, err_msg=path)
+
+
+# ---- every member, on a program that compiles in no time -----------------------------------------------------------
+
+RNG = np.random.default_rng(1)
+PARAMS = {"backbone/w": RNG.normal(size=(4, 6)), "neck": RNG.normal(size=(6, 6)), "head_a/w": RNG.normal(size=6)}
+PARAMS = {name: jnp.asarray(value, jnp.float32) for name, value in PARAMS.items()}
+PARTS = jnp.asarray(RNG.normal(size=(4, 5, 4)), jnp.float32)  # four micro-batches of five rows
+
+
+def encode(params, part, key):
+    return jnp.tanh(part @ params["backbone/w"])
+
+
+def decode(z, params, part, key):
+    z = jnp.sin(z @ params["neck"])
+    return (
+        jnp.stack([jnp.mean((z @ params["head_a/w"]) ** 2), jnp.mean((z[:, 0] - 1) ** 2), jnp.mean(z[:, 1] ** 2)]) / 4
+    )
+
+
+PROGRAM = Program(lambda p, part, key: decode(encode(p, part, key), p, part, key), encode, decode)
+
+
+def run(function, objective, parts, *more):
+    keys = jax.random.split(jax.random.key(0), len(parts))
+    state = initial_state(objective, PARAMS)
+    mask = jnp.ones(3, bool)
+    return jax.jit(lambda s, p: function(PROGRAM, objective, *more[:1], PARAMS, s, p, keys, mask, *more[1:]))(
+        state, parts
+    )
+
+
+def same(found, expected, tolerance):
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", SCALARIZERS)
+def test_a_scalariser_accumulates_whether_it_is_linear_or_not(name):
+    """Four micro-batches against the gradient of the scalariser of their summed losses."""
+    objective = SCALARIZERS[name](3, **({"steps_per_epoch": 5} if name == "dwa" else {}))
+    parts = run(by_scalar, objective, PARTS)
+    state = initial_state(objective, PARAMS)
+
+    def total(params):
+        losses = sum(PROGRAM.losses(params, part, None) for part in PARTS)
+        return objective.apply(losses, state)[0]
+
+    same(parts.gradients, jax.jit(jax.grad(total))(PARAMS), 64 * EPS32)
+    same(parts.losses, sum(PROGRAM.losses(PARAMS, part, None) for part in PARTS), 64 * EPS32)
+    assert jax.tree.structure(parts.state) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("function", [by_parameters, by_representation])
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_every_aggregator_accumulates_and_keeps_its_state(name, function):
+    """Weights of micro-batches are those of the whole; what a second step is given is what the first returned."""
+    objective = AGGREGATORS[name](3)
+    own = frozenset({"head_a/w"})
+    found = run(function, objective, PARTS, own, NAMES)
+    assert jax.tree.structure(found.state) == jax.tree.structure(initial_state(objective, PARAMS))
+    for leaf, other in zip(
+        jax.tree.leaves(found.state), jax.tree.leaves(initial_state(objective, PARAMS)), strict=True
+    ):
+        assert (leaf.shape, leaf.dtype, leaf.weak_type) == (other.shape, other.dtype, other.weak_type)
+    w = np.array([found.metrics[f"weight/{task}"] for task in NAMES])
+    assert np.all(np.isfinite(w))
+
+    def weighted(params):
+        return sum(jnp.sum(w * PROGRAM.losses(params, part, None)) for part in PARTS)
+
+    expected = jax.jit(jax.grad(weighted))(PARAMS)
+    own_gradient = jax.jit(jax.grad(lambda p: sum(PROGRAM.losses(p, part, None)[0] for part in PARTS)))(PARAMS)
+    expected["head_a/w"] = own_gradient["head_a/w"]
+    same(found.gradients, {key: expected[key] for key in found.gradients}, 256 * EPS32 * max(1, np.abs(w).max()))
+
+
+@pytest.mark.parametrize("gradients", ["parameters", "representation"])
+def test_a_task_without_labels_has_no_say(batch, gradients):
+    """Its weight is 0, its head stands still, and the others combine as if there were two tasks."""
+    without = dict(batch, depth=np.zeros_like(batch["depth"]))
+    objective = upgrad(3)
+    new, metrics = jit(step_of(objective, gradients=gradients))(start(objective), without)
+    assert metrics["weight/depth"] == 0
+    assert metrics["loss/depth"] == 0
+    assert metrics["weight/semseg"] >= 0.5  # of two tasks
+    for path, gradient in first_gradient(new).items():
+        assert np.all(np.isfinite(gradient)), path
+        if path.startswith(("head_depth", "preliminary_depth")):
+            assert not gradient.any()
+
+
+def test_bfloat16_and_an_average(batch):
+    """Three steps: finite, one compilation, float32 parameters."""
+    objective = upgrad(3)
+    optimizer = make_optimizer(1e-3)
+    model = make_model(dtype=jnp.bfloat16)
+    state = jit(lambda: init_state(model, optimizer, jnp.zeros((ROWS, *SIZE, 3)), objective=objective, ema=True))()
+    step = jit(make_train_step(model, TASKS, optimizer, objective=objective, gradients="representation", ema_decay=0.9))
+    for _ in range(3):
+        state, metrics = step(state, batch)
+    assert all(np.isfinite(value) for value in jax.tree.leaves(metrics))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("gradients", ["parameters", "representation"])
+@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 4}, pytest.param({"data": 8}, marks=pytest.mark.slow)])
+def test_eight_devices_do_what_one_does(batch, gradients, sizes):
+    objective = upgrad(3)
+    state = start(objective)
+    step = step_of(objective, gradients=gradients)
+    one, expected = jit(step)(state, batch)
+    mesh = make_mesh(sizes)
+    with jax.set_mesh(mesh):
+        placement = state_sharding(state, mesh, min_size=64)
+        placed = jax.device_put(state, placement)
+        run = jax.jit(step, out_shardings=(placement, replicated(mesh)))
+        many, found = run(placed, global_batch(batch, mesh))
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    for path, gradient in first_gradient(one).items():
+        size = max(np.abs(gradient).max(), 1e-3)
+        np.testing.assert_allclose(first_gradient(many)[path], gradient, rtol=0, atol=1e-4 * size, err_msg=path)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="gradients is 'features'; it must be one of"):
+        step_of(upgrad(3), gradients="features")
+    with pytest.raises(ValueError, match="needs a model with encode and decode; ViT has none"):
+        make_train_step(ViT(), TASKS, SGD, objective=upgrad(3), gradients="representation")
