@@ -1,6 +1,7 @@
-"""Interactions side by side from one pretrained trunk, paired by seed: scores, delta_m and diagnostics, JSON and HTML.
+"""Interactions, or objectives, side by side from one pretrained trunk, paired by seed: scores, delta_m, diagnostics.
 
     python benchmarks/compare.py --config=scenes --out=runs/compare [--seeds=3] [--steps=200]
+    python benchmarks/compare.py --out=runs/compare --methods none equal uncertainty upgrad nash_mtl cagrad
 
 A trunk without interaction is trained once; every run then goes on from it for the same number of steps, with the same
 data in the same order as the others of its seed. delta_m is taken against the single-task models of that seed, which
@@ -36,7 +37,12 @@ from sgw_jax.train import evaluate_split, train
 from sgw_jax.train_step import make_eval_step
 from sgw_jax.writers import write_atomically
 
-# What is compared: the interaction, and options over the configuration's; "widened" gets its MLP in `main`.
+TASKS = ("semseg", "depth", "normals", "edges", "saliency", "human_parts")
+UNWEIGHTED = {f"task_weights.{task}": "1" for task in TASKS}
+BY_REPRESENTATION = {**UNWEIGHTED, "gradients": "representation"}
+
+# What is compared: the interaction, and options over the configuration's; "widened" gets its MLP in `main`. The
+# objectives have no interaction and start from weights of 1: "none" is the sum with the configuration's tuned weights.
 METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "none": ("none", {}),
     "widened": ("none", {}),
@@ -46,7 +52,13 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "kem": ("kem", {}),
     "kem_sharp": ("kem", {"interactions.kem.temperature": "0.25"}),
     "skem": ("skem", {}),
+    "equal": ("none", UNWEIGHTED),
+    "uncertainty": ("none", {**UNWEIGHTED, "objective": "uncertainty"}),
+    "upgrad": ("none", {**BY_REPRESENTATION, "objective": "upgrad"}),
+    "nash_mtl": ("none", {**BY_REPRESENTATION, "objective": "nash_mtl"}),
+    "cagrad": ("none", {**BY_REPRESENTATION, "objective": "cagrad"}),
 }
+INTERACTIONS = ("none", "widened", "within_tasks", "cross_attention", "shared_workspace", "kem", "kem_sharp", "skem")
 SINGLE = "single_"  # prefix of the runs of one task
 NUMBERS = (
     "slot_diversity",
@@ -67,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200, help="of every run from the trunk")
     parser.add_argument("--trunk_steps", type=int, default=600)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(INTERACTIONS))
     parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "sgw_jax")
     arguments, overrides = parser.parse_known_args(argv)
     jax.config.update("jax_compilation_cache_dir", str(arguments.cache_dir / "xla"))

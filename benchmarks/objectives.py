@@ -1,0 +1,183 @@
+"""What task gradients cost: time and peak memory of a training step under each objective, beside the plain sum.
+
+    python benchmarks/objectives.py [--config=scenes] [--tasks 2 4 6] [--objectives upgrad nash_mtl ...]
+    python benchmarks/objectives.py --aggregation      the T x T work and the aggregation alone, beside TorchJD [parity]
+
+One process times all steps of a number of tasks in turn, so that they see the same machine; peak memory is the
+compiler's (temporaries). The share s of the FLOPs after the pyramid is `plan`'s; the formula beside the measurement
+is 1 + (T - 1)(2/3) s for the representation and (1 + 2 T) / 3 for parameters. Writes
+benchmarks/results/objectives_DEVICE.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from sgw_jax.build import build_model, build_tasks
+from sgw_jax.config_files import read_config
+from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS
+from sgw_jax.optimizers import make_optimizer
+from sgw_jax.plan import plan, target_shapes
+from sgw_jax.train_step import init_state, make_train_step
+from sgw_jax.writers import write_atomically
+
+NAMES = ("semseg", "depth", "normals", "edges", "saliency", "human_parts")
+DEFAULT = ("uncertainty", "upgrad", "nash_mtl", "cagrad", "mgda", "aligned_mtl", "pcgrad")
+
+
+def compiled_step(config: Any, objective: str, gradients: str) -> tuple[Any, Any, dict[str, Any]]:
+    """(compiled step, its state, batch) of random numbers."""
+    tasks = build_tasks(config)
+    model = build_model(config, tasks)
+    made = {**SCALARIZERS, **AGGREGATORS}[objective](len(tasks))
+    optimizer = make_optimizer(1e-4)
+    size, rows = tuple(config.data.size), config.batch_size
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.normal(size=(rows, *size, 3)).astype(np.float32)}
+    for name, shape in target_shapes(tasks, size, rows).items():
+        whole = shape.dtype == jnp.int32
+        batch[name] = rng.integers(0, 3, shape.shape).astype(np.int32) if whole else rng.uniform(0.1, 1, shape.shape)
+        batch[name] = np.asarray(batch[name], shape.dtype)
+    state = jax.jit(lambda: init_state(model, optimizer, jnp.zeros(batch["image"].shape), objective=made))()
+    step = jax.jit(make_train_step(model, tasks, optimizer, objective=made, gradients=gradients))
+    return step.lower(state, batch).compile(), state, batch
+
+
+def in_turn(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Median seconds of each call; the calls take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        jax.block_until_ready(call())
+    started = time.monotonic()
+    while time.monotonic() - started < seconds or min(map(len, times.values())) < 3:
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(value) for name, value in times.items()}
+
+
+def steps(arguments: argparse.Namespace, overrides: list[str]) -> list[dict[str, Any]]:
+    """Every objective at every number of tasks."""
+    rows = []
+    for count in arguments.tasks:
+        config = read_config(arguments.config, [f"--config.tasks={','.join(NAMES[:count])}", *overrides])
+        found = plan(build_model(config, build_tasks(config)), tuple(config.data.size))
+        after = sum(value for part, value in found.macs.items() if part not in ("backbone", "preliminary heads"))
+        share = after / sum(found.macs.values())
+        cases = {("equal", "parameters"): compiled_step(config, "equal", "parameters")}
+        for objective in arguments.objectives:
+            kinds = ("parameters",) if objective in SCALARIZERS else ("parameters", "representation")
+            cases |= {(objective, kind): compiled_step(config, objective, kind) for kind in kinds}
+        calls = {f"{name}/{kind}": (lambda c=case: c[0](c[1], c[2])) for (name, kind), case in cases.items()}
+        seconds = in_turn(calls, arguments.seconds)
+        base = cases["equal", "parameters"][0].memory_analysis().temp_size_in_bytes
+        for (name, kind), case in cases.items():
+            memory = case[0].memory_analysis().temp_size_in_bytes
+            scalar = name in SCALARIZERS
+            formula = 1 + (count - 1) * 2 / 3 * share if kind == "representation" else (1 + 2 * count) / 3
+            rows.append(
+                {
+                    "tasks": count,
+                    "objective": name,
+                    "gradients": "scalar" if scalar else kind,
+                    "seconds": seconds[f"{name}/{kind}"],
+                    "time_ratio": seconds[f"{name}/{kind}"] / seconds["equal/parameters"],
+                    "formula": 1.0 if scalar else formula,
+                    "temporary_MiB": memory / 2**20,
+                    "memory_ratio": memory / base,
+                    "share_after_pyramid": share,
+                }
+            )
+        Console().print(f"{count} tasks: {len(cases)} steps measured")
+        jax.clear_caches()
+    return rows
+
+
+def aggregation(seconds: float) -> list[dict[str, Any]]:
+    """The aggregation of a random Jacobian of a million parameters, and the weights alone, beside TorchJD."""
+    import torch
+    import torchjd.aggregation as theirs
+
+    members = {
+        "upgrad": theirs.UPGrad(),
+        "dualproj": theirs.DualProj(),
+        "mgda": theirs.MGDA(),
+        "cagrad": theirs.CAGrad(c=0.5),
+        "imtl_g": theirs.IMTLG(),
+        "aligned_mtl": theirs.AlignedMTL(),
+        "config": theirs.ConFIG(),
+        "pcgrad": theirs.PCGrad(),
+    }
+    torch.set_num_threads(os.cpu_count() or 1)
+    rows = []
+    for count in (2, 4, 8):
+        jacobian = np.random.default_rng(0).normal(size=(count, 2**20)).astype(np.float32)
+        tensor, array = torch.from_numpy(jacobian), jnp.asarray(jacobian)
+        matrix = jnp.asarray(jacobian @ jacobian.T)
+        for name, other in members.items():
+            ours = AGGREGATORS[name](count)
+            state = ours.init(None)
+            update = jax.jit(lambda j, s, ours=ours: ours.update({"w": j}, s)[0])
+            alone = jax.jit(lambda g, s, ours=ours: ours.weighting.apply(g, s.inner)[0])
+            calls = {
+                "ours": lambda f=update, j=array, s=state: f(j, s),
+                "weights": lambda f=alone, g=matrix, s=state: f(g, s),
+                "torchjd": lambda f=other, j=tensor: f(j) is None,
+            }
+            rows.append({"tasks": count, "objective": name, **in_turn(calls, seconds)})
+    return rows
+
+
+def main() -> None:
+    """Measures and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="scenes")
+    parser.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 6])
+    parser.add_argument("--objectives", nargs="+", default=list(DEFAULT))
+    parser.add_argument("--seconds", type=float, default=20.0, help="per number of tasks")
+    parser.add_argument("--aggregation", action="store_true")
+    parser.add_argument("--output")
+    arguments, overrides = parser.parse_known_args()
+    device = jax.devices()[0]
+    path = Path(arguments.output or f"benchmarks/results/objectives_{device.platform}.json")
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results["environment"] = {
+        "device": device.device_kind,
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+    }
+    if arguments.aggregation:
+        results["aggregation"] = rows = aggregation(arguments.seconds / 10)
+        lines = ["| T | method | ours ms | of it weights ms | TorchJD ms | ratio |", "|---|---|---|---|---|---|"]
+        for row in rows:
+            ours, alone, torchjd = (1e3 * row[key] for key in ("ours", "weights", "torchjd"))
+            cells = [row["tasks"], row["objective"], f"{ours:.2f}", f"{alone:.3f}", f"{torchjd:.2f}"]
+            lines.append("| " + " | ".join([*map(str, cells), f"{torchjd / ours:.1f}"]) + " |")
+    else:
+        results["steps"] = rows = steps(arguments, overrides)
+        results["config"] = {"name": arguments.config, "overrides": overrides}
+        lines = ["| T | objective | gradients | s | time | formula | memory |", "|---|---|---|---|---|---|---|"]
+        for row in rows:
+            cells = [row["tasks"], row["objective"], row["gradients"], f"{row['share_after_pyramid']:.0%}"]
+            ratios = [f"{row[key]:.2f}" for key in ("time_ratio", "formula", "memory_ratio")]
+            lines.append("| " + " | ".join([*map(str, cells), *ratios]) + " |")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(results, indent=1))
+    Console().print("\n".join(lines), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
