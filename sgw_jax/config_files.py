@@ -117,6 +117,7 @@ def _hint(key: str, keys: Sequence[str]) -> str:
     section, _, name = key.rpartition(".")
     siblings = [other for other in keys if section and other.rpartition(".")[0] == section]
     near = [other for other in keys if other.rpartition(".")[2] == name]
+    near.sort(key=lambda other: -difflib.SequenceMatcher(None, key, other).ratio())  # of several the most alike
     names = [other.rpartition(".")[2] for other in siblings]
     near = near or [f"{section}.{other}" for other in difflib.get_close_matches(name, names)]
     near = near or ([] if siblings else difflib.get_close_matches(key, keys))
