@@ -48,7 +48,7 @@ def compiled_step(config: Any, count: int, objective: str, gradients: str) -> tu
     """(compiled step, its state, batch) of random numbers."""
     tasks = first_tasks(config, count)
     model = build_model(config, tasks)
-    made = {**SCALARIZERS, **AGGREGATORS}[objective](len(tasks))
+    made = {**AGGREGATORS, **SCALARIZERS}[objective](len(tasks))
     optimizer = make_optimizer(1e-4)
     size, rows = tuple(config.data.size), config.batch_size
     rng = np.random.default_rng(0)

@@ -16,6 +16,7 @@ from sgw_jax.multi_objective import (
     cosines,
     gramian,
     representation_gradients,
+    rows_of,
 )
 from sgw_jax.sharding import constrain_rows
 
@@ -114,15 +115,9 @@ def by_parameters(
     def rows(part: Any, key: Array) -> tuple[Array, Any, Any]:
         losses, pull = jax.vjp(lambda s, p: program.losses({**s, **p}, part, key), shared, private)
 
-        def one(total: Any, unit: Array) -> tuple[Any, Any]:
-            row, alone = pull(unit)
-            return jax.tree.map(jnp.add, total, alone), row
-
-        # One after another: the memory of one backward pass. A head's gradient is its task's alone, so the sum over
-        # tasks is that gradient, unweighted.
-        zeros = jax.tree.map(jnp.zeros_like, private)
-        alone, jacobian = jax.lax.scan(one, zeros, jnp.eye(len(losses), dtype=losses.dtype))
-        return losses, constrain_rows(jacobian), alone
+        # A head's gradient is its task's alone, so the sum over tasks is that gradient, unweighted.
+        jacobian, alone = rows_of(pull, losses)
+        return losses, constrain_rows(jacobian), jax.tree.map(lambda x: jnp.sum(x, 0), alone)
 
     losses, jacobian, alone = _summed(rows, parts, keys)
     matrix = gramian(jacobian)
@@ -169,7 +164,7 @@ def by_representation(
     def measure(part: Any, key: Array) -> tuple[Array, Array, Any]:
         z = program.encode(trunk, part, key)
         losses, pull = jax.vjp(lambda z, p: program.decode(z, {**shared, **p}, part, key), z, private)
-        by_z, alone = jax.lax.map(pull, jnp.eye(len(losses), dtype=losses.dtype))
+        by_z, alone = rows_of(pull, losses)
         return losses, gramian(by_z), jax.tree.map(lambda x: jnp.sum(x, 0), alone)
 
     losses, matrix, alone = _summed(measure, parts, keys)

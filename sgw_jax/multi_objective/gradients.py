@@ -17,15 +17,16 @@ def task_gradients(
     losses_fn: Callable[..., Any],
     params: Any,
     *args: Any,
-    mode: Literal["map", "vmap", "unroll"] = "map",
+    mode: Literal["map", "vmap", "unroll"] = "unroll",
     constrain: Callable[[Any], Any] | None = None,
     has_aux: bool = False,
 ) -> tuple[Float[Array, " tasks"], Any, Any]:
     """``losses_fn(params, *args) -> losses (T,)`` and its Jacobian, a pytree like params with a leading axis of tasks.
 
-    One forward pass; T backward passes, one after another ("map": the memory of one, the default), at once ("vmap": of
-    T) or written out ("unroll": the compiler may drop what a task does not reach, and compiles T times as long). All
-    give the same numbers up to rounding. Cost: F + T B, with B about 2 F.
+    One forward pass; T backward passes, written out one after another ("unroll", the default), as a loop ("map": the
+    shortest program) or at once ("vmap": the memory of T). All give the same numbers up to rounding. Cost: F + T B,
+    with B about 2 F. A loop keeps XLA's CPU backend from its fast convolutions: there it was 5 times slower than
+    "unroll" (benchmarks/objectives.py).
 
     Args:
       constrain: applied to the Jacobian, for instance to keep its leaves sharded like the parameters.
@@ -44,12 +45,12 @@ def task_gradients(
         losses, pull, aux = jax.vjp(lambda p: losses_fn(p, *args), params, has_aux=True)
     else:
         losses, pull = jax.vjp(lambda p: losses_fn(p, *args), params)
-    (jacobian,) = _rows(pull, losses, mode)
+    (jacobian,) = rows_of(pull, losses, mode)
     return losses, jacobian if constrain is None else constrain(jacobian), aux
 
 
-def _rows(pull: Callable[[Array], Any], losses: Array, mode: str) -> Any:
-    """pull at every unit vector."""
+def rows_of(pull: Callable[[Array], Any], losses: Float[Array, " tasks"], mode: str = "unroll") -> Any:
+    """A pulled-back function at every unit vector, along a new first axis; see `task_gradients` for ``mode``."""
     if losses.ndim != 1:
         raise ValueError(f"task_gradients: the losses have shape {losses.shape}; they must be one vector.")
     units = jnp.eye(len(losses), dtype=losses.dtype)
@@ -82,7 +83,7 @@ def representation_gradients(
     own_params: Any,
     weighting: Callable[[Array, Array], tuple[Array, Any]],
     *,
-    mode: Literal["map", "vmap", "unroll"] = "map",
+    mode: Literal["map", "vmap", "unroll"] = "unroll",
 ) -> RepresentationGradients:
     """Weights from gradients in a representation z = trunk(trunk_params); one backward pass of the trunk whatever T is.
 
@@ -101,7 +102,7 @@ def representation_gradients(
     """
     z, pull_trunk = jax.vjp(trunk, trunk_params)
     losses, pull = jax.vjp(heads, z, shared_params, own_params)
-    by_z, by_shared, by_own = _rows(pull, losses, mode)
+    by_z, by_shared, by_own = rows_of(pull, losses, mode)
     matrix = gramian(by_z)
     weights, state = weighting(matrix, losses)
     (by_trunk,) = pull_trunk(weighted_sum_of(by_z, weights))
