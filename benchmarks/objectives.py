@@ -76,40 +76,39 @@ def in_turn(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, fl
     return {name: statistics.median(value) for name, value in times.items()}
 
 
-def steps(arguments: argparse.Namespace, overrides: list[str]) -> list[dict[str, Any]]:
-    """Every objective at every number of tasks."""
+def steps(arguments: argparse.Namespace, overrides: list[str], count: int) -> list[dict[str, Any]]:
+    """Every objective at a number of tasks."""
     rows = []
-    for count in arguments.tasks:
-        config = read_config(arguments.config, overrides)
-        found = plan(build_model(config, first_tasks(config, count)), tuple(config.data.size))
-        after = sum(value for part, value in found.macs.items() if part not in ("backbone", "preliminary heads"))
-        share = after / sum(found.macs.values())
-        cases = {("equal", "parameters"): compiled_step(config, count, "equal", "parameters")}
-        for objective in arguments.objectives:
-            kinds = ("parameters",) if objective in SCALARIZERS else ("parameters", "representation")
-            cases |= {(objective, kind): compiled_step(config, count, objective, kind) for kind in kinds}
-        calls = {f"{name}/{kind}": (lambda c=case: c[0](c[1], c[2])) for (name, kind), case in cases.items()}
-        seconds = in_turn(calls, arguments.seconds)
-        base = cases["equal", "parameters"][0].memory_analysis().temp_size_in_bytes
-        for (name, kind), case in cases.items():
-            memory = case[0].memory_analysis().temp_size_in_bytes
-            scalar = name in SCALARIZERS
-            formula = 1 + (count - 1) * 2 / 3 * share if kind == "representation" else (1 + 2 * count) / 3
-            rows.append(
-                {
-                    "tasks": count,
-                    "objective": name,
-                    "gradients": "scalar" if scalar else kind,
-                    "seconds": seconds[f"{name}/{kind}"],
-                    "time_ratio": seconds[f"{name}/{kind}"] / seconds["equal/parameters"],
-                    "formula": 1.0 if scalar else formula,
-                    "temporary_MiB": memory / 2**20,
-                    "memory_ratio": memory / base,
-                    "share_after_pyramid": share,
-                }
-            )
-        Console().print(f"{count} tasks: {len(cases)} steps measured")
-        jax.clear_caches()
+    config = read_config(arguments.config, overrides)
+    found = plan(build_model(config, first_tasks(config, count)), tuple(config.data.size))
+    after = sum(value for part, value in found.macs.items() if part not in ("backbone", "preliminary heads"))
+    share = after / sum(found.macs.values())
+    cases = {("equal", "parameters"): compiled_step(config, count, "equal", "parameters")}
+    for objective in arguments.objectives:
+        kinds = ("parameters",) if objective in SCALARIZERS else ("parameters", "representation")
+        cases |= {(objective, kind): compiled_step(config, count, objective, kind) for kind in kinds}
+    calls = {f"{name}/{kind}": (lambda c=case: c[0](c[1], c[2])) for (name, kind), case in cases.items()}
+    seconds = in_turn(calls, arguments.seconds)
+    base = cases["equal", "parameters"][0].memory_analysis().temp_size_in_bytes
+    for (name, kind), case in cases.items():
+        memory = case[0].memory_analysis().temp_size_in_bytes
+        scalar = name in SCALARIZERS
+        formula = 1 + (count - 1) * 2 / 3 * share if kind == "representation" else (1 + 2 * count) / 3
+        rows.append(
+            {
+                "tasks": count,
+                "objective": name,
+                "gradients": "scalar" if scalar else kind,
+                "seconds": seconds[f"{name}/{kind}"],
+                "time_ratio": seconds[f"{name}/{kind}"] / seconds["equal/parameters"],
+                "formula": 1.0 if scalar else formula,
+                "temporary_MiB": memory / 2**20,
+                "memory_ratio": memory / base,
+                "share_after_pyramid": share,
+            }
+        )
+    Console().print(f"{count} tasks: {len(cases)} steps measured")
+    jax.clear_caches()
     return rows
 
 
@@ -160,6 +159,7 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     device = jax.devices()[0]
     path = Path(arguments.output or f"benchmarks/results/objectives_{device.platform}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
     results["environment"] = {
         "device": device.device_kind,
@@ -175,15 +175,17 @@ def main() -> None:
             cells = [row["tasks"], row["objective"], f"{ours:.2f}", f"{alone:.3f}", f"{torchjd:.2f}"]
             lines.append("| " + " | ".join([*map(str, cells), f"{torchjd / ours:.1f}"]) + " |")
     else:
-        rows = steps(arguments, overrides)
         label = " ".join([arguments.config, *overrides])
-        results.setdefault("steps", {})[label] = rows
+        known = results.setdefault("steps", {}).setdefault(label, [])
+        for count in arguments.tasks:  # written after each, as compiling eight tasks takes minutes
+            known[:] = [row for row in known if row["tasks"] != count] + steps(arguments, overrides, count)
+            write_atomically(path, json.dumps(results, indent=1))
+        rows = sorted(known, key=lambda row: row["tasks"])
         lines = ["| T | objective | gradients | s | time | formula | memory |", "|---|---|---|---|---|---|---|"]
         for row in rows:
             cells = [row["tasks"], row["objective"], row["gradients"], f"{row['share_after_pyramid']:.0%}"]
             ratios = [f"{row[key]:.2f}" for key in ("time_ratio", "formula", "memory_ratio")]
             lines.append("| " + " | ".join([*map(str, cells), *ratios]) + " |")
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(results, indent=1))
     Console().print("\n".join(lines), soft_wrap=True)
 
