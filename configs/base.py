@@ -42,6 +42,7 @@ def kem(etf_vertices: int | None = None) -> dict[str, Any]:
         "task_embedding": False,  # a learned vector per task on keys and queries
         "task_gate": False,  # a learned scalar per task on what is written back
         "rounds": 1,  # retrieve-write rounds with the same weights
+        "recall": optional(float),  # on TPUs: find the top k approximately, with this expected share of them
         "temperature": 1.0,  # the scores of the retrieval are divided by it
         "zero_init_write": False,  # the module starts as the identity
     }
@@ -53,7 +54,13 @@ def get_config() -> ConfigDict:
         {
             "seed": 0,  # initialisation, data order, augmentation, drop path
             "dtype": "float32",  # of the computation: float32 or bfloat16; parameters and losses stay float32
-            "mesh": {"data": -1, "fsdp": 1},  # devices per axis; one -1 takes what is left
+            "mesh": {  # how devices are arranged (docs/scaling.md)
+                "name": "data",  # data | fsdp | data_fsdp4 | ...: MESHES in sgw_jax/sharding.py
+                # Devices per axis, in place of the named mesh's; one may be -1 and takes what is left.
+                "data": optional(int),  # copies of the network
+                "fsdp": optional(int),  # parts of the parameters
+                "context": optional(int),  # parts of an image's rows
+            },
             # --- data -------------------------------------------------------------------------------------------
             "data": {
                 # scenes | folder | nyud | pascal_context | cityscapes | mtan_nyuv2 | mtan_cityscapes

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
@@ -20,13 +19,17 @@ from data_pipelines.transforms import Augmentation, Target
 from sgw_jax.backbones import BACKBONES
 from sgw_jax.data_sets import DATA_SETS
 from sgw_jax.interactions import INTERACTIONS
+from sgw_jax.layers.placement import Placement
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS, ema_weights, every_k
 from sgw_jax.objective import GRADIENTS, Objective
 from sgw_jax.optimizers import learning_rate_schedule, make_optimizer
-from sgw_jax.sharding import check_batch_size, make_mesh
+from sgw_jax.sharding import BATCH, CONTEXT, check_batch, check_rows, make_mesh, mesh_sizes, own_rows
 from sgw_jax.tasks import TASKS
 from sgw_jax.tasks.base import Task
+
+# Interactions that work shard by shard; the others are left to the partitioner.
+PLACED = ("kem", "skem", "shared_workspace", "within_tasks")
 
 SPLITS = ("train", "validation", "test")
 
@@ -70,6 +73,7 @@ class Data:
     augmentation: Augmentation
     batch_size: int
     seed: int
+    block: tuple[int, int]  # this process's, of how many blocks of the batch's rows
     workers: int
     threads: int
 
@@ -98,8 +102,8 @@ class Data:
 
     def _reading(self) -> dict[str, int]:
         return {
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
+            "process_index": self.block[0],
+            "process_count": self.block[1],
             "num_workers": self.workers,
             "num_threads": self.threads,
         }
@@ -146,22 +150,26 @@ class Experiment:
         }
 
 
-def build(config: ConfigDict, cache_dir: Path | str, tasks: Sequence[Task] | None = None) -> Experiment:
+def build(
+    config: ConfigDict, cache_dir: Path | str, tasks: Sequence[Task] | None = None, mesh: Mesh | None = None
+) -> Experiment:
     """Builds all objects, checking the whole configuration before anything is rendered, compiled or written.
 
     Args:
       cache_dir: where rendered scenes are kept.
       tasks: task instances in place of those the configuration names, for a user's own.
+      mesh: in place of the one the configuration names, over all devices.
     """
     tasks = tuple(tasks) if tasks is not None else build_tasks(config)
-    mesh = make_mesh(config.mesh)
-    check_batch_size(config.batch_size, mesh, config.accumulate)
+    mesh = make_mesh(mesh_sizes(**config.mesh)) if mesh is None else mesh
+    check_batch(config.batch_size, mesh, config.accumulate)
+    check_rows(round(config.data.size[0] * config.input_scale), (config.stride, *config.scales), mesh)
     settings = _settings(config)
     schedule = learning_rate_schedule(
         config.optimizer.learning_rate, config.steps, config.schedule.warmup_steps, config.schedule.name
     )
     options = {key: value for key, value in config.optimizer.items() if key != "learning_rate"}
-    data = build_data(config, tasks, cache_dir)
+    data = build_data(config, tasks, cache_dir, own_rows(mesh))
     return Experiment(
         config=config,
         tasks=tasks,
@@ -217,12 +225,14 @@ def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
     make_backbone = choose(BACKBONES, config.backbone, "config.backbone")
     overrides = {key: value for key, value in config.backbones[config.backbone].items() if value is not None}
     interaction = choose(INTERACTIONS, config.interaction, "config.interaction")
+    # Where the mesh has such axes, the slots' retrieval works shard by shard.
+    placed = {"placement": Placement(BATCH, CONTEXT)} if config.interaction in PLACED else {}
     height, width = config.data.size
     seen = round(height * config.input_scale), round(width * config.input_scale)
     return MultiTaskModel(
         tasks=tuple(tasks),
         backbone=make_backbone(image_size=seen, dtype=dtype, **overrides),
-        interaction=interaction(dtype=dtype, **config.interactions[config.interaction]),
+        interaction=interaction(dtype=dtype, **placed, **config.interactions[config.interaction]),
         channels=config.channels,
         input_scale=config.input_scale,
         stride=config.stride,
@@ -255,8 +265,10 @@ def build_objective(config: ConfigDict, tasks: int, data: Data) -> Objective:
     return found if config.weights_every == 1 else every_k(found, config.weights_every, tasks)
 
 
-def build_data(config: ConfigDict, tasks: Sequence[Task], cache_dir: Path | str) -> Data:
-    """Sources, targets and augmentation."""
+def build_data(
+    config: ConfigDict, tasks: Sequence[Task], cache_dir: Path | str, block: tuple[int, int] = (0, 1)
+) -> Data:
+    """Sources, targets and augmentation; ``block``: which of how many blocks of the rows are read here."""
     targets = {task.name: Target(**task.target) for task in tasks}
     makers = {"scenes": _scenes, "folder": _folder, **dict.fromkeys(DATA_SETS, _data_set)}
     sources = choose(makers, config.data.source, "config.data.source")(config, targets, cache_dir)
@@ -275,6 +287,7 @@ def build_data(config: ConfigDict, tasks: Sequence[Task], cache_dir: Path | str)
         ),
         batch_size=config.batch_size,
         seed=config.seed,
+        block=block,
         workers=config.data.workers,
         threads=config.data.threads,
     )

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from sgw_jax.heads import PredictionHead, TaskStem
 from sgw_jax.layers.resize import resize
-from sgw_jax.sharding import constrain_batch
+from sgw_jax.sharding import constrain_activations
 from sgw_jax.tasks.base import Task
 
 PRELIMINARY = "preliminary/"
@@ -63,7 +63,7 @@ class MultiTaskModel(nn.Module):
     def encode(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[int, Array]:
         """The backbone's pyramid {stride: (batch, h, w, width)}: all that tasks have in common."""
         size = (round(image.shape[1] * self.input_scale), round(image.shape[2] * self.input_scale))
-        return self.backbone(constrain_batch(resize(image, size)), train=train)
+        return self.backbone(constrain_activations(resize(image, size)), train=train)
 
     @nn.compact
     def decode(self, pyramid: dict[int, Array], size: tuple[int, int], train: bool = False) -> dict[str, Array]:
@@ -78,7 +78,7 @@ class MultiTaskModel(nn.Module):
                 mixed, slots = interaction(features, slots, True)
             else:
                 mixed = interaction(features)
-            mixed = {name: constrain_batch(value) for name, value in mixed.items()}
+            mixed = {name: constrain_activations(value) for name, value in mixed.items()}
         predictions = self._predict("head", mixed, size)
         if self.preliminary and train:
             early = self._predict("preliminary", features, size)
@@ -96,19 +96,19 @@ class MultiTaskModel(nn.Module):
             own = stem(pyramid)
             if coarser:
                 own += resize(coarser[task.name], (own.shape[1], own.shape[2]))
-            features[task.name] = constrain_batch(own)
+            features[task.name] = constrain_activations(own)
         return features
 
     def _interaction(self, stride: int) -> nn.Module:
         return self.interaction if stride == self.stride else self.interaction.copy(name=f"interaction{stride}")
 
     def _predict(self, prefix: str, features: dict[str, Array], size: tuple[int, int]) -> dict[str, Array]:
-        return {
-            task.name: PredictionHead(
-                task.channels, size, self.upsample, dtype=self.dtype, name=f"{prefix}_{task.name}"
-            )(features[task.name])
-            for task in self.tasks
-        }
+        predictions = {}
+        for task in self.tasks:
+            options = {"dtype": self.dtype, "name": f"{prefix}_{task.name}"}
+            head = PredictionHead(task.channels, size, self.upsample, **options)
+            predictions[task.name] = constrain_activations(head(features[task.name]))
+        return predictions
 
     def _check(self) -> None:
         names = [task.name for task in self.tasks]

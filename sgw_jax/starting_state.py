@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from sgw_jax.build import Experiment
 from sgw_jax.checkpoints import Checkpoints
-from sgw_jax.sharding import state_sharding
+from sgw_jax.sharding import check_split, state_sharding
 from sgw_jax.train_step import TrainState, init_state
 
 
@@ -24,10 +24,12 @@ def restored_state(experiment: Experiment, checkpoints: Checkpoints, step: int) 
 
 
 def abstract_state(experiment: Experiment) -> TrainState:
-    """Shapes, dtypes and shardings of the state without the numbers. Options that the model refuses show up here."""
+    """Shapes, dtypes and shardings of the state without the numbers. Options that the model refuses show up here, and
+    a mesh over which its parameters cannot be split."""
     with jax.set_mesh(experiment.mesh):
         shapes = jax.eval_shape(_init(experiment))
         shardings = state_sharding(shapes, experiment.mesh)
+        check_split(shapes.params, shardings.params, experiment.mesh)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
     )

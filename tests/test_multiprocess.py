@@ -16,7 +16,7 @@ from rich.console import Console
 from sgw_jax.build import build
 from sgw_jax.checkpoints import Checkpoints
 from sgw_jax.restore import open_run
-from sgw_jax.sharding import make_mesh
+from sgw_jax.sharding import make_mesh, mesh_sizes
 from sgw_jax.starting_state import restored_state
 from sgw_jax.train import train
 from sgw_jax.writers import read_metrics
@@ -158,7 +158,7 @@ def test_two_processes_are_one_run(command, tmp_path):
     for devices in (8, 1):
         name = f"1x{devices}"
         experiment = dataclasses.replace(
-            build(config, command.cache_dir), mesh=make_mesh(config.mesh, jax.devices()[:devices])
+            build(config, command.cache_dir), mesh=make_mesh(mesh_sizes(**config.mesh), jax.devices()[:devices])
         )
         train(experiment, tmp_path / name, Console(quiet=True))
         lines = read_metrics(tmp_path / name / "metrics.jsonl")

@@ -23,7 +23,7 @@ from sgw_jax.evaluate import Evaluation
 from sgw_jax.fine_tuning import fine_tuning_start
 from sgw_jax.finite import NonFiniteError, check_finite, check_finite_losses
 from sgw_jax.layers.drop_path import DropPath
-from sgw_jax.sharding import make_mesh
+from sgw_jax.sharding import make_mesh, mesh_sizes
 from sgw_jax.starting_state import abstract_state, initial_state, restored_state
 from sgw_jax.tasks import Depth
 from sgw_jax.train import check_start, train
@@ -97,7 +97,7 @@ def experiment(tasks=DEPTH, poisoned=(), train_seed=1, devices=2, model=Tiny(), 
     built = build(config, "unused", tasks)
     sources = {"train": Noise(60, train_seed, poisoned), "validation": Noise(5, 2)}
     data = dataclasses.replace(built.data, sources=sources)
-    mesh = make_mesh(config.mesh, jax.devices()[:devices])
+    mesh = make_mesh(mesh_sizes(**config.mesh), jax.devices()[:devices])
     return dataclasses.replace(built, data=data, mesh=mesh, model=model)
 
 

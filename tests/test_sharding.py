@@ -1,6 +1,8 @@
 """The mesh and its rules: where every leaf lies, what it costs a device, and when activations are pinned."""
 
 import functools
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +18,14 @@ from sgw_jax.interactions import KEM
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.sharding import (
     batch_sharding,
-    check_batch_size,
-    constrain_batch,
+    check_batch,
+    check_rows,
+    check_split,
+    constrain_activations,
     global_batch,
     make_mesh,
+    mesh_sizes,
+    own_rows,
     path_name,
     replicated,
     state_sharding,
@@ -36,33 +42,34 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 @pytest.mark.parametrize(
     ("sizes", "shape"),
     [
-        ({"data": 8}, (8, 1)),
-        ({"data": -1}, (8, 1)),
-        ({"fsdp": -1}, (1, 8)),
-        ({"data": 2, "fsdp": -1}, (2, 4)),
-        ({"data": -1, "fsdp": 8}, (1, 8)),
-        ({"fsdp": 2, "data": 4}, (4, 2)),
+        ({"data": 8}, (8, 1, 1)),
+        ({"data": -1}, (8, 1, 1)),
+        ({"fsdp": -1}, (1, 8, 1)),
+        ({"data": 2, "fsdp": -1}, (2, 4, 1)),
+        ({"data": -1, "fsdp": 8}, (1, 8, 1)),
+        ({"fsdp": 2, "data": 4}, (4, 2, 1)),
+        ({"fsdp": -1, "context": 2}, (1, 4, 2)),
     ],
 )
 def test_mesh_sizes(sizes, shape):
     mesh = make_mesh(sizes)
-    assert mesh.axis_names == ("data", "fsdp")
+    assert mesh.axis_names == sharding.AXES
     assert mesh.devices.shape == shape
     assert set(mesh.axis_types) == {AxisType.Auto}
 
 
 def test_mesh_of_some_devices():
-    assert make_mesh({"data": -1}, jax.devices()[:3]).devices.shape == (3, 1)
+    assert make_mesh({"data": -1}, jax.devices()[:3]).devices.shape == (3, 1, 1)
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"data": 2, "model": 4}, r"unknown axis \['model'\]; the axes are \['data', 'fsdp'\]"),
+        ({"data": 2, "model": 4}, r"unknown axis \['model'\]; the axes are \['data', 'fsdp', 'context'\]"),
         ({"data": -1, "fsdp": -1}, "at most one -1"),
         ({"data": 0}, "must be positive"),
         ({"data": -2}, "must be positive"),
-        ({"data": -1, "fsdp": 3}, "8 devices do not divide by 3"),
+        ({"data": -1, "fsdp": 3}, r"8 devices do not divide by 3 .* one of \[1, 2, 4, 8\]"),
         ({"data": 3}, "need 3 devices, but there are 8"),
         ({}, "need 1 devices, but there are 8"),
     ],
@@ -156,12 +163,12 @@ def test_a_sharded_state_costs_each_device_an_eighth():
 # ---- the batch -----------------------------------------------------------------------------------------------------
 
 
-def test_check_batch_size():
+def test_check_batch():
     mesh = make_mesh({"data": 4, "fsdp": 2})
-    check_batch_size(16, mesh)
-    check_batch_size(32, mesh, accumulate=4)
-    with pytest.raises(ValueError, match=r"batch_size 16 must divide by 8 devices x 4 .* = 32"):
-        check_batch_size(16, mesh, accumulate=4)
+    check_batch(16, mesh)
+    check_batch(32, mesh, accumulate=4)
+    with pytest.raises(ValueError, match=r"batch_size 16 must divide by 8 devices \(data x fsdp\) x 4 .* = 32"):
+        check_batch(16, mesh, accumulate=4)
 
 
 def test_global_batch_splits_rows_over_both_axes():
@@ -190,28 +197,114 @@ def constraints(function, *args):
     return found
 
 
-def test_constrain_batch_pins_rows_inside_our_mesh_alone():
-    x = jnp.ones((16, 3, 2))
-    assert constraints(constrain_batch, x) == []  # no mesh
+def test_constrain_activations_pins_rows_inside_our_mesh_alone():
+    x = jnp.ones((16, 6, 2))
+    assert constraints(constrain_activations, x) == []  # no mesh
     with jax.set_mesh(make_mesh({"data": 2, "fsdp": 4})):
-        assert constraints(constrain_batch, x) == [P(sharding.AXES)]
-        assert constraints(jax.grad(lambda y: jnp.sum(constrain_batch(y) ** 2)), x) == [P(sharding.AXES)] * 2
-        assert constraints(constrain_batch, x[:3]) == []  # rows that do not divide: a single image, say
-        per_example = constraints(jax.vmap(lambda row: constrain_batch(row[None])[0]), x)
+        assert constraints(constrain_activations, x) == [P(sharding.BATCH)]
+        gradient = jax.grad(lambda y: jnp.sum(constrain_activations(y) ** 2))
+        assert constraints(gradient, x) == [P(sharding.BATCH)] * 2
+        assert constraints(constrain_activations, x[:3]) == []  # rows that do not divide: a single image, say
+        per_example = constraints(jax.vmap(lambda row: constrain_activations(row[None])[0]), x)
         assert per_example == []
+    with jax.set_mesh(make_mesh({"data": 2, "context": 4})):
+        assert constraints(constrain_activations, x) == [P(sharding.BATCH, "context")]  # 6 over 4: padded
+        assert constraints(constrain_activations, x[:, :3]) == [P(sharding.BATCH)]  # fewer than the devices
+        assert constraints(constrain_activations, x[:, 0]) == [P(sharding.BATCH)]
     with jax.set_mesh(jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))):
-        assert constraints(constrain_batch, x) == []
-    with jax.set_mesh(jax.make_mesh((2, 4), sharding.AXES, axis_types=(AxisType.Explicit,) * 2)):
-        assert constraints(constrain_batch, x) == []
+        assert constraints(constrain_activations, x) == []
+    with jax.set_mesh(jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=(AxisType.Explicit,) * 3)):
+        assert constraints(constrain_activations, x) == []
 
 
-def test_constrain_batch_is_silent_inside_shard_map_and_pmap():
+def test_constrain_activations_is_silent_inside_shard_map_and_pmap():
     x = jnp.arange(128.0).reshape(64, 2)  # 8 rows a device, which would divide once more
     mesh = make_mesh({"data": 2, "fsdp": 4})
+    rows = P(sharding.BATCH)
     with jax.set_mesh(mesh):
-        mapped = jax.shard_map(lambda y: 2 * constrain_batch(y), in_specs=P(sharding.AXES), out_specs=P(sharding.AXES))
+        mapped = jax.shard_map(lambda y: 2 * constrain_activations(y), in_specs=rows, out_specs=rows)
         assert constraints(mapped, x) == []
         assert np.array_equal(jit(mapped)(x), 2 * x)
-        assert np.array_equal(jit(constrain_batch)(x), x)
-    over_devices = jax.pmap(lambda y: 2 * constrain_batch(y))
+        assert np.array_equal(jit(constrain_activations)(x), x)
+    over_devices = jax.pmap(lambda y: 2 * constrain_activations(y))
     assert np.array_equal(over_devices(x.reshape(8, 8, 2)).reshape(64, 2), 2 * x)
+
+
+# ---- named meshes, and what a start refuses -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sharding.MESHES)
+def test_named_meshes(name):
+    sizes = mesh_sizes(name)
+    assert set(sizes) <= set(sharding.AXES)
+    assert list(sizes.values()).count(-1) == 1
+    fixed = [size for size in sizes.values() if size != -1]
+    if np.prod(fixed, initial=1) <= 8:
+        assert make_mesh(sizes).size == 8
+
+
+def test_sizes_replace_those_of_the_named_mesh():
+    assert mesh_sizes() == {"data": -1}
+    assert mesh_sizes("data_fsdp4", fsdp=2, context=None) == {"data": -1, "fsdp": 2}
+    with pytest.raises(ValueError, match=r"mesh: 'pod' is not known; it must be one of \['data', 'fsdp'"):
+        mesh_sizes("pod")
+
+
+def test_the_smallest_leaves_are_repeated_up_to_a_hundredth():
+    sizes = {"kernel": (64, 128), "bias": (64,), "norm": (16,)}
+    tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in sizes.items()}
+    found = state_sharding(tree, make_mesh({"fsdp": 8}))
+    assert {name: place.spec for name, place in found.items()} == {"kernel": P(None, "fsdp"), "bias": P(), "norm": P()}
+    tree["bias"] = jax.ShapeDtypeStruct((80,), jnp.float32)  # 96 of 8288: more than a hundredth
+    assert state_sharding(tree, make_mesh({"fsdp": 8}))["bias"].spec == P("fsdp")
+
+
+def test_a_start_over_parameters_that_do_not_split_is_refused():
+    tree = {"wide": jax.ShapeDtypeStruct((6, 90), jnp.float32), "rest": jax.ShapeDtypeStruct((64, 80), jnp.float32)}
+
+    def check(sizes):
+        mesh = make_mesh(sizes)
+        check_split(tree, state_sharding(tree, mesh), mesh)
+
+    check({"data": 8})
+    check({"data": 4, "fsdp": 2})
+    with pytest.raises(ValueError, match=r"fsdp = 4, 9\.5% of the .* wide \(6, 90\)\. .* do divide: \[1, 2\]"):
+        check({"data": 2, "fsdp": 4})
+
+
+def test_check_rows():
+    check_rows(64, (4, 8), make_mesh({"data": 2, "context": 4}))
+    with pytest.raises(ValueError, match=r"context = 4 .* \{4: 15\} by stride, .* 60\. .* that do: \[1\]"):
+        check_rows(60, (4,), make_mesh({"data": 2, "context": 4}))
+
+
+class Device(NamedTuple):
+    process_index: int
+
+
+@pytest.mark.parametrize(
+    ("shape", "per_process", "blocks"),
+    [
+        ((4, 1, 1), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ((2, 1, 2), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # a context within a process
+        ((2, 1, 4), 2, [(0, 2)] * 4 + [(1, 2)] * 4),  # over two
+        ((1, 1, 8), 4, [(0, 1)] * 8),
+        ((2, 2, 1), 4, [(0, 1)] * 4),
+    ],
+)
+def test_processes_that_share_rows_read_the_same(monkeypatch, shape, per_process, blocks):
+    number = int(np.prod(shape))
+    devices = np.empty(number, object)
+    devices[:] = [Device(i // per_process) for i in range(number)]
+    mesh = SimpleNamespace(devices=devices.reshape(shape), shape=dict(zip(sharding.AXES, shape, strict=True)))
+    for i, expected in enumerate(blocks):
+        monkeypatch.setattr(jax, "process_index", lambda i=i: i // per_process)
+        assert own_rows(mesh) == expected
+
+
+def test_processes_that_share_some_rows_are_refused():
+    devices = np.empty(6, object)
+    devices[:] = [Device(i // 2) for i in range(6)]
+    mesh = SimpleNamespace(devices=devices.reshape(2, 1, 3), shape={"data": 2, "fsdp": 1, "context": 3})
+    with pytest.raises(ValueError, match="3 devices of a context lie on processes that share"):
+        own_rows(mesh)

@@ -11,7 +11,7 @@ from sgw_jax.layers.mlp import MLP
 from sgw_jax.layers.patch_embed import PatchEmbed
 from sgw_jax.layers.remat import rematerialised
 from sgw_jax.layers.window_attention import WindowAttention, pad_to_multiple
-from sgw_jax.sharding import constrain_batch
+from sgw_jax.sharding import constrain_activations
 
 EPSILON = 1e-5  # of every layer norm, as in the paper's code
 
@@ -37,10 +37,10 @@ class SwinBlock(nn.Module):
             self.num_heads, self.window_size, self.shifted, self.always_partition, dtype=self.dtype, name="attention"
         )
         branch = attention(nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="norm1")(grid))
-        grid = constrain_batch(grid + drop_path(branch, rate, self.train))
+        grid = constrain_activations(grid + drop_path(branch, rate, self.train))
         normed = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="norm2")(grid)
         branch = MLP(int(grid.shape[-1] * self.mlp_ratio), dtype=self.dtype, name="mlp")(normed)
-        return constrain_batch(grid + drop_path(branch, rate, self.train))
+        return constrain_activations(grid + drop_path(branch, rate, self.train))
 
 
 class BlockPair(nn.Module):
@@ -136,14 +136,14 @@ class Swin(nn.Module):
         patch = self.strides[0]
         image = pad_to_multiple(image.astype(self.dtype), patch)
         grid, _ = PatchEmbed(patch, self.width, dtype=self.dtype, name="patch_embed")(image)
-        grid = constrain_batch(self._norm("patch_norm")(grid))
+        grid = constrain_activations(self._norm("patch_norm")(grid))
 
         dropping = train and self.drop_path > 0  # known when traced: at rate 0 no random number is drawn
         rates = jnp.linspace(0.0, self.drop_path, sum(self.depths))
         maps = {}
         for stage, stride in enumerate(self.strides):
             if stage:
-                grid = constrain_batch(PatchMerging(dtype=self.dtype, name=f"merge{stage}")(grid))
+                grid = constrain_activations(PatchMerging(dtype=self.dtype, name=f"merge{stage}")(grid))
             first, depth = sum(self.depths[:stage]), self.depths[stage]
             stack = nn.scan(
                 BlockPair,
@@ -154,7 +154,8 @@ class Swin(nn.Module):
             options = (self.window_size, self.always_partition, self.mlp_ratio, self.remat, dropping, self.dtype)
             pairs = stack(self.num_heads[stage], *options, name=f"stage{stage + 1}")
             grid, _ = pairs(grid, rates[first : first + depth].reshape(-1, 2))
-            maps[stride] = constrain_batch(self._norm(f"norm_stage{stage + 1}")(grid)) if self.output_norms else grid
+            normed = self._norm(f"norm_stage{stage + 1}")(grid) if self.output_norms else grid
+            maps[stride] = constrain_activations(normed)
         return maps
 
     def _norm(self, name: str) -> nn.LayerNorm:

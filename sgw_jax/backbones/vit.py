@@ -13,7 +13,7 @@ from sgw_jax.layers.mlp import MLP
 from sgw_jax.layers.patch_embed import PATCH_EMBEDS
 from sgw_jax.layers.remat import rematerialised
 from sgw_jax.layers.resize import depth_to_space, resize, resize_bicubic
-from sgw_jax.sharding import constrain_batch
+from sgw_jax.sharding import constrain_activations
 
 OUTPUTS = ("pyramid", "taps")
 
@@ -38,10 +38,10 @@ class Block(nn.Module):
         drop_path = DropPath(name="drop_path")
         normed = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm1")(tokens)
         branch = self._scaled("scale1", SelfAttention(self.num_heads, dtype=self.dtype, name="attention")(normed))
-        tokens = constrain_batch(tokens + drop_path(branch, rate, self.train))
+        tokens = constrain_activations(tokens + drop_path(branch, rate, self.train))
         normed = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm2")(tokens)
         mlp = MLP(int(tokens.shape[-1] * self.mlp_ratio), self.approximate_gelu, dtype=self.dtype, name="mlp")
-        tokens = constrain_batch(tokens + drop_path(self._scaled("scale2", mlp(normed)), rate, self.train))
+        tokens = constrain_activations(tokens + drop_path(self._scaled("scale2", mlp(normed)), rate, self.train))
         return tokens, tokens
 
     def _scaled(self, name: str, branch: Array) -> Array:
@@ -113,7 +113,7 @@ class ViT(nn.Module):
         if self.class_token:
             token = self.param("class_token", nn.initializers.normal(0.02), (1, 1, channels)).astype(self.dtype)
             tokens = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, channels)), tokens], axis=1)
-        tokens = constrain_batch(tokens)
+        tokens = constrain_activations(tokens)
 
         stack = nn.scan(
             rematerialised(Block, self.remat),
@@ -144,7 +144,7 @@ class ViT(nn.Module):
             if stride in finer:
                 level += nn.Conv(tap.shape[-1], (1, 1), dtype=self.dtype, name=f"lateral{stride}")(finer[stride])
             norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"pyramid_norm{stride}")
-            maps[stride] = constrain_batch(norm(level))
+            maps[stride] = constrain_activations(norm(level))
         return maps
 
     def _resample(self, grid: Array, stride: int) -> Array:

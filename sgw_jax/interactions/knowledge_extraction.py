@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from sgw_jax.interactions.tokens import TokenLayout, concatenate_tasks, split_tasks
 from sgw_jax.layers.attention import split_heads
+from sgw_jax.layers.placement import Placement
 from sgw_jax.layers.topk_attention import apply_weights, attention_scores, topk_attention
 from sgw_jax.projections import PROJECTIONS
 
@@ -68,6 +69,11 @@ class KEM(nn.Module):
       temperature: the scores of the retrieval are divided by it [ours, 1]. Among thousands of tokens the k best scores
         lie close together, so that at 1 a slot all but averages what it keeps.
       zero_init_write: W_vw starts at zero, so that the module starts as the identity [ours, off].
+      recall: None selects the k best exactly; a number in (0, 1] lets a TPU find them approximately, with this expected
+        share of them (`jax.lax.approx_max_k`) [ours, None].
+      placement: how batch and tokens are split over a mesh, see `Placement`. Each shard then finds its own k best
+        tokens and only those and sums of the size of the slots are exchanged, whatever the number of tokens; values
+        and gradients are those of one device. None leaves the splitting to the partitioner, which gathers the scores.
       rounds: how often retrieve and write run, with the same weights; the slots of a round query the next [ours, 1].
       dtype: of the computation; parameters, scores and softmax stay float32.
 
@@ -105,6 +111,8 @@ class KEM(nn.Module):
     temperature: float = 1.0
     zero_init_write: bool = False
     rounds: int = 1
+    recall: float | None = None
+    placement: Placement | None = None
     dtype: jnp.dtype = jnp.float32
 
     has_slots = True
@@ -116,7 +124,8 @@ class KEM(nn.Module):
         slots: Float[Array, "batch slots slot_dim"] | None = None,
         return_slots: bool = False,
     ) -> dict[str, Array] | tuple[dict[str, Array], Array]:
-        tokens, layout = concatenate_tasks(features, "KEM")
+        parts = 1 if self.placement is None else self.placement.shards()
+        tokens, layout = concatenate_tasks(features, "KEM", parts)
         channels = tokens.shape[-1]
         width = channels if self.slot_dim is None else self.slot_dim
         self._check(channels, width)
@@ -144,8 +153,8 @@ class KEM(nn.Module):
                 embedding = self._per_task("task_embedding", nn.initializers.zeros, projected.shape[-1], layout)
             chooser = projected if embedding is None else projected + embedding
             source = normed if self.etf_for == "selection" else projected
-            slots = self._retrieve(retrieve, slots, chooser, source)
-            update = self._write(write, chooser, slots)
+            slots = self._retrieve(retrieve, slots, chooser, source, layout)
+            update = self._write(write, chooser, slots, layout)
             update = update if gate is None else update * gate
             self._record("update_ratio", _norm(update) / _norm(tokens))
             tokens = tokens + update.astype(tokens.dtype)
@@ -158,21 +167,22 @@ class KEM(nn.Module):
             return lambda tokens: tokens
         return PROJECTIONS[self.projection](self.etf_vertices, self.etf_seed, name=self.projection)
 
-    def _retrieve(self, project: nn.Module, slots: Array, chooser: Array, source: Array) -> Array:
+    def _retrieve(self, project: nn.Module, slots: Array, chooser: Array, source: Array, layout: TokenLayout) -> Array:
         query, key, value = (split_heads(x, self.num_heads) for x in project(slots, chooser, source))
         scale = 1 / (self.temperature * query.shape[-1] ** 0.5)
-        readout, weights, index = topk_attention(query, key, value, self.top_k, scale=scale)
+        options = {"scale": scale, "recall": self.recall, "placement": self.placement, "located": layout.index}
+        readout, weights, index = topk_attention(query, key, value, self.top_k, **options)
         readout = readout.reshape(*readout.shape[:2], -1)
-        self._record("retrieve_weights", weights)
+        self._record("retrieve_weights", layout.by_index(weights, 3) if index is None else weights)
         if index is not None:
             self._record("retrieve_index", index)
         self._record("readout", readout)
         return readout
 
-    def _write(self, project: nn.Module, chooser: Array, slots: Array) -> Array:
+    def _write(self, project: nn.Module, chooser: Array, slots: Array, layout: TokenLayout) -> Array:
         query, key, value = (split_heads(x, self.num_heads) for x in project(chooser, slots, slots))
         weights = nn.softmax(attention_scores(query, key), axis=-1)
-        self._record("write_weights", weights)
+        self._record("write_weights", layout.by_index(weights, 2))
         update = apply_weights(weights, value)
         return update.reshape(*update.shape[:2], -1)
 
@@ -186,8 +196,9 @@ class KEM(nn.Module):
         if not getattr(self, option):
             return None
         vectors = [self.param(f"{option}_{name}", init, (width,)).astype(self.dtype) for name in layout.names]
-        rows = zip(vectors, layout.lengths, strict=True)
-        return jnp.concatenate([jnp.broadcast_to(vector, (length, width)) for vector, length in rows])
+        rows = zip(vectors, layout.part_lengths, strict=True)
+        part = jnp.concatenate([jnp.broadcast_to(vector, (length, width)) for vector, length in rows])
+        return jnp.tile(part, (layout.parts, 1))
 
     def _record(self, name: str, value: Array) -> None:
         if not self.is_initializing():  # else `init` would return it, and a later `apply` add to it
@@ -205,6 +216,8 @@ class KEM(nn.Module):
             )
         if not self.temperature > 0:
             raise ValueError(f"KEM: temperature is {self.temperature}; it must be positive.")
+        if self.recall is not None and not 0 < self.recall <= 1:
+            raise ValueError(f"KEM: recall is {self.recall}; it must be in (0, 1], or None to select exactly.")
         counts = {"num_slots": self.num_slots, "num_heads": self.num_heads, "slot_dim": width, "rounds": self.rounds}
         counts |= {} if self.top_k is None else {"top_k": self.top_k}
         for name, number in counts.items():

@@ -1,7 +1,7 @@
 """The shared global workspace that KEM descends from (Goyal et al. 2021), numerically equal to the authors' code."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from sgw_jax.interactions.tokens import concatenate_tasks, split_tasks
 from sgw_jax.layers.attention import split_heads
+from sgw_jax.layers.placement import Placement
 from sgw_jax.layers.topk_attention import topk_attention
 
 GATES = ("unit", "memory", None)
@@ -39,6 +40,7 @@ class SharedWorkspace(nn.Module):
       gate: "unit" (a gate per unit of a slot), "memory" (one per slot) or None (next = mem).
       mlp_layers, rounds: as above, at least 1.
       dtype: of the computation; parameters, scores and softmax stay float32.
+      placement: how batch and tokens are split over a mesh, see `Placement`; of the write.
 
     Call:
       inputs (batch, N, D); slots: (batch, L, E), the state to start from; None is the authors' eye(L) padded to E.
@@ -59,6 +61,7 @@ class SharedWorkspace(nn.Module):
     mlp_layers: int = 1
     rounds: int = 1
     dtype: jnp.dtype = jnp.float32
+    placement: Placement | None = None
 
     @nn.compact
     def __call__(
@@ -88,15 +91,16 @@ class SharedWorkspace(nn.Module):
         mlp = dense("attention_mlp", width)
         norms = norm("attended_memory_layernorm"), norm("attended_memory_layernorm2")
 
-        def attend(to: Array, source: Array, top_k: int | None) -> Array:
+        def attend(to: Array, source: Array, top_k: int | None, placement: Placement | None = None) -> Array:
             q, k, v = (split_heads(x, self.num_heads) for x in (query(to), key(source), value(source)))
-            attended, _, _ = topk_attention(q, k, v, top_k, scale=1.0, normalise_over="all")
+            options: dict[str, Any] = {"scale": 1.0, "normalise_over": "all", "placement": placement}
+            attended, _, _ = topk_attention(q, k, v, top_k, **options)
             return attended.reshape(*attended.shape[:2], -1)
 
         tokens = dense("input_projector", width)(inputs.astype(self.dtype))
         memory = slots = slots.astype(self.dtype)
         for _ in range(self.rounds):
-            memory = norms[0](memory + attend(memory, tokens, self.top_k))
+            memory = norms[0](memory + attend(memory, tokens, self.top_k, self.placement))
             thought = memory
             for _ in range(self.mlp_layers):
                 thought = nn.relu(mlp(thought))
@@ -176,6 +180,7 @@ class WorkspaceInteraction(nn.Module):
     mlp_layers: int = 1
     rounds: int = 1
     dtype: jnp.dtype = jnp.float32
+    placement: Placement | None = None
 
     has_slots = True
 
@@ -186,7 +191,8 @@ class WorkspaceInteraction(nn.Module):
         slots: Float[Array, "batch slots channels"] | None = None,
         return_slots: bool = False,
     ) -> dict[str, Array] | tuple[dict[str, Array], Array]:
-        tokens, layout = concatenate_tasks(features, "SharedWorkspace")
+        parts = 1 if self.placement is None else self.placement.shards()
+        tokens, layout = concatenate_tasks(features, "SharedWorkspace", parts)
         channels = tokens.shape[-1]
         if self.num_heads < 1 or channels % self.num_heads:
             raise ValueError(
@@ -202,6 +208,7 @@ class WorkspaceInteraction(nn.Module):
             self.mlp_layers,
             self.rounds,
             self.dtype,
+            self.placement,
             name="workspace",
         )
         normed = nn.LayerNorm(epsilon=TORCH_EPSILON, dtype=self.dtype, name="norm")(tokens)

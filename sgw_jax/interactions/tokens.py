@@ -1,28 +1,72 @@
 """The tokens of all tasks as one sequence, and back."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
 class TokenLayout(NamedTuple):
-    """Where each task's tokens lie in the sequence: names, lengths and the maps' shapes, in key order."""
+    """Where each task's tokens lie in the sequence: names, lengths and the maps' shapes, in key order.
+
+    With ``parts`` > 1 the sequence is that many equal parts, each with its rows of every task's map: where maps are
+    split over devices by rows, so is the sequence, and joining them moves nothing. A token's index stays the one of a
+    sequence in one part.
+    """
 
     names: tuple[str, ...]
     lengths: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
+    parts: int = 1
+
+    @property
+    def part_lengths(self) -> tuple[int, ...]:
+        """Tokens of each task in one part."""
+        return tuple(length // self.parts for length in self.lengths)
+
+    def index(self, position: Array, part: Array) -> Array:
+        """The token's index from its position in a part."""
+        first = _starts(self.part_lengths)
+        task = jnp.sum(position[..., None] >= first[1:], axis=-1)
+        offset = jnp.asarray(_starts(self.lengths) - first)[task] + jnp.asarray(self.part_lengths)[task] * part
+        return (position + offset).astype(jnp.int32)
+
+    def by_index(self, tokens: Array, axis: int) -> Array:
+        """An array over the sequence, in the order of the tokens' indices."""
+        if self.parts == 1:
+            return tokens
+        position = np.arange(sum(self.part_lengths))
+        index = np.concatenate([np.asarray(self.index(position, part)) for part in range(self.parts)])
+        return jnp.take(tokens, np.argsort(index), axis=axis)
+
+
+def _starts(lengths: tuple[int, ...]) -> np.ndarray:
+    return np.asarray([0, *itertools.accumulate(lengths)][:-1])
 
 
 def concatenate_tasks(
-    features: Mapping[str, Float[Array, "batch *space channels"]], caller: str
+    features: Mapping[str, Float[Array, "batch *space channels"]], caller: str, parts: int = 1
 ) -> tuple[Float[Array, "batch tokens channels"], TokenLayout]:
-    """Flattens every map to tokens and joins them along the token axis, after `check_features`."""
+    """Flattens every map to tokens and joins them along the token axis, after `check_features`.
+
+    Raises:
+      ValueError: a map whose rows (its first axis of space) ``parts`` does not divide.
+    """
     check_features(features, caller)
-    flat = [value.reshape(value.shape[0], -1, value.shape[-1]) for value in features.values()]
+    for name, value in features.items():
+        if value.shape[1] % parts:
+            raise ValueError(
+                f"{caller}: the map of {name} has {value.shape[1]} rows, which {parts} parts (the mesh's axis of "
+                "tokens) do not divide."
+            )
+    flat = [value.reshape(value.shape[0], parts, -1, value.shape[-1]) for value in features.values()]
     shapes = tuple(value.shape for value in features.values())
-    return jnp.concatenate(flat, axis=1), TokenLayout(tuple(features), tuple(f.shape[1] for f in flat), shapes)
+    layout = TokenLayout(tuple(features), tuple(parts * f.shape[2] for f in flat), shapes, parts)
+    joined = jnp.concatenate(flat, axis=2)
+    return joined.reshape(joined.shape[0], -1, joined.shape[-1]), layout
 
 
 def check_features(features: Mapping[str, Float[Array, "batch *space channels"]], caller: str) -> None:
@@ -41,8 +85,9 @@ def check_features(features: Mapping[str, Float[Array, "batch *space channels"]]
 
 def split_tasks(tokens: Float[Array, "batch tokens channels"], layout: TokenLayout) -> dict[str, Array]:
     """The inverse of `concatenate_tasks`."""
+    parts = tokens.reshape(tokens.shape[0], layout.parts, -1, tokens.shape[-1])
     result, start = {}, 0
-    for name, length, shape in zip(layout.names, layout.lengths, layout.shapes, strict=True):
-        result[name] = tokens[:, start : start + length].reshape(shape)
+    for name, length, shape in zip(layout.names, layout.part_lengths, layout.shapes, strict=True):
+        result[name] = parts[:, :, start : start + length].reshape(shape)
         start += length
     return result

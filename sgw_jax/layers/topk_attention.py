@@ -1,10 +1,16 @@
 """Top-k attention: each query keeps its k best keys and normalises over those alone, or over all."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
+
+from sgw_jax.layers.placement import Axes, Placement
+
+Located = Callable[[Array, Array], Array]  # (position among a shard's tokens, shard) -> the token's index in the whole
 
 
 def topk_attention(
@@ -15,6 +21,9 @@ def topk_attention(
     *,
     scale: float | None = None,
     normalise_over: Literal["kept", "all"] = "kept",
+    recall: float | None = None,
+    placement: Placement | None = None,
+    located: Located | None = None,
 ) -> tuple[Float[Array, "batch slots heads width"], Float[Array, "batch heads slots kept"], Int[Array, "..."] | None]:
     """``softmax over the k largest of scale q k^T``, applied to the values (method: retrieve of KEM).
 
@@ -26,28 +35,136 @@ def topk_attention(
     (XLA's fast CPU top-k exists only for float32 scores with both of its outputs used), the result has the dtype
     of ``value``. The k values are gathered, so nothing of size slots x tokens is multiplied with the values.
 
+    Tokens that ``placement`` splits over devices stay where they are (our decision). Each shard finds its own k best;
+    the k scores and indices of every shard are gathered, the best k of those are kept, and each shard adds what it
+    holds of them to a sum over shards. So 8 B h L k x shards + 4 B L h w bytes are exchanged, whatever the number of
+    tokens, where the partitioner left alone gathers all B h L n scores. The result is that of one device up to the
+    order of one sum.
+
     Args:
       scale: of the scores; None is ``1 / sqrt(dim)``.
+      recall: None selects exactly; a number in (0, 1] takes `jax.lax.approx_max_k` with this expected share of the true
+        k best (fast on TPUs, where it needs no sort; elsewhere it is exact).
+      placement: how batch and tokens lie on a mesh; None leaves it to the partitioner.
+      located: of tokens whose order is not their numbering; by default shard s holds tokens s n / shards and on.
 
     Returns:
       output (batch, slots, heads, width), weights (batch, heads, slots, k or tokens) in float32, and the chosen token
       indices of the same shape (None where nothing was selected).
+
+    Raises:
+      ValueError: a number of tokens that the shards do not divide.
     """
+    axes = None if placement is None else placement.axes(key.shape[0])
+    if axes is None:
+        return _on_one_shard(query, key, value, top_k, scale, normalise_over, recall)
+    if key.shape[1] % axes.shards:
+        raise ValueError(f"topk_attention: {key.shape[1]} tokens do not divide over {axes.shards} shards.")
+    number = top_k if top_k is not None and top_k < key.shape[1] else None
+    if axes.shards == 1:
+
+        def local(*args: Array) -> tuple:
+            return _on_one_shard(*args, number, scale, normalise_over, recall)
+    elif number is None:
+        return _over_shards_dense(query, key, value, scale, axes)
+    else:
+
+        def local(*args: Array) -> tuple:
+            return _over_shards(*args, number, scale, normalise_over, recall, axes, located)
+
+    split, whole = P(axes.batch, axes.tokens), P(axes.batch)
+    out = (whole, whole, None if number is None else whole)
+    return axes.on_shards(local, (whole, split, split), out)(query, key, value)
+
+
+def _on_one_shard(
+    query: Array,
+    key: Array,
+    value: Array,
+    top_k: int | None,
+    scale: float | None,
+    normalise_over: str,
+    recall: float | None,
+) -> tuple[Array, Array, Array | None]:
     scores = attention_scores(query, key, scale)
     if top_k is None or top_k >= key.shape[1]:
         weights = jax.nn.softmax(scores, axis=-1)
         return apply_weights(weights, value), weights, None
-    best, index = jax.lax.top_k(scores, top_k)
+    best, index = _best(scores, top_k, recall)
     if normalise_over == "kept":
         weights = jax.nn.softmax(best, axis=-1)
     else:
         weights = jnp.exp(best - jax.nn.logsumexp(scores, axis=-1, keepdims=True))
+    return _weigh(weights, value, index), weights, index
+
+
+def _over_shards(
+    query: Array,
+    key: Array,
+    value: Array,
+    top_k: int,
+    scale: float | None,
+    normalise_over: str,
+    recall: float | None,
+    axes: Axes,
+    located: Located | None,
+) -> tuple[Array, Array, Array]:
+    """`topk_attention` seen from one shard; what it returns is equal on all of them."""
+    shard, tokens = jax.lax.axis_index(axes.tokens), key.shape[1]
+    scores = attention_scores(query, key, scale)
+    own = min(top_k, tokens)
+    candidates, position = _best(scores, own, recall)
+    index = shard * tokens + position if located is None else located(position, shard)
+    candidates, index = (jax.lax.all_gather(x, axes.tokens, axis=3, tiled=True) for x in (candidates, index))
+    # In the order of their indices, because top_k takes the first of equals. (A sort by score would lose NaNs.)
+    order = jnp.argsort(index, axis=-1)
+    best, place = jax.lax.top_k(jnp.take_along_axis(candidates, order, axis=-1), top_k)
+    chosen = jnp.take_along_axis(order, place, axis=-1)  # among all candidates
+    mine = chosen // own == shard
+    if normalise_over == "kept":
+        weights = jax.nn.softmax(best, axis=-1)
+    else:
+        weights = jnp.exp(best - _logsumexp(scores, axes.tokens))
+    weights = jnp.where(mine, weights, 0)
+    kept = jnp.take_along_axis(position, jnp.where(mine, chosen % own, 0), axis=-1)
+    output = jax.lax.psum(_weigh(weights, value, kept), axes.tokens)
+    chosen_index = jnp.where(mine, jnp.take_along_axis(index, chosen, axis=-1), 0)
+    # Each weight and index from the shard that holds the token: equal everywhere, and gone where nobody reads them.
+    return output, jax.lax.psum(weights, axes.tokens), jax.lax.psum(chosen_index, axes.tokens)
+
+
+def _over_shards_dense(query: Array, key: Array, value: Array, scale: float | None, axes: Axes) -> tuple:
+    """Softmax over all tokens of all shards; sums of the size of the slots are exchanged."""
+
+    def local(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
+        scores = attention_scores(query, key, scale)
+        weights = jnp.exp(scores - _logsumexp(scores, axes.tokens))
+        return jax.lax.psum(apply_weights(weights, value), axes.tokens), weights
+
+    split, whole = P(axes.batch, axes.tokens), P(axes.batch)
+    out = (whole, P(axes.batch, None, None, axes.tokens))
+    return *axes.on_shards(local, (whole, split, split), out)(query, key, value), None
+
+
+def _logsumexp(scores: Array, axis: str) -> Array:
+    """Over the last axis of all shards."""
+    highest = jax.lax.pmax(jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)), axis)
+    return highest + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(scores - highest), axis=-1, keepdims=True), axis))
+
+
+def _best(scores: Array, top_k: int, recall: float | None) -> tuple[Array, Array]:
+    if recall is None:
+        return jax.lax.top_k(scores, top_k)
+    return jax.lax.approx_max_k(scores, top_k, recall_target=recall)
+
+
+def _weigh(weights: Array, value: Array, index: Array) -> Float[Array, "batch slots heads width"]:
+    """Sum of the chosen values by their weights."""
     by_head = jnp.swapaxes(value, 1, 2)  # (batch, heads, tokens, width)
-    batch, heads, slots, _ = index.shape
-    flat = index.reshape(batch, heads, slots * top_k, 1)
-    chosen = jnp.take_along_axis(by_head, flat, axis=2).reshape(batch, heads, slots, top_k, value.shape[-1])
-    output = jnp.einsum("bhlk,bhlkw->blhw", weights.astype(value.dtype), chosen)
-    return output, weights, index
+    batch, heads, slots, kept = index.shape
+    flat = index.reshape(batch, heads, slots * kept, 1)
+    chosen = jnp.take_along_axis(by_head, flat, axis=2).reshape(batch, heads, slots, kept, value.shape[-1])
+    return jnp.einsum("bhlk,bhlkw->blhw", weights.astype(value.dtype), chosen)
 
 
 def attention_scores(
