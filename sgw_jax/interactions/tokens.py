@@ -38,9 +38,11 @@ class TokenLayout(NamedTuple):
         """An array over the sequence, in the order of the tokens' indices."""
         if self.parts == 1:
             return tokens
-        position = np.arange(sum(self.part_lengths))
-        index = np.concatenate([np.asarray(self.index(position, part)) for part in range(self.parts)])
-        return jnp.take(tokens, np.argsort(index), axis=axis)
+        shape = tokens.shape[:axis], tokens.shape[axis + 1 :]
+        parts = tokens.reshape(*shape[0], self.parts, -1, *shape[1])
+        ends = [*itertools.accumulate(self.part_lengths)][:-1]
+        by_task = jnp.split(parts, ends, axis=axis + 1)
+        return jnp.concatenate([x.reshape(*shape[0], -1, *shape[1]) for x in by_task], axis=axis)
 
 
 def _starts(lengths: tuple[int, ...]) -> np.ndarray:
