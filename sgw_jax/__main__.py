@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -24,10 +25,12 @@ from sgw_jax.finite import NonFiniteError
 from sgw_jax.host_memory import keep_freed_memory
 from sgw_jax.image_files import predict_files
 from sgw_jax.plan import plan, print_plan
+from sgw_jax.pod import pod_plan, print_pod_plan, topology_devices
 from sgw_jax.restore import open_run
 from sgw_jax.results import finish
+from sgw_jax.sharding import make_mesh, mesh_sizes
 from sgw_jax.train import check_start, train
-from sgw_jax.workdir import WorkdirError, wait_for_all
+from sgw_jax.workdir import DiskFullError, WorkdirError, wait_for_all
 from sgw_jax.writers import write_atomically
 
 EPILOG = """\
@@ -41,7 +44,7 @@ examples:
   python -m sgw_jax train --config=scenes --workdir=runs/tuned --init_from=runs/scenes
   python -m sgw_jax evaluate --workdir=runs/scenes --split=validation
   python -m sgw_jax predict --workdir=runs/scenes --output=pictures photo.jpg folder/
-  python -m sgw_jax plan --config=nyud:swin_l,interaction=skem
+  python -m sgw_jax plan --config=nyud:swin_l,interaction=skem --topology=v5e:4x4 --config.mesh.name=fsdp
 """
 
 # Slurm's srun and Open MPI's mpirun set these in every process that they start.
@@ -51,12 +54,17 @@ SEVERAL_PROCESSES = {"SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"}
 EXPECTED = (UsageError, WorkdirError, CheckpointError, NonFiniteError, ExampleError, ValueError, OSError)
 
 
+# What JAX says when a collective operation or the coordination service misses a process.
+LOST = re.compile("gloo|nccl|coordination|heartbeat|unavailable|deadline|connection|socket", re.IGNORECASE)
+AGAIN = "Start the same command again in all processes: it goes on from the last checkpoint."
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, joins the cluster, runs the command."""
     arguments, rest = _parser().parse_known_args(argv)
     keep_freed_memory()
     logging.set_verbosity(logging.ERROR)  # Orbax reports every routine save as a warning
-    _join_cluster()
+    _join_cluster(arguments.heartbeat_seconds)
     console = Console(quiet=jax.process_index() != 0, highlight=False)  # only the first process speaks
     jax.config.update("jax_compilation_cache_dir", str(Path(arguments.cache_dir) / "xla"))
     try:
@@ -68,16 +76,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.traceback:
             traceback.print_exc()
         Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        return _leave(1, at_once=isinstance(error, DiskFullError))  # writers would try once more, and fail loudly
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1 or not LOST.search(str(error)) or arguments.traceback:
+            traceback.print_exc()
+        else:
+            reason = str(error).partition("\n")[0]
+            text = f"Another process of this run has ended or cannot be reached ({reason}). {AGAIN}"
+            Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
         return _leave(1)
     except Exception:  # a defect
         traceback.print_exc()
         return _leave(1)
 
 
-def _leave(code: int) -> int:
+def _leave(code: int, at_once: bool = False) -> int:
     """The exit code of a failure; one of several processes ends at once, for the ordinary exit would wait minutes for
     the others, which in turn wait for this one in some collective operation."""
-    if jax.process_count() > 1:
+    if at_once or jax.process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -108,6 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         help = "of rendered scenes and compiled programs (default: %(default)s)"
         sub.add_argument("--cache_dir", default=str(cache), help=help)
         sub.add_argument("--traceback", action="store_true", help="show where in the code an error came up")
+        help = "of several processes: end all if one is silent for so long (default: %(default)s)"
+        sub.add_argument("--heartbeat_seconds", type=_seconds, default=100, help=help)
         return sub
 
     text = "Train, or go on where --workdir stands; then evaluate and write report.html."
@@ -123,15 +141,25 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("plan", _plan, text, workdir=False, checkpoint=False)
     sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
     sub.add_argument("--json", help="file to write the numbers to")
+    help = "also compile the training step: for a TPU slice that need not be here (v5e:4x4; needs .[tpu]), or `here`"
+    sub.add_argument("--topology", help=help)
     return parser
 
 
-def _join_cluster() -> None:
+def _seconds(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of seconds, at least 1")
+    return int(text)
+
+
+def _join_cluster(heartbeat_seconds: int) -> None:
     """Several processes are one program. launch/ sets SGW_*; on TPU pods and under Slurm or MPI JAX finds the rest."""
+    patience = {"heartbeat_timeout_seconds": heartbeat_seconds}
     if address := os.environ.get("SGW_COORDINATOR"):
-        jax.distributed.initialize(address, int(os.environ["SGW_PROCESSES"]), int(os.environ["SGW_PROCESS"]))
+        processes, process = int(os.environ["SGW_PROCESSES"]), int(os.environ["SGW_PROCESS"])
+        jax.distributed.initialize(address, processes, process, **patience)
     elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or SEVERAL_PROCESSES & set(os.environ):
-        jax.distributed.initialize()
+        jax.distributed.initialize(**patience)
 
 
 def _train(arguments: argparse.Namespace, overrides: Sequence[str], console: Console) -> int:
@@ -177,8 +205,14 @@ def _plan(arguments: argparse.Namespace, overrides: Sequence[str], console: Cons
     config = read_config(arguments.config, overrides)
     found = plan(build_model(config, build_tasks(config)), tuple(config.data.size))
     print_plan(found, console)
+    numbers = found.to_dict()
+    if arguments.topology:
+        devices = jax.devices() if arguments.topology == "here" else topology_devices(arguments.topology)
+        step = pod_plan(build(config, None, mesh=make_mesh(mesh_sizes(**config.mesh), devices)))
+        print_pod_plan(step, console)
+        numbers["step"] = step.to_dict()
     if arguments.json:
-        write_atomically(Path(arguments.json), json.dumps(found.to_dict(), indent=1))
+        write_atomically(Path(arguments.json), json.dumps(numbers, indent=1))
     return 0
 
 

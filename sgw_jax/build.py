@@ -151,12 +151,12 @@ class Experiment:
 
 
 def build(
-    config: ConfigDict, cache_dir: Path | str, tasks: Sequence[Task] | None = None, mesh: Mesh | None = None
+    config: ConfigDict, cache_dir: Path | str | None, tasks: Sequence[Task] | None = None, mesh: Mesh | None = None
 ) -> Experiment:
     """Builds all objects, checking the whole configuration before anything is rendered, compiled or written.
 
     Args:
-      cache_dir: where rendered scenes are kept.
+      cache_dir: where rendered scenes are kept; None leaves the data out (`plan` needs none).
       tasks: task instances in place of those the configuration names, for a user's own.
       mesh: in place of the one the configuration names, over all devices.
     """
@@ -257,7 +257,7 @@ def build_objective(config: ConfigDict, tasks: int, data: Data) -> Objective:
                 "config.weights_ema None and config.weights_every 1."
             )
         if name == "dwa":
-            options["steps_per_epoch"] = max(1, len(data.sources["train"]) // config.batch_size)
+            options["steps_per_epoch"] = max(1, len(data.sources.get("train", ())) // config.batch_size)
         return SCALARIZERS[name](tasks, **options)
     found = AGGREGATORS[name](tasks, **options)
     if config.weights_ema is not None:
@@ -266,12 +266,13 @@ def build_objective(config: ConfigDict, tasks: int, data: Data) -> Objective:
 
 
 def build_data(
-    config: ConfigDict, tasks: Sequence[Task], cache_dir: Path | str, block: tuple[int, int] = (0, 1)
+    config: ConfigDict, tasks: Sequence[Task], cache_dir: Path | str | None, block: tuple[int, int] = (0, 1)
 ) -> Data:
     """Sources, targets and augmentation; ``block``: which of how many blocks of the rows are read here."""
     targets = {task.name: Target(**task.target) for task in tasks}
     makers = {"scenes": _scenes, "folder": _folder, **dict.fromkeys(DATA_SETS, _data_set)}
-    sources = choose(makers, config.data.source, "config.data.source")(config, targets, cache_dir)
+    make = choose(makers, config.data.source, "config.data.source")
+    sources = {} if cache_dir is None else make(config, targets, cache_dir)
     augment = config.augment
     return Data(
         sources=sources,

@@ -24,7 +24,7 @@ from sgw_jax.sharding import global_batch, replicated
 from sgw_jax.starting_state import abstract_state, initial_state, restored_state
 from sgw_jax.stop_signal import StopSignal
 from sgw_jax.train_step import TrainState, make_eval_step, make_train_step
-from sgw_jax.workdir import check_workdir, claim_workdir, has_checkpoint
+from sgw_jax.workdir import check_workdir, claim_workdir, disk_full_named, has_checkpoint
 from sgw_jax.writers import MetricsWriter, TrainProgress
 
 
@@ -52,10 +52,12 @@ def train(
     Raises:
       WorkdirError: the directory holds a run of another configuration or data set; it names the differences.
       NonFiniteError: names step and task; the last good checkpoint stays.
+      DiskFullError: names the directory; the last complete checkpoint stays.
     """
     workdir, settings, mesh = Path(workdir), experiment.settings, experiment.mesh
     claim_workdir(workdir, experiment)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(disk_full_named(workdir))
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir / "checkpoints", keep=settings.keep)))
         start = checkpoints.latest_step or 0
         state = starting_state(experiment, checkpoints, start, init_from, console)

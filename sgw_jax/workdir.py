@@ -1,6 +1,10 @@
 """The working directory: which run it belongs to."""
 
+import contextlib
+import errno
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -14,6 +18,33 @@ IDENTITY = "run.json"
 
 class WorkdirError(RuntimeError):
     """The working directory belongs to another run."""
+
+
+class DiskFullError(OSError):
+    """Nothing more can be written to the working directory."""
+
+
+@contextlib.contextmanager
+def disk_full_named(workdir: Path) -> Iterator[None]:
+    """Turns whatever a full disk raises, in whichever thread and library, into one error that names the directory."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        raise DiskFullError(
+            f"The disk that holds {workdir} is full. What was saved before is complete; free some space and start the "
+            "same command again: it goes on from the last checkpoint."
+        ) from error
+
+
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Orbax and its storage layer pass the system's error on as text."""
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def check_workdir(workdir: Path, experiment: Experiment) -> None:

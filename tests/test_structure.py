@@ -11,7 +11,7 @@ FILES = sorted([*ROOT.glob("sgw_jax/**/*.py"), *ROOT.glob("data_pipelines/**/*.p
 # A module imports only from layers below its own; within a layer, files of one family may import each other.
 # From the bottom up.
 LAYERS = [
-    "cost layers etf selection sharding writers config_files host_memory stop_signal album charts",
+    "cost hlo chips layers etf selection sharding writers config_files host_memory stop_signal album charts",
     "projections neural_collapse layer_rates",
     "tasks optimizers multi_objective interactions backbones heads data_sets boundary",
     "model metrics objective",
@@ -20,7 +20,7 @@ LAYERS = [
     "restore workdir starting_state",
     "fine_tuning",
     "train predict",
-    "results image_files",
+    "results image_files pod",
     "__main__",
 ]
 FAMILIES = ("sgw_jax.tasks", "sgw_jax.layers", "sgw_jax.interactions", "sgw_jax.backbones", "sgw_jax.multi_objective")
