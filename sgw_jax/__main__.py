@@ -154,7 +154,7 @@ def _seconds(text: str) -> int:
 
 def _join_cluster(heartbeat_seconds: int) -> None:
     """Several processes are one program. launch/ sets SGW_*; on TPU pods and under Slurm or MPI JAX finds the rest."""
-    patience = {"heartbeat_timeout_seconds": heartbeat_seconds}
+    patience: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat_seconds}
     if address := os.environ.get("SGW_COORDINATOR"):
         processes, process = int(os.environ["SGW_PROCESSES"]), int(os.environ["SGW_PROCESS"])
         jax.distributed.initialize(address, processes, process, **patience)

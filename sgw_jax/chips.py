@@ -7,10 +7,10 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Of one chip: peak bf16 FLOP/s, main memory in bytes and its bandwidth in bytes/s, and ``link``, the bytes/s that it
-    can send round a ring of the interconnect (both ways together).
+    """Of one chip: peak bf16 FLOP/s, main memory in bytes and its bandwidth in bytes/s.
 
-    host: chips of one host; source: where the figures are published.
+    link: bytes/s that it can send round a ring of the interconnect, both ways together; host: chips of one host;
+    source: where the figures are published.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a compiled program moves, read from its text: bytes between devices by kind of collective, and bytes to memory."""
+"""What a compiled program moves, read from its text: bytes between devices by collective, and to and from memory."""
 
 import dataclasses
 import math
@@ -53,8 +53,8 @@ def traffic(program: str) -> Traffic:
     """
     computations, entry = parse(program)
     runs = _runs(computations, entry)
-    exchanged: Counter[str] = Counter()
-    number: Counter[str] = Counter()
+    exchanged: dict[str, float] = {}
+    number: dict[str, int] = {}
     memory = 0.0
     channels: dict[str, tuple[int, str, float]] = {}
     for name, times in runs.items():
@@ -68,11 +68,11 @@ def traffic(program: str) -> Traffic:
                 key = channel[1] if channel else f"{name}/{instruction.name}"
                 channels[key] = max(channels.get(key, (0, kind, 0.0)), (times, kind, sent))
     for times, kind, sent in channels.values():
-        exchanged[kind] += times * sent
-        number[kind] += times
+        exchanged[kind] = exchanged.get(kind, 0) + times * sent
+        number[kind] = number.get(kind, 0) + times
     for name, times in _runs(computations, entry, fusions=False).items():
         memory += times * sum(_memory(x, computations[name], computations) for x in computations[name].values())
-    return Traffic(dict(exchanged), dict(number), memory)
+    return Traffic(exchanged, number, memory)
 
 
 def parse(program: str) -> tuple[dict[str, dict[str, Instruction]], str]:

@@ -105,8 +105,8 @@ class MultiTaskModel(nn.Module):
     def _predict(self, prefix: str, features: dict[str, Array], size: tuple[int, int]) -> dict[str, Array]:
         predictions = {}
         for task in self.tasks:
-            options = {"dtype": self.dtype, "name": f"{prefix}_{task.name}"}
-            head = PredictionHead(task.channels, size, self.upsample, **options)
+            name = f"{prefix}_{task.name}"
+            head = PredictionHead(task.channels, size, self.upsample, dtype=self.dtype, name=name)
             predictions[task.name] = constrain_activations(head(features[task.name]))
         return predictions
 

@@ -149,9 +149,9 @@ def print_pod_plan(found: PodPlan, console: Console) -> None:
     if found.needed is not None:
         have = f" of {chip.memory / GIB:.2f}" if chip else ""
         console.print(
-            f"[red]It does not fit[/red]: the step needs {found.needed / GIB:.2f} GiB{have} GiB a device. What helps, in "
+            f"[red]It does not fit[/red]: the step needs {found.needed / GIB:.2f}{have} GiB a device. What helps, in "
             "this order: --config.backbones.NAME.remat=full (a third more compute), a smaller batch_size or a larger "
-            "accumulate, --config.mesh.fsdp larger (parameters and moments), --config.mesh.context larger (activations)."
+            "accumulate, a larger mesh.fsdp (parameters and moments), a larger mesh.context (activations)."
         )
         return
     table = Table("a device", "GiB")

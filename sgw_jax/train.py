@@ -98,7 +98,7 @@ def train(
     return Trained(state, done, stop.number, progress.images_per_second)
 
 
-def compiled_steps(experiment: Experiment, state: TrainState) -> tuple[Callable, Callable]:
+def compiled_steps(experiment: Experiment, state: TrainState) -> tuple[Any, Any]:
     """The training step, which updates the state in place and leaves it where it lies, and the evaluation step."""
     settings, everywhere = experiment.settings, replicated(experiment.mesh)
     step = make_train_step(

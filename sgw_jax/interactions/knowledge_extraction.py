@@ -170,7 +170,7 @@ class KEM(nn.Module):
     def _retrieve(self, project: nn.Module, slots: Array, chooser: Array, source: Array, layout: TokenLayout) -> Array:
         query, key, value = (split_heads(x, self.num_heads) for x in project(slots, chooser, source))
         scale = 1 / (self.temperature * query.shape[-1] ** 0.5)
-        options = {"scale": scale, "recall": self.recall, "placement": self.placement, "located": layout.index}
+        options = {"scale": scale, "recall": self.recall, "placement": self.placement, "located": layout.locate}
         readout, weights, index = topk_attention(query, key, value, self.top_k, **options)
         readout = readout.reshape(*readout.shape[:2], -1)
         self._record("retrieve_weights", layout.by_index(weights, 3) if index is None else weights)

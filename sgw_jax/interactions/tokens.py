@@ -27,7 +27,7 @@ class TokenLayout(NamedTuple):
         """Tokens of each task in one part."""
         return tuple(length // self.parts for length in self.lengths)
 
-    def index(self, position: Array, part: Array) -> Array:
+    def locate(self, position: Array, part: Array) -> Array:
         """The token's index from its position in a part."""
         first = _starts(self.part_lengths)
         task = jnp.sum(position[..., None] >= first[1:], axis=-1)

@@ -1,14 +1,15 @@
 """Top-k attention: each query keeps its k best keys and normalises over those alone, or over all."""
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from sgw_jax.layers.placement import Axes, Placement
+from sgw_jax.layers.placement import Placement
 
 Located = Callable[[Array, Array], Array]  # (position among a shard's tokens, shard) -> the token's index in the whole
 
@@ -55,43 +56,40 @@ def topk_attention(
     Raises:
       ValueError: a number of tokens that the shards do not divide.
     """
+    how = _How(top_k if top_k is not None and top_k < key.shape[1] else None, scale, normalise_over, recall)
     axes = None if placement is None else placement.axes(key.shape[0])
     if axes is None:
-        return _on_one_shard(query, key, value, top_k, scale, normalise_over, recall)
+        return _on_one_shard(how, query, key, value)
     if key.shape[1] % axes.shards:
         raise ValueError(f"topk_attention: {key.shape[1]} tokens do not divide over {axes.shards} shards.")
-    number = top_k if top_k is not None and top_k < key.shape[1] else None
-    if axes.shards == 1:
-
-        def local(*args: Array) -> tuple:
-            return _on_one_shard(*args, number, scale, normalise_over, recall)
-    elif number is None:
-        return _over_shards_dense(query, key, value, scale, axes)
-    else:
-
-        def local(*args: Array) -> tuple:
-            return _over_shards(*args, number, scale, normalise_over, recall, axes, located)
-
     split, whole = P(axes.batch, axes.tokens), P(axes.batch)
-    out = (whole, whole, None if number is None else whole)
+    local: Any
+    if axes.tokens is None:
+        local, weights = functools.partial(_on_one_shard, how), whole
+    elif how.top_k is None:
+        local, weights = functools.partial(_over_shards_dense, how, axes.tokens), P(axes.batch, None, None, axes.tokens)
+    else:
+        local, weights = functools.partial(_over_shards, how, axes.tokens, located), whole
+    out = (whole, weights, None if how.top_k is None else whole)
     return axes.on_shards(local, (whole, split, split), out)(query, key, value)
 
 
-def _on_one_shard(
-    query: Array,
-    key: Array,
-    value: Array,
-    top_k: int | None,
-    scale: float | None,
-    normalise_over: str,
-    recall: float | None,
-) -> tuple[Array, Array, Array | None]:
-    scores = attention_scores(query, key, scale)
-    if top_k is None or top_k >= key.shape[1]:
+class _How(NamedTuple):
+    """The options of `topk_attention`; ``top_k`` None keeps all."""
+
+    top_k: int | None
+    scale: float | None
+    normalise_over: str
+    recall: float | None
+
+
+def _on_one_shard(how: _How, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array | None]:
+    scores = attention_scores(query, key, how.scale)
+    if how.top_k is None:
         weights = jax.nn.softmax(scores, axis=-1)
         return apply_weights(weights, value), weights, None
-    best, index = _best(scores, top_k, recall)
-    if normalise_over == "kept":
+    best, index = _best(scores, how.top_k, how.recall)
+    if how.normalise_over == "kept":
         weights = jax.nn.softmax(best, axis=-1)
     else:
         weights = jnp.exp(best - jax.nn.logsumexp(scores, axis=-1, keepdims=True))
@@ -99,51 +97,38 @@ def _on_one_shard(
 
 
 def _over_shards(
-    query: Array,
-    key: Array,
-    value: Array,
-    top_k: int,
-    scale: float | None,
-    normalise_over: str,
-    recall: float | None,
-    axes: Axes,
-    located: Located | None,
+    how: _How, axis: str, located: Located | None, query: Array, key: Array, value: Array
 ) -> tuple[Array, Array, Array]:
     """`topk_attention` seen from one shard; what it returns is equal on all of them."""
-    shard, tokens = jax.lax.axis_index(axes.tokens), key.shape[1]
-    scores = attention_scores(query, key, scale)
+    shard, tokens, top_k = jax.lax.axis_index(axis), key.shape[1], how.top_k or 1
+    scores = attention_scores(query, key, how.scale)
     own = min(top_k, tokens)
-    candidates, position = _best(scores, own, recall)
+    candidates, position = _best(scores, own, how.recall)
     index = shard * tokens + position if located is None else located(position, shard)
-    candidates, index = (jax.lax.all_gather(x, axes.tokens, axis=3, tiled=True) for x in (candidates, index))
+    candidates, index = (jax.lax.all_gather(x, axis, axis=3, tiled=True) for x in (candidates, index))
     # In the order of their indices, because top_k takes the first of equals. (A sort by score would lose NaNs.)
     order = jnp.argsort(index, axis=-1)
     best, place = jax.lax.top_k(jnp.take_along_axis(candidates, order, axis=-1), top_k)
     chosen = jnp.take_along_axis(order, place, axis=-1)  # among all candidates
     mine = chosen // own == shard
-    if normalise_over == "kept":
+    if how.normalise_over == "kept":
         weights = jax.nn.softmax(best, axis=-1)
     else:
-        weights = jnp.exp(best - _logsumexp(scores, axes.tokens))
+        weights = jnp.exp(best - _logsumexp(scores, axis))
     weights = jnp.where(mine, weights, 0)
     kept = jnp.take_along_axis(position, jnp.where(mine, chosen % own, 0), axis=-1)
-    output = jax.lax.psum(_weigh(weights, value, kept), axes.tokens)
+    output = jax.lax.psum(_weigh(weights, value, kept), axis)
     chosen_index = jnp.where(mine, jnp.take_along_axis(index, chosen, axis=-1), 0)
     # Each weight and index from the shard that holds the token: equal everywhere, and gone where nobody reads them.
-    return output, jax.lax.psum(weights, axes.tokens), jax.lax.psum(chosen_index, axes.tokens)
+    return output, jax.lax.psum(weights, axis), jax.lax.psum(chosen_index, axis)
 
 
-def _over_shards_dense(query: Array, key: Array, value: Array, scale: float | None, axes: Axes) -> tuple:
-    """Softmax over all tokens of all shards; sums of the size of the slots are exchanged."""
-
-    def local(query: Array, key: Array, value: Array) -> tuple[Array, Array]:
-        scores = attention_scores(query, key, scale)
-        weights = jnp.exp(scores - _logsumexp(scores, axes.tokens))
-        return jax.lax.psum(apply_weights(weights, value), axes.tokens), weights
-
-    split, whole = P(axes.batch, axes.tokens), P(axes.batch)
-    out = (whole, P(axes.batch, None, None, axes.tokens))
-    return *axes.on_shards(local, (whole, split, split), out)(query, key, value), None
+def _over_shards_dense(how: _How, axis: str, query: Array, key: Array, value: Array) -> tuple[Array, Array, None]:
+    """Softmax over all tokens of all shards, of which each keeps its own weights; sums as large as the slots are
+    exchanged."""
+    scores = attention_scores(query, key, how.scale)
+    weights = jnp.exp(scores - _logsumexp(scores, axis))
+    return jax.lax.psum(apply_weights(weights, value), axis), weights, None
 
 
 def _logsumexp(scores: Array, axis: str) -> Array:
