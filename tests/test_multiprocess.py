@@ -1,8 +1,12 @@
 """The command as processes of its own: killed for good, in pairs, interrupted; what it computes stays the same."""
 
+import contextlib
 import dataclasses
+import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,14 +61,14 @@ class Command:
     def __init__(self, cache_dir):
         self.cache_dir = cache_dir
 
-    def start(self, program, workdir, *more, validation=0):
+    def start(self, program, workdir, *more, validation=0, environment=()):
         # Little optimisation: compiling takes most of the time of such small runs.
         flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
         arguments = (*TINY, f"--config.data.lengths.validation={validation}", *more)
         return subprocess.Popen(
             [*program, "train", *arguments, f"--workdir={workdir}", f"--cache_dir={self.cache_dir}"],
             cwd=REPOSITORY,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **dict(environment)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -223,6 +227,111 @@ def test_a_pair_ends_when_one_dies(command, tmp_path, victim):
     assert process.returncode == 128 + signal.SIGKILL
     assert f"process {victim} was ended by SIGKILL" in output
     assert not any(alive(pid) for pid in pair)
+
+
+def alone_in_pairs(command, workdir, *more):
+    """The two processes of a run without a launcher: what a cluster starts on its machines."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+    cluster = {"SGW_COORDINATOR": address, "SGW_PROCESSES": "2"}
+    return [
+        command.start(ALONE, workdir, *more, environment={**cluster, "SGW_PROCESS": str(index)}) for index in range(2)
+    ]
+
+
+@pytest.mark.parametrize(("victim", "how"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_processes_without_a_launcher_do_not_wait_for_a_lost_one(command, tmp_path, victim, how):
+    """A machine that dies is noticed by the next collective operation, one that falls silent by its heartbeat; what was
+    saved is whole, and a restart goes on from it bit by bit."""
+    steps = ("--config.steps=40", "--heartbeat_seconds=10")
+    pair = alone_in_pairs(command, tmp_path / "run", *steps)
+    try:
+        wait_for(pair[0], saved(tmp_path / "run", 4))
+        os.kill(pair[victim].pid, how)
+        start = time.monotonic()
+        output, _ = pair[1 - victim].communicate(timeout=60)
+        assert time.monotonic() - start < 10 + 20  # the heartbeat's time, and that of a loaded machine
+    finally:
+        for process in pair:
+            process.kill()
+            process.communicate()
+    assert pair[1 - victim].returncode not in (0, None)
+    # Ours where a collective operation fails first; JAX's own where its coordination service does, which ends the
+    # process outright.
+    ours = "error: Another process of this run has ended or cannot be reached" in output
+    theirs = (
+        "JAX distributed service detected fatal errors. This most likely indicates that another task died" in output
+    )
+    assert ours or theirs, output
+    if victim == 1 and how == signal.SIGKILL:
+        command.run(PAIR, tmp_path / "run", "--config.steps=40")
+        command.run(PAIR, tmp_path / "reference", "--config.steps=40")
+        assert outcome(tmp_path / "run") == outcome(tmp_path / "reference")
+
+
+MESHES = {
+    "fsdp": ("--config.mesh.data=2", "--config.mesh.fsdp=4"),
+    "context within": ("--config.mesh.context=2",),
+    "context over both": ("--config.mesh.context=8", "--config.batch_size=8"),
+}
+
+
+def test_a_run_goes_on_on_another_mesh_and_number_of_processes(command, tmp_path):
+    """One process makes half of the steps, a pair on another mesh the rest: the same order of the data, and losses to
+    1e-5 of those of one process all the way. A context over both processes has every row on both of them."""
+    reference = tmp_path / "reference"
+    command.run(ALONE, reference, "--config.keep=100", validation=12)
+    expected = read_metrics(reference / "metrics.jsonl")
+    for name, mesh in MESHES.items():
+        moved = tmp_path / name
+        shutil.copytree(reference, moved)
+        for folder in (moved / "checkpoints").iterdir():
+            if folder.name.isdigit() and int(folder.name) > STEPS // 2:
+                shutil.rmtree(folder)
+        assert f"at step {STEPS // 2}" in command.run(FOURS, moved, "--config.keep=100", *mesh, validation=12)
+        lines = read_metrics(moved / "metrics.jsonl")
+        for line, other in zip(lines, expected, strict=True):
+            assert (line["step"], line["split"]) == (other["step"], other["split"])
+            assert line["loss/depth"] == pytest.approx(other["loss/depth"], rel=1e-5), (name, line["step"])
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(mount)], capture_output=True, text=True, check=False
+    )
+    if made.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {made.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+@pytest.mark.parametrize("left", [0, 100_000], ids=["nothing left", "room for metrics alone"])
+def test_a_full_disk_fails_the_save_and_keeps_the_last(command, small_disk, left):
+    workdir = small_disk / "run"
+    process = command.start(
+        ALONE, workdir, "--config.steps=5000", "--config.checkpoint_every=20", "--config.eval_every=20"
+    )
+    wait_for(process, saved(workdir, 40))
+    with open(small_disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+        free = shutil.disk_usage(small_disk).free - left
+        while free > 0:
+            free -= filler.write(bytes(min(4096, free)))
+    output = command.finish(process, code=1)
+    assert f"error: The disk that holds {workdir} is full." in output
+    kept = Checkpoints(workdir / "checkpoints", read_only=True).latest_step
+    assert kept >= 40
+
+    (small_disk / "filler").unlink()
+    config = open_run(workdir, "last").config
+    config.steps = kept + 20
+    experiment = build(config, command.cache_dir, mesh=make_mesh({}, jax.devices()[:1]))
+    (workdir / "run.json").write_text(json.dumps(experiment.identity()))  # a shorter run, to see it end
+    assert train(experiment, workdir, Console(quiet=True)).step == kept + 20
 
 
 def test_a_killed_launcher_leaves_no_process_behind(command, tmp_path):
