@@ -13,9 +13,9 @@ def multiply_accumulates(function: Callable, *args: Any) -> dict[str, int]:
     """MACs of every matrix product and convolution of ``function(*args)``, by the path of the module that makes it.
 
     A matrix product of (m, k) and (k, n) has m k n; a convolution the size of its output times its window times the
-    input channels of a group. Everything else (norms, softmax, additions) is not counted, as in the field's tables,
-    whose "FLOPs" are these; floating-point operations are twice as many. A scan counts as often as it runs, a branch
-    as its most expensive side. Nothing is computed: ``args`` may be shapes.
+    input channels of a group, without the zeros of a dilated input. Everything else (norms, softmax, additions) is not
+    counted, as in the field's tables, whose "FLOPs" are these; floating-point operations are twice as many. A scan
+    counts as often as it runs, a branch as its most expensive side. Nothing is computed: ``args`` may be shapes.
 
     Args:
       function: of arrays alone. Flax's modules name themselves in the trace: "MultiTaskModel/backbone/blocks/...".
@@ -103,7 +103,8 @@ def _macs(equation: Any) -> int:
     if equation.primitive.name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-        return math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // outputs
+        dilation = math.prod(equation.params["lhs_dilation"])  # the zeros between a strided convolution's gradients
+        return math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // (outputs * dilation)
     return 0
 
 

@@ -234,7 +234,8 @@ def alone_in_pairs(command, workdir, *more):
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{server.getsockname()[1]}"
-    cluster = {"SGW_COORDINATOR": address, "SGW_PROCESSES": "2"}
+    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"  # as PAIR's
+    cluster = {"SGW_COORDINATOR": address, "SGW_PROCESSES": "2", "XLA_FLAGS": flags}
     return [
         command.start(ALONE, workdir, *more, environment={**cluster, "SGW_PROCESS": str(index)}) for index in range(2)
     ]

@@ -59,6 +59,20 @@ def test_counts_are_the_formulas():
     assert sum(grads.values()) == pytest.approx(total, rel=0.25)
 
 
+def test_a_strided_convolution_is_differentiated_by_two_of_its_size():
+    """The gradient of its input is a convolution of the gradients with zeros between them, which are not counted."""
+    conv = nn.Conv(6, (4, 4), (4, 4), padding="VALID", use_bias=False)
+    image = jnp.zeros((1, 16, 16, 3))
+    params = jax.eval_shape(conv.init, jax.random.key(0), image)
+    forward = sum(multiply_accumulates(conv.apply, params, image).values())
+    assert forward == 16 * 6 * 4 * 4 * 3
+
+    def loss(params, image):
+        return jnp.sum(conv.apply(params, image) ** 2)
+
+    assert sum(multiply_accumulates(jax.grad(loss, argnums=(0, 1)), params, image).values()) == 3 * forward
+
+
 def test_branches_and_loops():
     square = shape(4, 4)
     branch = multiply_accumulates(lambda x: jax.lax.cond(x[0, 0] > 0, lambda y: y @ y @ y, lambda y: y @ y, x), square)
