@@ -10,7 +10,12 @@ EXTRAS = {
     "beam": ["apache-beam>=2.60"],  # data_pipelines.prepare --pipeline=beam
     "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.13", "build"],
     # Other implementations that tests compare with; the library itself never imports them.
-    "parity": ["torch==2.13.0", "transformers>=5", "torchjd[quadprog-projector,cagrad,nash-mtl]>=0.18"],
+    "parity": [
+        "torch==2.13.0",
+        "transformers>=5",
+        "torchjd[quadprog-projector,cagrad,nash-mtl]>=0.18",
+        "kubernetes-validate>=1.29",  # schemas for launch/gke.py
+    ],
 }
 
 setup(

@@ -21,6 +21,7 @@ def matching(pattern: str, what: str) -> Callable[[str], str]:
 
 
 name = matching(NAME, "a name of lower-case letters, digits and hyphens, at most 63, that starts with a letter")
+BUCKET = matching(r"[a-z0-9][-a-z0-9_.]{1,61}[a-z0-9]", "the name of a bucket, without gs://")
 one_line = matching(r"[^\n\r\0]+", "one line of text")
 
 

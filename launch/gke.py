@@ -1,12 +1,12 @@
 """A training run on a GKE cluster with TPU slices, as a JobSet: one pod a host, started again when one is lost.
 
     python launch/gke.py NAME --image=REGISTRY/sgw_jax:TAG --accelerator=v5e --topology=4x4 --spot \\
-        -- train --config=nyud --workdir=gs://bucket/run
+        --bucket=my-runs -- train --config=nyud --workdir=/mnt/runs/run-1
 
 The cluster needs the JobSet operator and a node pool of the topology; the image holds this package with `.[tpu]`. The
-command is in the manifest as a list, so no shell reads it. A lost node ends the job's pods, which save on SIGTERM; the
-JobSet starts them anew, and the same command goes on from the last checkpoint. `--dry-run` prints the manifest (JSON,
-which is YAML too); else it goes to `kubectl apply`.
+command is in the manifest as a list, so no shell reads it. `--bucket` is mounted at /mnt/runs by Cloud Storage FUSE. A
+lost node ends the job's pods, which save on SIGTERM; the JobSet starts them anew, and the same command goes on from the
+last checkpoint. `--dry-run` prints the manifest (JSON, which is YAML too); else it goes to `kubectl apply`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from arguments import add_command, add_dry_run, count, matching, name, run
+from arguments import BUCKET, add_command, add_dry_run, count, matching, name, run
 
 # What GKE calls the slices, and the chips of one of their machines.
 ACCELERATORS = {
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--topology", required=True, type=matching(r"\d+(x\d+){1,2}", "a topology such as 4x4"))
     parser.add_argument("--namespace", type=name, default="default")
     parser.add_argument("--service-account", type=name, help="Kubernetes service account with access to the bucket")
+    parser.add_argument("--bucket", type=BUCKET, help="of runs and data, mounted at /mnt/runs")
     parser.add_argument("--spot", action="store_true", help="cheaper nodes that may be taken away")
     parser.add_argument("--max-restarts", type=count, default=100, help="default: %(default)s")
     parser.add_argument("--grace-seconds", type=count, default=120, help="to save in (default: %(default)s)")
@@ -74,13 +75,19 @@ def jobset(arguments: argparse.Namespace) -> dict[str, Any]:
         selector["cloud.google.com/gke-spot"] = "true"
         taint = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
         spot = {"tolerations": [taint]}
-    container = {
+    container: dict[str, Any] = {
         "name": "train",
         "image": arguments.image,
         "command": ["python", "-m", "sgw_jax", *arguments.command],
         "ports": [{"containerPort": 8471}, {"containerPort": 8080}],  # of the TPU's library
         "resources": {kind: {"google.com/tpu": chips} for kind in ("requests", "limits")},
     }
+    annotations, volumes = {}, {}
+    if arguments.bucket:
+        container["volumeMounts"] = [{"name": "runs", "mountPath": "/mnt/runs"}]
+        source = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": {"bucketName": arguments.bucket}}
+        volumes = {"volumes": [{"name": "runs", "csi": source}]}
+        annotations = {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}}
     account = {"serviceAccountName": arguments.service_account} if arguments.service_account else {}
     pod = {
         "restartPolicy": "Never",  # all processes start again together, which is the JobSet's business
@@ -89,13 +96,14 @@ def jobset(arguments: argparse.Namespace) -> dict[str, Any]:
         **spot,
         **account,
         "containers": [_escaped(container)],
+        **volumes,
     }
     job = {
         "parallelism": hosts,
         "completions": hosts,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        "template": {"spec": pod},
+        "template": {**annotations, "spec": pod},
     }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",

@@ -2,15 +2,15 @@
 
     python launch/tpu_vm.py create  NAME --project=P --zone=Z --accelerator-type=v5litepod-16 --spot
     python launch/tpu_vm.py install NAME --project=P --zone=Z --repository=https://... --revision=main
-    python launch/tpu_vm.py run     NAME --project=P --zone=Z -- train --config=nyud --workdir=gs://bucket/run
+    python launch/tpu_vm.py run     NAME --project=P --zone=Z -- train --config=nyud --workdir=/mnt/runs/run-1
     python launch/tpu_vm.py logs    NAME --project=P --zone=Z --worker=0
     python launch/tpu_vm.py resume  NAME ... (the arguments of create, install and run together)
     python launch/tpu_vm.py delete  NAME --project=P --zone=Z
 
 `run` starts the command on all workers and returns; it is the same program on each, and JAX finds the others. The
-working directory must be one that all see, a bucket. `resume` watches: when the slice was taken away it asks for a new
-one, installs, and runs the same command, which goes on from its last checkpoint. `stop` lets the run save first.
-`--dry-run` prints the commands.
+working directory must be one that all see: a Filestore, or a bucket that `install --bucket` mounts with Cloud Storage
+FUSE. `resume` watches: when the slice was taken away it asks for a new one, installs, and runs the same command, which
+goes on from its last checkpoint. `stop` lets the run save first. `--dry-run` prints the commands.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from arguments import add_command, add_dry_run, count, matching, name, run, training_command
+from arguments import BUCKET, add_command, add_dry_run, count, matching, name, run, training_command
 
 # Accelerator type -> the image of its VMs, as Google's documentation pairs them.
 RUNTIMES = {
@@ -40,6 +40,13 @@ git fetch --tags origin
 git checkout --detach {revision}
 [ -d .venv ] || python3 -m venv .venv
 .venv/bin/pip install --quiet -e '.[tpu]'
+"""
+
+MOUNT = """\
+command -v gcsfuse > /dev/null || {{ echo 'gcsfuse is not here; install it, or mount /mnt/runs' >&2; exit 1; }}
+sudo mkdir -p /mnt/runs
+sudo chown "$USER" /mnt/runs
+mountpoint --quiet /mnt/runs || gcsfuse --implicit-dirs {bucket} /mnt/runs
 """
 
 # A lock, held by the run as long as it lives, keeps a second one off the chips.
@@ -110,6 +117,7 @@ def _source(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--repository", required=True, type=url)
     revision = matching(r"[\w][\w./-]*", "a branch, tag or commit")
     sub.add_argument("--revision", default="main", type=revision, help="default: %(default)s")
+    sub.add_argument("--bucket", type=BUCKET, help="of runs and data, mounted at /mnt/runs with Cloud Storage FUSE")
 
 
 def _worker(sub: argparse.ArgumentParser) -> None:
@@ -154,7 +162,8 @@ def _ssh(arguments: argparse.Namespace, script: str, worker: str = "all") -> lis
 
 def _install(arguments: argparse.Namespace) -> list[str]:
     source = {key: shlex.quote(getattr(arguments, key)) for key in ("repository", "revision")}
-    return _ssh(arguments, INSTALL.format(**source))
+    mount = MOUNT.format(bucket=shlex.quote(arguments.bucket)) if arguments.bucket else ""
+    return _ssh(arguments, INSTALL.format(**source) + mount)
 
 
 def _start(arguments: argparse.Namespace) -> list[str]:

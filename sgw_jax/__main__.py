@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, **shape)
         sub.set_defaults(run=run)
         if workdir:
-            sub.add_argument("--workdir", required=True, help="directory of the run")
+            sub.add_argument("--workdir", required=True, type=_directory, help="directory of the run")
         if checkpoint:
             help = "best by validation, or last (default: %(default)s)"
             sub.add_argument("--checkpoint", default="best", choices=("best", "last"), help=help)
@@ -144,6 +144,14 @@ def _parser() -> argparse.ArgumentParser:
     help = "also compile the training step: for a TPU slice that need not be here (v5e:4x4; needs .[tpu]), or `here`"
     sub.add_argument("--topology", help=help)
     return parser
+
+
+def _directory(text: str) -> str:
+    if "://" in text:  # a Path would make a local directory "gs:" of it
+        raise argparse.ArgumentTypeError(
+            f"{text} is no directory: mount the bucket on every machine (Cloud Storage FUSE) and give its directory"
+        )
+    return text
 
 
 def _seconds(text: str) -> int:

@@ -176,6 +176,13 @@ def test_train_refuses_before_it_writes(refused, arguments, messages):
         assert part in message
 
 
+def test_a_bucket_is_no_working_directory(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--config=scenes", "--workdir=gs://bucket/run"])
+    assert caught.value.code == 2
+    assert "--workdir: gs://bucket/run is no directory: mount the bucket" in " ".join(capsys.readouterr().err.split())
+
+
 def test_evaluate_and_predict_refuse_what_they_do_not_know(refused, tmp_path):
     assert "no checkpoints in" in refused("evaluate", "--workdir=nowhere")
     assert "['--config.steps=3']" in refused("evaluate", "--workdir=nowhere", "--config.steps=3")

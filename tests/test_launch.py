@@ -14,7 +14,7 @@ LAUNCH = Path(__file__).resolve().parents[1] / "launch"
 TPU = ("--project=my-project", "--zone=us-west4-a")
 SLICE = ("--accelerator-type=v5litepod-16", "--spot")
 SOURCE = ("--repository=https://example.org/sgw_jax.git", "--revision=v0.1")
-TRAIN = ("--", "train", "--config=nyud", "--workdir=gs://bucket/run")
+TRAIN = ("--", "train", "--config=nyud", "--workdir=/mnt/runs/run-1")
 # What a careless launcher would run, expand or split.
 HOSTILE = (
     "--config.data.root=$(touch pwned); `touch pwned` \"$HOME\" 'x' & touch pwned",
@@ -100,7 +100,9 @@ def test_a_slice_is_given_back_with_its_machines():
 
 
 @pytest.mark.parametrize(
-    "arguments", [("install", *SOURCE), ("stop",), ("run",), ("logs", "--worker=3")], ids=lambda a: a[0]
+    "arguments",
+    [("install", *SOURCE, "--bucket=my-runs"), ("stop",), ("run",), ("logs", "--worker=3")],
+    ids=lambda a: a[0],
 )
 def test_what_workers_are_told_is_sound_bash(arguments):
     title, *options = arguments
@@ -198,7 +200,7 @@ def manifest(*arguments, after=TRAIN):
 
 
 def test_a_job_set_has_a_pod_a_host():
-    found = manifest("--spot", "--service-account=trainer")
+    found = manifest("--spot", "--service-account=trainer", "--bucket=my-runs")
     assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (workers,) = found["spec"]["replicatedJobs"]
     job = workers["template"]["spec"]
@@ -208,7 +210,10 @@ def test_a_job_set_has_a_pod_a_host():
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5-lite-podslice"
     assert pod["tolerations"][0]["key"] == "cloud.google.com/gke-spot"
     assert (pod["restartPolicy"], pod["serviceAccountName"]) == ("Never", "trainer")
+    assert pod["volumes"][0]["csi"]["volumeAttributes"] == {"bucketName": "my-runs"}
+    assert job["template"]["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
     (container,) = pod["containers"]
+    assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/mnt/runs"}]
     assert container["resources"]["limits"] == container["resources"]["requests"] == {"google.com/tpu": 4}
     assert container["command"] == ["python", "-m", "sgw_jax", *TRAIN[1:]]
 
@@ -221,9 +226,11 @@ def test_arguments_are_a_list_in_the_manifest():
     assert all("$(" not in part.replace("$$", "") for part in command)
 
 
+@pytest.mark.parity
 def test_the_inner_job_fits_the_public_schema():
+    """JobSet's own schema is in no package; that of the job inside is Kubernetes'."""
     validate = pytest.importorskip("kubernetes_validate", reason="the schemas are in kubernetes-validate")
-    job = manifest("--spot")["spec"]["replicatedJobs"][0]["template"]
+    job = manifest("--spot", "--bucket=my-runs")["spec"]["replicatedJobs"][0]["template"]
     validate.validate({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **job}, "1.29", strict=True)
 
 
