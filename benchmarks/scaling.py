@@ -28,8 +28,8 @@ IMAGES = {"v5e": 4, "v5p": 8, "v6e": 4}  # a chip
 BACKBONES = {"vit_l": "vit", "swin_l": "swin"}
 
 
-def measure(system: str, slice_name: str, mesh: str) -> dict[str, Any]:
-    """One compiled step, or what refused it."""
+def measure(system: str, slice_name: str, mesh: str, console: Console) -> dict[str, Any] | None:
+    """One compiled step; None, and its words printed, if the command failed."""
     chip, _, shape = slice_name.partition(":")
     chips = math.prod(int(n) for n in shape.split("x"))
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +38,11 @@ def measure(system: str, slice_name: str, mesh: str) -> dict[str, Any]:
         command += [f"--config.backbones.{BACKBONES[system]}.remat=full", f"--config.mesh.name={mesh}"]
         command += [f"--config.batch_size={IMAGES[chip] * chips}", f"--topology={slice_name}", f"--json={path}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = json.loads(path.read_text())["step"] if done.returncode == 0 else {"error": done.stderr[-600:]}
+        console.print(f"{system}, {slice_name}, {mesh}: exit code {done.returncode}")
+        if done.returncode:
+            console.print(done.stderr[-600:])
+            return None
+        found = json.loads(path.read_text())["step"]
     return {"system": system, "slice": slice_name, "chips": chips, "named_mesh": mesh, **found}
 
 
@@ -51,9 +55,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for row in sorted(rows, key=lambda r: (r["system"], r["slice"].partition(":")[0], r["named_mesh"], r["chips"])):
         chip = CHIPS[row["slice"].partition(":")[0]]
         start = f"| {row['system']} | {row['chips']} {chip.name.removeprefix('TPU ')} | {row['named_mesh']} "
-        if "error" in row or row["needed"]:
-            why = f"does not fit: {row['needed'] / GIB:.1f} GiB" if row.get("needed") else "refused at the start"
-            lines.append(f"{start}| | {why} | | | | | | |")
+        if row["needed"]:
+            lines.append(f"{start}| {row['batch_size']} | does not fit: {row['needed'] / GIB:.1f} GiB | | | | | | |")
             continue
         times = row["seconds"]
         cells = [row["batch_size"], f"{row['peak'] / GIB:.1f} of {chip.memory / GIB:.1f}"]
@@ -82,9 +85,10 @@ def main() -> None:
             point = (system, slice_name, arguments.mesh)
             if any((row["system"], row["slice"], row["named_mesh"]) == point for row in rows):
                 continue
-            rows.append(measure(*point))
-            write_atomically(path, json.dumps(rows, indent=1))
-            console.print(f"{point}: {'refused' if 'error' in rows[-1] else 'done'}")
+            found = measure(*point, console)
+            if found is not None:
+                rows.append(found)
+                write_atomically(path, json.dumps(rows, indent=1))
     console.print("\n".join(table(rows)), soft_wrap=True)
 
 

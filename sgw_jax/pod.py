@@ -73,8 +73,10 @@ def topology_devices(name: str) -> list[jax.Device]:
     """
     from jax.experimental import topologies
 
-    # Without them the TPU's library asks the network which machine it is on, in vain and aloud.
+    # Without them the TPU's library asks the network which machine it is on, in vain and aloud, and lets one process at
+    # a time load it, although a compiler takes no chip.
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+    quiet["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     for variable, value in quiet.items():
         os.environ.setdefault(variable, value)
     if not re.fullmatch(r"\w+:\d+(x\d+){1,2}", name):
