@@ -26,7 +26,7 @@ from sgw_jax.layers.drop_path import DropPath
 from sgw_jax.sharding import make_mesh, mesh_sizes
 from sgw_jax.starting_state import abstract_state, initial_state, restored_state
 from sgw_jax.tasks import Depth
-from sgw_jax.train import check_start, train
+from sgw_jax.train import check_start, compiled_steps, train
 from sgw_jax.workdir import WorkdirError, claim_workdir
 from sgw_jax.writers import read_metrics
 
@@ -241,6 +241,24 @@ def test_a_finished_run_makes_no_step(built, finished, uninterrupted, monkeypatc
     again = train(built, finished, quiet())
     assert (again.step, again.stopped_by, again.images_per_second) == (STEPS, None, 0.0)
     assert outcome(built, finished) == uninterrupted
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_run_compiles_each_function_once(tmp_path, monkeypatch, devices):
+    """Batches, the state after a step and that after a save must all look alike to jit, also after a resumption."""
+    compiled = []
+
+    def watched(*arguments):
+        compiled.append(compiled_steps(*arguments))
+        return compiled[-1]
+
+    monkeypatch.setattr("sgw_jax.train.compiled_steps", watched)
+    run = experiment(devices=devices)
+    with pytest.raises(Killed):
+        train(interrupting(run, 6, kill), tmp_path, quiet())
+    train(run, tmp_path, quiet())
+    assert len(compiled) == 2
+    assert [step._cache_size() for pair in compiled for step in pair] == [1, 1, 1, 1]
 
 
 def test_another_mesh_gives_the_same_run_up_to_rounding(tmp_path):
