@@ -1,119 +1,121 @@
-"""A training run on a GKE cluster with TPU slices, as a JobSet: one pod a host, started again when one is lost.
+"""One run on the hosts of a TPU slice of a GKE cluster, as a JobSet that restarts until it is through.
 
-    python launch/gke.py NAME --image=REGISTRY/sgw_jax:TAG --accelerator=v5e --topology=4x4 --spot \\
-        --bucket=my-runs -- train --config=nyud --workdir=/mnt/runs/run-1
+    python launch/gke.py --name=nyud --image=us-docker.pkg.dev/project/images/sgw_jax:1 --tpu=v5e --topology=4x4 \\
+        --bucket=my-runs -- train --config=nyud:swin_l,interaction=skem --workdir=/mnt/runs/nyud
 
-The cluster needs the JobSet operator and a node pool of the topology; the image holds this package with `.[tpu]`. The
-command is in the manifest as a list, so no shell reads it. `--bucket` is mounted at /mnt/runs by Cloud Storage FUSE. A
-lost node ends the job's pods, which save on SIGTERM; the JobSet starts them anew, and the same command goes on from the
-last checkpoint. `--dry-run` prints the manifest (JSON, which is YAML too); else it goes to `kubectl apply`.
+The manifest goes to `kubectl apply -f -`; --dry-run prints it instead (JSON, which kubectl reads as it reads YAML).
+The cluster needs JobSet (https://jobset.sigs.k8s.io) and a node pool of that topology; the image holds sgw_jax with
+the extra [tpu] and has `python` on its PATH. A preempted, moved or failed slice is started again with the same command,
+which goes on from the last checkpoint. `--bucket` is mounted at /mnt/runs by the driver of Cloud Storage FUSE. GKE tells
+every host who the others are; sgw_jax joins them by itself.
 """
 
 import argparse
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from arguments import BUCKET, add_command, add_dry_run, count, matching, name, run
+import command_line
+from command_line import matching, whole
 
-# What GKE calls the slices, and the chips of one of their machines.
-ACCELERATORS = {
-    "v5e": ("tpu-v5-lite-podslice", 4, "4x4, 8x8, 16x16"),
-    "v5p": ("tpu-v5p-slice", 4, "2x2x2, 2x4x4, 4x4x4"),
-    "v6e": ("tpu-v6e-slice", 4, "4x4, 8x8, 16x16"),
+CHIPS_PER_HOST = 4
+SMALL = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # all that v5e and v6e come in, but for parts of a host
+TPUS = {  # type -> GKE's name of it, topologies
+    "v5e": ("tpu-v5-lite-podslice", SMALL),
+    "v5p": ("tpu-v5p-slice", ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8")),  # and larger
+    "v6e": ("tpu-v6e-slice", SMALL),
 }
+LARGEST_V5P = 6144  # chips
+SECONDS_TO_SAVE = 300
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints or applies the manifest."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("name", type=name, help="of the JobSet")
-    image = matching(r"[\w][\w.:/@-]*", "a container image such as region-docker.pkg.dev/project/repo/sgw_jax:1")
-    parser.add_argument("--image", required=True, type=image)
-    parser.add_argument("--accelerator", required=True, choices=ACCELERATORS)
-    parser.add_argument("--topology", required=True, type=matching(r"\d+(x\d+){1,2}", "a topology such as 4x4"))
-    parser.add_argument("--namespace", type=name, default="default")
-    parser.add_argument("--service-account", type=name, help="Kubernetes service account with access to the bucket")
-    parser.add_argument("--bucket", type=BUCKET, help="of runs and data, mounted at /mnt/runs")
-    parser.add_argument("--spot", action="store_true", help="cheaper nodes that may be taken away")
-    parser.add_argument("--max-restarts", type=count, default=100, help="default: %(default)s")
-    parser.add_argument("--grace-seconds", type=count, default=120, help="to save in (default: %(default)s)")
-    add_dry_run(parser)
-    add_command(parser)
-    arguments = parser.parse_args(argv)
+    """Applies the manifest, or prints it; returns kubectl's exit code."""
+    own, command = command_line.split(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    arguments = parser.parse_args(own)
+    command = command_line.check_command(parser, command, durable=True)
     try:
-        manifest = json.dumps(jobset(arguments), indent=2)
+        hosts = count_hosts(arguments.tpu, arguments.topology)
     except ValueError as error:
         parser.error(str(error))
+    text = json.dumps(manifest(arguments, command, hosts), indent=2)
     if arguments.dry_run:
-        print(manifest)
+        print(text)
         return 0
-    return run([["kubectl", "apply", "-f", "-"]], dry_run=False, given=manifest)
+    kubectl = ["kubectl", *([f"--context={arguments.context}"] if arguments.context else []), "apply", "-f", "-"]
+    try:
+        return subprocess.run(kubectl, input=text, text=True, check=False).returncode
+    except FileNotFoundError:
+        print("gke: kubectl found nowhere on PATH; install it, or use --dry-run", file=sys.stderr)
+        return 127
 
 
-def jobset(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The manifest (jobset.x-k8s.io/v1alpha2).
+def _parser() -> argparse.ArgumentParser:
+    parser = command_line.parser(__doc__)
+    add = parser.add_argument
+    add("--name", required=True, type=command_line.NAME, help="of the JobSet")
+    add("--image", required=True, type=matching(command_line.IMAGE, "an image as host/path/name:tag"))
+    add("--tpu", required=True, choices=tuple(TPUS))
+    add("--topology", required=True, type=matching(r"[0-9]{1,2}(x[0-9]{1,2}){1,2}", "chips by axis, as 4x4 or 2x2x2"))
+    namespace = matching(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", "up to 63 of a-z, 0-9 and -")
+    add("--namespace", type=namespace, help="default: that of the context")
+    add("--context", type=matching(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*", "a context of kubectl"), help="default: current")
+    account = matching(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?", "lower-case letters, digits, - and .")
+    add("--service-account", type=account, help="Kubernetes service account that may write the working directory")
+    add("--env", action="append", default=[], type=_variable, metavar="NAME=VALUE", help="may be repeated")
+    add("--bucket", type=command_line.BUCKET, help="of runs and data, mounted at /mnt/runs")
+    add("--spot", action="store_true", help="on Spot VMs, which give a pod some 15 seconds of the time to save")
+    add("--max-restarts", type=whole(0), default=100, help="preemptions count too; default: %(default)s")
+    help = "seconds between SIGTERM and being killed; default: %(default)s"
+    add("--seconds-to-save", type=whole(1, 86_400), default=SECONDS_TO_SAVE, help=help)
+    add("--dry-run", action="store_true", help="print the manifest and apply nothing")
+    return parser
 
-    Raises:
-      ValueError: a topology that is no whole number of machines.
-    """
-    node, chips, examples = ACCELERATORS[arguments.accelerator]
-    total = math.prod(int(length) for length in arguments.topology.split("x"))
-    if total == 0 or total % chips:
+
+def _variable(text: str) -> tuple[str, str]:
+    check = matching(r"[A-Za-z_][A-Za-z0-9_]*=.*", "NAME=VALUE, the name of letters, digits and _")
+    name, _, value = check(command_line.plain(text)).partition("=")
+    return name, value
+
+
+def count_hosts(tpu: str, topology: str) -> int:
+    """Refuses topologies that GKE does not have, for their pods would wait for ever."""
+    good = TPUS[tpu][1]
+    sizes = [int(size) for size in topology.split("x")]
+    chips = math.prod(sizes)
+    allowed = topology in good
+    if tpu == "v5p" and len(sizes) == 3:  # larger ones: cubes of 4x4x4 side by side, the longest axis last
+        cubes = all(size and size % 4 == 0 for size in sizes)
+        allowed |= cubes and sizes == sorted(sizes) and chips <= LARGEST_V5P
+    if not allowed or chips % CHIPS_PER_HOST:
+        why = f"{chips} chips, {CHIPS_PER_HOST} to a host"
         raise ValueError(
-            f"--topology={arguments.topology} has {total} chips, which machines of {chips} do not make up; "
-            f"{arguments.accelerator} has slices such as {examples}."
+            f"argument --topology: {topology!r} ({why}) found; allowed for {tpu} is, say, {', '.join(good)}"
         )
-    hosts = total // chips
-    selector = {"cloud.google.com/gke-tpu-accelerator": node, "cloud.google.com/gke-tpu-topology": arguments.topology}
-    spot: dict[str, Any] = {}
-    if arguments.spot:
-        selector["cloud.google.com/gke-spot"] = "true"
-        taint = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
-        spot = {"tolerations": [taint]}
-    container: dict[str, Any] = {
-        "name": "train",
-        "image": arguments.image,
-        "command": ["python", "-m", "sgw_jax", *arguments.command],
-        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],  # of the TPU's library
-        "resources": {kind: {"google.com/tpu": chips} for kind in ("requests", "limits")},
-    }
-    annotations, volumes = {}, {}
-    if arguments.bucket:
-        container["volumeMounts"] = [{"name": "runs", "mountPath": "/mnt/runs"}]
-        source = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": {"bucketName": arguments.bucket}}
-        volumes = {"volumes": [{"name": "runs", "csi": source}]}
-        annotations = {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}}
-    account = {"serviceAccountName": arguments.service_account} if arguments.service_account else {}
-    pod = {
-        "restartPolicy": "Never",  # all processes start again together, which is the JobSet's business
-        "terminationGracePeriodSeconds": arguments.grace_seconds,
-        "nodeSelector": selector,
-        **spot,
-        **account,
-        "containers": [_escaped(container)],
-        **volumes,
-    }
+    return chips // CHIPS_PER_HOST
+
+
+def manifest(arguments: argparse.Namespace, command: Sequence[str], hosts: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {"name": arguments.name}
+    if arguments.namespace:
+        metadata["namespace"] = arguments.namespace
+    if hosts > 1:  # a node pool of several hosts is one slice; a run spread over two of them would lack their links
+        metadata["annotations"] = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     job = {
         "parallelism": hosts,
         "completions": hosts,
-        "completionMode": "Indexed",
-        "backoffLimit": 0,
-        "template": {**annotations, "spec": pod},
+        "completionMode": "Indexed",  # the index becomes the worker's number
+        "backoffLimit": 0,  # one host that fails ends all: the JobSet starts all of them again
+        "template": {**_annotations(arguments), "spec": _pod(arguments, command)},
     }
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {
-            "name": arguments.name,
-            "namespace": arguments.namespace,
-            # One node pool a job: all its pods on one slice.
-            "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
-        },
+        "metadata": metadata,
         "spec": {
             "failurePolicy": {"maxRestarts": arguments.max_restarts},
             "replicatedJobs": [{"name": "workers", "replicas": 1, "template": {"spec": job}}],
@@ -121,9 +123,46 @@ def jobset(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _escaped(container: dict[str, Any]) -> dict[str, Any]:
-    """Kubernetes replaces $(NAME) in a command by a variable; $$ is a dollar sign."""
-    return container | {"command": [part.replace("$", "$$") for part in container["command"]]}
+def _pod(arguments: argparse.Namespace, command: Sequence[str]) -> dict[str, Any]:
+    chips = {"google.com/tpu": CHIPS_PER_HOST}
+    container: dict[str, Any] = {
+        "name": "sgw-jax",
+        "image": arguments.image,
+        "command": [_literal(argument) for argument in ("python", "-m", "sgw_jax", *command)],  # no shell in between
+        "env": [{"name": name, "value": _literal(value)} for name, value in arguments.env],
+        "ports": [{"containerPort": 8471}, {"containerPort": 8080}],  # between the TPU's hosts; the TPU's metrics
+        "resources": {"requests": chips, "limits": dict(chips)},
+    }
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": arguments.seconds_to_save,
+        "nodeSelector": {
+            "cloud.google.com/gke-tpu-accelerator": TPUS[arguments.tpu][0],
+            "cloud.google.com/gke-tpu-topology": arguments.topology,
+        },
+        "containers": [container],
+    }
+    if arguments.bucket:
+        container["volumeMounts"] = [{"name": "runs", "mountPath": "/mnt/runs"}]
+        source = {"driver": "gcsfuse.csi.storage.gke.io", "volumeAttributes": {"bucketName": arguments.bucket}}
+        pod["volumes"] = [{"name": "runs", "csi": source}]
+    if arguments.service_account:
+        pod["serviceAccountName"] = arguments.service_account
+    if arguments.spot:
+        pod["nodeSelector"]["cloud.google.com/gke-spot"] = "true"
+        toleration = {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
+        pod["tolerations"] = [toleration]
+    return pod
+
+
+def _annotations(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The driver runs beside the pods that ask for it."""
+    return {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}} if arguments.bucket else {}
+
+
+def _literal(text: str) -> str:
+    """Kubernetes replaces $(NAME) in commands and variables, and reads $$ as one $."""
+    return text.replace("$", "$$")
 
 
 if __name__ == "__main__":

@@ -1,72 +1,111 @@
-"""A training run on a Slurm cluster of GPUs: one process a GPU, requeued when it is interrupted.
+"""One run on the GPUs of a Slurm cluster, one process per GPU, queued again until it is through.
 
-    python launch/slurm.py --nodes=4 --gpus-per-node=8 --time=24:00:00 --partition=gpu \\
-        --setup='source .venv/bin/activate' -- train --config=nyud --workdir=/shared/run
+    python launch/slurm.py --nodes=2 --gpus-per-node=8 --time=12:00:00 --partition=gpu \\
+        --setup='source ~/sgw_jax/.venv/bin/activate' \\
+        -- train --config=nyud:swin_l,interaction=skem --workdir=/shared/runs/nyud
 
-Writes the batch script and gives it to `sbatch`; `--dry-run` prints it. Two minutes before the time limit, and when the
-job is preempted, every process gets SIGTERM: the run saves, ends with 143 (128 + SIGTERM), and the script puts itself
-into the queue again; the same command goes on from the last checkpoint. The processes find each other through Slurm.
+The batch script goes to `sbatch`; --dry-run prints it instead. Shortly before the time limit (--seconds-to-save), and
+when the job is preempted, the run saves and the job is queued again: the same script goes on from the last checkpoint.
+A run that fails is not queued again. Under srun the processes find each other by Slurm's variables.
 """
 
 import argparse
+import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 
-from arguments import add_command, add_dry_run, count, matching, one_line, run, training_command
+import command_line
+from command_line import matching, whole
 
-WORD = matching(r"[\w][\w.@+-]*", "a word of letters, digits and . _ @ + -")
+WORD = matching(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", "letters, digits and _ . + -")
+TIME = r"[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2}|[0-9]+(:[0-9]{1,2}){0,2}"
+PATH = r"[A-Za-z0-9._/%+=@-]+"
 
-SCRIPT = """\
-#!/usr/bin/env bash
-{options}
-set -euo pipefail
-{setup}
-code=0
-srun {srun} {command} || code=$?
-{again}
-exit "$code"
+# With fewer processes than GPUs JAX would give a process the one GPU of its own number: each takes its part instead.
+SHARE = """\
+first=$((SLURM_LOCALID * {share}))
+JAX_LOCAL_DEVICE_IDS=$(seq -s, "$first" $((first + {share} - 1)))
+export JAX_LOCAL_DEVICE_IDS
+exec "$@"
 """
 
-AGAIN = """\
-if [ "$code" -eq 143 ]; then  # saved on SIGTERM: into the queue again
+# Slurm signals the batch script alone (B:), which passes it on: SIGTERM straight to the step could not be told from
+# what srun may send to the others when one process fails, and a run that fails would be queued for ever.
+WAIT = """\
+time_is_up=no
+trap 'time_is_up=yes; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
+"${srun[@]}" "${command[@]}" &
+code=0
+wait "$!" || code=$?
+if [ "$time_is_up" = yes ]; then  # the trap interrupted the wait
+  code=0
+  wait "$!" || code=$?
+fi
+"""
+
+REQUEUE = """\
+preempted() { [[ "$(scontrol show job "$SLURM_JOB_ID")" == *PreemptTime=[0-9]* ]]; }
+if [ "$code" -eq 143 ] && { [ "$time_is_up" = yes ] || preempted; }; then  # 128 + SIGTERM: stopped and saved
   scontrol requeue "$SLURM_JOB_ID"
-fi"""
+fi
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints or submits the script."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--job-name", type=WORD, default="sgw_jax", help="default: %(default)s")
-    parser.add_argument("--nodes", type=count, required=True)
-    parser.add_argument("--gpus-per-node", type=count, required=True)
-    parser.add_argument("--processes-per-node", type=count, help="default: one a GPU")
-    parser.add_argument("--cpus-per-task", type=count, default=8, help="default: %(default)s")
-    limit = matching(r"(\d+-)?\d{1,3}(:\d{2}){0,2}", "a time such as 90, 24:00:00 or 2-00:00:00")
-    parser.add_argument("--time", type=limit, required=True)
-    parser.add_argument("--partition", type=WORD)
-    parser.add_argument("--account", type=WORD)
-    output = matching(r"[\w./%-]+", "a path of letters, digits and . / _ - %")
-    parser.add_argument("--output", type=output, default="slurm-%j.out", help="default: %(default)s")
-    parser.add_argument("--container-image", type=matching(r"[\w][\w.:/@+#-]*", "a container image"), help="with pyxis")
-    parser.add_argument("--seconds-to-save", type=count, default=120, help="default: %(default)s")
-    parser.add_argument("--no-requeue", action="store_true", help="do not go on after an interruption")
-    help = "a line of shell before the command, such as `module load cuda`; it is read by the shell as it is"
-    parser.add_argument("--setup", type=one_line, action="append", default=[], help=help)
-    add_dry_run(parser)
-    add_command(parser)
-    arguments = parser.parse_args(argv)
-    text = script(arguments)
+    """Submits the script, or prints it; returns sbatch's exit code."""
+    own, command = command_line.split(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    arguments = parser.parse_args(own)
+    command = command_line.check_command(parser, command)
+    processes = arguments.processes_per_node or arguments.gpus_per_node
+    if arguments.gpus_per_node % processes:
+        allowed = f"a divisor of --gpus-per-node={arguments.gpus_per_node}"
+        parser.error(f"argument --processes-per-node: {processes} found; allowed is {allowed}")
+    if arguments.container_mounts and not arguments.container_image:
+        parser.error("argument --container-mounts: found without --container-image; allowed is both or neither")
+    text = script(arguments, processes, command)
     if arguments.dry_run:
         print(text, end="")
         return 0
-    return run([["sbatch"]], dry_run=False, given=text)
+    try:
+        return subprocess.run(["sbatch"], input=text, text=True, check=False).returncode
+    except FileNotFoundError:
+        print("slurm: sbatch found nowhere on PATH; run this on the cluster, or use --dry-run", file=sys.stderr)
+        return 127
 
 
-def script(arguments: argparse.Namespace) -> str:
-    """The batch script."""
-    processes = arguments.processes_per_node or arguments.gpus_per_node
+def _parser() -> argparse.ArgumentParser:
+    parser = command_line.parser(__doc__)
+    add = parser.add_argument
+    add("--nodes", type=whole(1), default=1, help="default: %(default)s")
+    add("--gpus-per-node", type=whole(1, 64), default=1, help="default: %(default)s")
+    add("--processes-per-node", type=whole(1, 64), help="default: one per GPU")
+    add("--cpus-per-task", type=whole(1), help="of each process")
+    time = "minutes, minutes:seconds, hours:minutes:seconds or days-hours[:minutes[:seconds]]"
+    add("--time", required=True, type=matching(TIME, time), help=f"limit, after which the job is queued again: {time}")
+    add("--partition", type=matching(r"[A-Za-z0-9_][A-Za-z0-9_.,+-]*", "names with , between them"))
+    add("--account", type=WORD)
+    add("--job-name", type=WORD, default="sgw_jax", help="default: %(default)s")
+    output = matching(PATH, "a path of letters, digits and . _ / % + = @ -")
+    add("--output", type=output, default="slurm-%j.out", help="log, appended to; default: slurm-%%j.out")
+    help = "whether the job is queued again when its time is up or it is preempted; default: it is"
+    add("--requeue", action=argparse.BooleanOptionalAction, default=True, help=help)
+    help = "before the time limit, at which the run is asked to stop; default: %(default)s"
+    add("--seconds-to-save", type=whole(1, 65_535), default=120, help=help)
+    image = rf"{command_line.IMAGE}|[A-Za-z0-9._-]+#{command_line.IMAGE}|/{PATH}"
+    image_type = matching(image, "host#path:tag or /a/file.sqsh")
+    add("--container-image", type=image_type, help="for clusters with pyxis")
+    mount = rf"{PATH}:{PATH}(:[a-z+]+)?"
+    mounts = matching(f"{mount}(,{mount})*", "from:to, with , between them")
+    add("--container-mounts", type=mounts, help="what the container sees of the cluster's disks")
+    help = "a line of shell to run first, as it stands: 'module load cuda'; may be repeated"
+    add("--setup", action="append", default=[], type=command_line.plain, metavar="LINE", help=help)
+    add("--dry-run", action="store_true", help="print the script and submit nothing")
+    return parser
+
+
+def script(arguments: argparse.Namespace, processes: int, command: Sequence[str]) -> str:
     options = {
         "job-name": arguments.job_name,
         "nodes": arguments.nodes,
@@ -74,22 +113,39 @@ def script(arguments: argparse.Namespace) -> str:
         "gpus-per-node": arguments.gpus_per_node,
         "cpus-per-task": arguments.cpus_per_task,
         "time": arguments.time,
-        "output": arguments.output,
-        "signal": f"TERM@{arguments.seconds_to_save}",  # to the steps, not to this script
-        "open-mode": "append",  # one log for all of the run's lives
         "partition": arguments.partition,
         "account": arguments.account,
+        "output": arguments.output,
+        "open-mode": "append",  # or the second part of a run would overwrite the log of the first
+        "signal": f"B:USR1@{arguments.seconds_to_save}",
     }
-    lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value is not None]
-    lines.append("#SBATCH --no-requeue" if arguments.no_requeue else "#SBATCH --requeue")
-    image = [f"--container-image={arguments.container_image}"] if arguments.container_image else []
-    return SCRIPT.format(
-        options="\n".join(lines),
-        setup="\n".join(arguments.setup),
-        srun=" ".join(["--kill-on-bad-exit=1", *image]),
-        command=training_command(arguments.command),
-        again="" if arguments.no_requeue else AGAIN,
-    )
+    directives = [f"#SBATCH --{name}={value}\n" for name, value in options.items() if value is not None]
+    directives.append(f"#SBATCH --{'requeue' if arguments.requeue else 'no-requeue'}\n")
+    srun = ["srun", "--kill-on-bad-exit=1"]
+    if arguments.cpus_per_task:
+        srun.append(f"--cpus-per-task={arguments.cpus_per_task}")  # which srun takes no longer from sbatch
+    if arguments.container_image:
+        srun.append(f"--container-image={arguments.container_image}")
+    if arguments.container_mounts:
+        srun.append(f"--container-mounts={arguments.container_mounts}")
+    share = arguments.gpus_per_node // processes
+    if share > 1:
+        srun += ["bash", "-c", SHARE.format(share=share), "bash"]
+    lines = [
+        "#!/bin/bash\n",
+        *directives,
+        "set -eo pipefail\n",
+        *(f"{line}\n" for line in arguments.setup),
+        "set -u\n",  # not before: what sets up modules and environments seldom bears it
+        "# shellcheck disable=SC1003,SC2016,SC2054\n",  # single quotes are meant
+        f"srun=({shlex.join(srun)})\n",
+        "# shellcheck disable=SC1003,SC2016,SC2054\n",
+        f"command=({shlex.join(['python', '-m', 'sgw_jax', *command])})\n",
+        WAIT,
+        REQUEUE if arguments.requeue else "",
+        'exit "$code"\n',
+    ]
+    return "".join(lines)
 
 
 if __name__ == "__main__":

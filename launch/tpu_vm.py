@@ -1,16 +1,20 @@
-"""A training run on Cloud TPU VMs, from a machine with `gcloud`: create, install, run, watch, resume, delete.
+"""One run on Cloud TPU VMs, from one host to a pod, by way of gcloud.
 
-    python launch/tpu_vm.py create  NAME --project=P --zone=Z --accelerator-type=v5litepod-16 --spot
-    python launch/tpu_vm.py install NAME --project=P --zone=Z --repository=https://... --revision=main
-    python launch/tpu_vm.py run     NAME --project=P --zone=Z -- train --config=nyud --workdir=/mnt/runs/run-1
-    python launch/tpu_vm.py logs    NAME --project=P --zone=Z --worker=0
-    python launch/tpu_vm.py resume  NAME ... (the arguments of create, install and run together)
-    python launch/tpu_vm.py delete  NAME --project=P --zone=Z
+    python launch/tpu_vm.py create --name=nyud --project=my-project --zone=us-central1-a --accelerator-type=v5litepod-16
+    python launch/tpu_vm.py status --name=nyud --project=my-project --zone=us-central1-a
+    python launch/tpu_vm.py install ... --repository=https://github.com/OWNER/sgw_jax.git --revision=main
+    python launch/tpu_vm.py run ... -- train --config=nyud:swin_l,interaction=skem --workdir=/mnt/runs/nyud
+    python launch/tpu_vm.py logs ... --worker=0 --follow
+    python launch/tpu_vm.py stop ...
+    python launch/tpu_vm.py delete ...
 
-`run` starts the command on all workers and returns; it is the same program on each, and JAX finds the others. The
-working directory must be one that all see: a Filestore, or a bucket that `install --bucket` mounts with Cloud Storage
-FUSE. `resume` watches: when the slice was taken away it asks for a new one, installs, and runs the same command, which
-goes on from its last checkpoint. `stop` lets the run save first. `--dry-run` prints the commands.
+Or all of it, for machines that may be taken away: waits for them, installs, runs, and begins again until it is through:
+
+    python launch/tpu_vm.py resume ... --accelerator-type=v5litepod-16 --spot --repository=... -- train ...
+
+All hosts must see the working directory: `install --bucket=NAME` mounts a bucket at /mnt/runs (Cloud Storage FUSE).
+... are --name, --project and --zone each time; --dry-run prints the commands and runs none. On each host the code lies
+in ~/sgw_jax; the log, the lock and the exit code of the run in ~/sgw_jax_run. The run survives the connection.
 """
 
 import argparse
@@ -20,201 +24,401 @@ import sys
 import time
 from collections.abc import Sequence
 
-from arguments import BUCKET, add_command, add_dry_run, count, matching, name, run, training_command
+import command_line
+from command_line import matching, whole
 
-# Accelerator type -> the image of its VMs, as Google's documentation pairs them.
-RUNTIMES = {
+RUNTIMES = {  # by the accelerator type before its dash
+    "v4": "tpu-ubuntu2204-base",
     "v5litepod": "v2-alpha-tpuv5-lite",
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
-    "v4": "tpu-ubuntu2204-base",
 }
-GONE = ("SUSPENDED", "SUSPENDING", "FAILED")  # states of a queued resource whose machines were taken away
-ABSENT = "ABSENT"
+PATIENCE = 10  # times in a row that `resume` takes no answer for an answer that is yet to come
+ALREADY_RUNS = 3  # exit code
 
+STRICT = "set -euo pipefail\n"
+CODE = 'code="$HOME/sgw_jax"\n'
+STATE = 'run="$HOME/sgw_jax_run"\n'
+
+# The images' own Python is 3.10, too old; uv fetches a newer one. A branch is taken as the remote has it.
 INSTALL = """\
-set -euo pipefail
-[ -d "$HOME/sgw_jax/.git" ] || git clone {repository} "$HOME/sgw_jax"
-cd "$HOME/sgw_jax"
-git fetch --tags origin
-git checkout --detach {revision}
-[ -d .venv ] || python3 -m venv .venv
-.venv/bin/pip install --quiet -e '.[tpu]'
+if [ ! -d "$code/.git" ]; then
+  git clone --quiet --no-checkout "$repository" "$code"
+fi
+cd "$code"
+git remote set-url origin "$repository"
+git fetch --quiet --force --tags --prune origin '+refs/heads/*:refs/remotes/origin/*'
+commit=$(git rev-parse --quiet --verify "refs/remotes/origin/$revision^{commit}" ||
+  git rev-parse --quiet --verify "$revision^{commit}") || {
+  echo "sgw_jax: --revision: '$revision' found; allowed is a branch, tag or commit of $repository" >&2
+  exit 1
+}
+git checkout --quiet --force --detach "$commit"
+if [ ! -x .venv/bin/python ]; then
+  python=""
+  for candidate in python3.13 python3.12 python3.11 python3; do
+    if "$candidate" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      python=$candidate
+      break
+    fi
+  done
+  if [ -n "$python" ]; then
+    "$python" -m venv .venv
+  else
+    python3 -m pip install --quiet --user uv
+    python3 -m uv venv --quiet --seed --python 3.12 .venv
+  fi
+fi
+.venv/bin/python -m pip install --quiet --editable '.[tpu]'
+echo "sgw_jax: installed $commit"
 """
 
 MOUNT = """\
-command -v gcsfuse > /dev/null || {{ echo 'gcsfuse is not here; install it, or mount /mnt/runs' >&2; exit 1; }}
-sudo mkdir -p /mnt/runs
-sudo chown "$USER" /mnt/runs
-mountpoint --quiet /mnt/runs || gcsfuse --implicit-dirs {bucket} /mnt/runs
+if ! mountpoint --quiet /mnt/runs; then
+  command -v gcsfuse >/dev/null || {
+    echo "sgw_jax: gcsfuse found nowhere on $(hostname); install it there, or mount /mnt/runs in another way" >&2
+    exit 1
+  }
+  sudo mkdir -p /mnt/runs
+  sudo chown "$USER" /mnt/runs
+  gcsfuse --implicit-dirs "$bucket" /mnt/runs
+fi
 """
 
-# A lock, held by the run as long as it lives, keeps a second one off the chips.
+# The kernel gives the lock free when the run ends, however it ends. In an ssh session nothing says that a host is one
+# of several (GKE's TPU_WORKER_HOSTNAMES is not there): the metadata server does.
 RUN = """\
-set -euo pipefail
-cd "$HOME/sgw_jax"
-mkdir -p logs
-exec 9> logs/lock
-flock --nonblock 9 || {{ echo 'a run is under way on this worker' >&2; exit 1; }}
-PATH="$PWD/.venv/bin:$PATH" nohup {command} >> logs/run.log 2>&1 < /dev/null &
-echo $! > logs/pid
+mkdir -p "$run"
+cd "$code"
+exec 9>"$run/lock"
+flock --nonblock 9 || {
+  echo "sgw_jax: runs already on $(hostname), process $(cat "$run/pid"); stop it first" >&2
+  exit 3
+}
+rm -f "$run/pid" "$run/exit_code" "$run/stopped"
+attribute() {
+  curl --silent --show-error --fail --max-time 20 --header 'Metadata-Flavor: Google' \\
+    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
+}
+endpoints=$(attribute worker-network-endpoints)
+IFS=, read -r -a workers <<<"$endpoints"
+if [ "${#workers[@]}" -gt 1 ]; then
+  SGW_COORDINATOR="${workers[0]##*:}:8482"
+  SGW_PROCESSES="${#workers[@]}"
+  SGW_PROCESS=$(attribute agent-worker-number)
+  export SGW_COORDINATOR SGW_PROCESSES SGW_PROCESS
+fi
+export PATH="$code/.venv/bin:$PATH"
+printf '%s\\0' "${command[@]}" >"$run/command"
+(
+  trap '' HUP
+  "${command[@]}" &
+  echo "$!" >"$run/pid"
+  ended=0
+  wait "$!" || ended=$?
+  echo "$ended" >"$run/exit_code"
+) >>"$run/log" 2>&1 </dev/null &
+until [ -s "$run/pid" ]; do sleep 0.05; done
+echo "sgw_jax: started on $(hostname)"
 """
 
+# `stopped` tells a stop that was asked for from a preemption, which ends a run in the same way.
 STOP = """\
-set -eu
-cd "$HOME/sgw_jax"
-if [ -f logs/pid ]; then kill -TERM "$(cat logs/pid)" || true; fi
+if [ ! -e "$run/lock" ] || flock --nonblock "$run/lock" true; then
+  echo "sgw_jax: nothing runs on $(hostname)"
+  exit 0
+fi
+touch "$run/stopped"
+kill -TERM "$(cat "$run/pid")" || true
+flock --wait "$seconds" "$run/lock" true || {
+  echo "sgw_jax: still saving on $(hostname) after $seconds seconds" >&2
+  exit 1
+}
+echo "sgw_jax: stopped on $(hostname)"
+"""
+
+PROBE = """\
+same() { printf '%s\\0' "${command[@]}" | cmp --silent - "$run/command"; }
+if [ ! -e "$run/command" ]; then
+  echo "sgw_jax: none"
+elif ! flock --nonblock "$run/lock" true; then
+  if same; then echo "sgw_jax: running"; else echo "sgw_jax: other"; fi
+elif ! same; then
+  echo "sgw_jax: none"
+elif [ -e "$run/stopped" ]; then
+  echo "sgw_jax: stopped"
+else
+  echo "sgw_jax: ended $(cat "$run/exit_code" 2>/dev/null || echo without code)"
+fi
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand; returns the exit code of the first `gcloud` that fails, else 0."""
-    arguments = _parser().parse_args(argv)
-    return arguments.run(arguments)
+    """Runs what the subcommand consists of, one gcloud command after the other, up to the first that fails."""
+    own, command = command_line.split(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    arguments = parser.parse_args(own)
+    if arguments.subcommand in ("run", "resume"):
+        arguments.command = command_line.check_command(parser, command, durable=arguments.subcommand == "resume")
+    else:
+        command_line.refuse_command(parser, command)
+    if arguments.subcommand in ("create", "resume"):
+        _choose_runtime(parser, arguments)
+    try:
+        if arguments.subcommand == "resume" and not arguments.dry_run:
+            return resume(arguments)
+        for line in COMMANDS[arguments.subcommand](arguments):
+            if arguments.dry_run:
+                print(shlex.join(line))
+            elif code := _call(line):
+                return code
+        return 0
+    except FileNotFoundError:
+        print("tpu_vm: gcloud found nowhere on PATH; install the Google Cloud CLI, or use --dry-run", file=sys.stderr)
+        return 127
+    except KeyboardInterrupt:
+        print("tpu_vm: interrupted; what runs on the machines goes on", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(
-        required=True, metavar="create | status | install | run | logs | stop | resume | delete"
-    )
-
-    def command(title: str, function, text: str, *groups) -> None:
-        sub = commands.add_parser(title, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(run=function)
-        sub.add_argument("name", type=name, help="of the slice")
-        project = matching(r"[a-z][-a-z0-9:.]{4,61}[a-z0-9]", "the id of a Google Cloud project")
-        sub.add_argument("--project", required=True, type=project)
-        sub.add_argument("--zone", required=True, type=matching(r"[a-z]+-[a-z]+\d+-[a-z]", "a zone such as us-west4-a"))
-        add_dry_run(sub)
-        for add in groups:
-            add(sub)
-
-    command("create", lambda a: run([_create(a)], a.dry_run), "Ask for a slice (a queued resource).", _slice)
-    command("status", lambda a: run([_describe(a)], a.dry_run), "The state of the slice.")
-    command("install", lambda a: run([_install(a)], a.dry_run), "Install this package on all workers.", _source)
-    command("run", lambda a: run([_start(a)], a.dry_run), "Start the command on all workers.", add_command)
-    command("logs", lambda a: run([_logs(a)], a.dry_run), "Follow the output of a worker.", _worker)
-    command("stop", lambda a: run([_ssh(a, STOP)], a.dry_run), "Let the run save and end.")
-    text = "Run to the end, on new machines whenever they are taken away."
-    command("resume", _resume, text, _slice, _source, _patience, add_command)
-    command("delete", lambda a: run([_delete(a)], a.dry_run), "Give the slice back.")
+    parser = command_line.parser(__doc__)
+    subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar=" | ".join(COMMANDS))
+    made = {}
+    for name, text in HELP.items():
+        made[name] = subcommands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        add = made[name].add_argument
+        add("--name", required=True, type=command_line.NAME, help="of the queued resource and of its node")
+        project = matching(r"([a-z0-9.-]+:)?[a-z][-a-z0-9]{4,28}[a-z0-9]", "a project ID, as my-project-1")
+        add("--project", required=True, type=project)
+        add("--zone", required=True, type=matching(r"[a-z]+-[a-z]+[0-9]+-[a-z]", "a zone, as us-central1-a"))
+        add("--dry-run", action="store_true", help="print the commands and run none")
+    for name in ("create", "resume"):
+        _add_machine(made[name])
+    for name in ("install", "resume"):
+        _add_code(made[name])
+    help = "to wait for the run to save; default: %(default)s"
+    made["stop"].add_argument("--seconds-to-save", type=whole(1), default=600, help=help)
+    add = made["logs"].add_argument
+    add("--worker", type=whole(0), default=0, help="number of the host; default: %(default)s")
+    add("--lines", type=whole(1), default=100, help="from the end; default: %(default)s")
+    add("--follow", action="store_true", help="and what comes after, until Ctrl-C")
+    add = made["resume"].add_argument
+    add("--poll-seconds", type=whole(1), default=60, help="between two looks; default: %(default)s")
+    help = "new machines and new starts, after which to give up; default: %(default)s"
+    add("--max-restarts", type=whole(0), default=20, help=help)
     return parser
 
 
-def _slice(sub: argparse.ArgumentParser) -> None:
-    kind = matching(r"(v5litepod|v5p|v6e|v4)-[1-9]\d*", f"a type such as v5litepod-16; known are {', '.join(RUNTIMES)}")
-    sub.add_argument("--accelerator-type", required=True, type=kind)
-    sub.add_argument("--runtime-version", type=matching(r"[-a-z0-9.]+", "a runtime version"), help="default: by type")
-    sub.add_argument("--spot", action="store_true", help="cheaper machines that may be taken away")
-    account = matching(r"[-\w.]+@[-\w.]+", "the address of a service account")
-    sub.add_argument("--service-account", type=account)
-    sub.add_argument("--valid-until-duration", type=matching(r"\d+[smhd]", "a duration such as 6h"))
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    kind = matching(r"v[0-9]+[a-z]*-[0-9]+", f"a type of {', '.join(RUNTIMES)}, a dash and its size, as v5litepod-16")
+    add("--accelerator-type", required=True, type=kind)
+    help = "default: by accelerator type"
+    add("--runtime-version", type=matching(r"[a-z0-9][a-z0-9.-]*", "a name, as v2-alpha-tpuv6e"), help=help)
+    add("--spot", action="store_true", help="cheaper machines that may be taken away at any time")
+    add("--service-account", type=command_line.SERVICE_ACCOUNT, help="that may write the working directory")
+    duration = matching(r"[1-9][0-9]*[smhd]", "a number and s, m, h or d, as 6h")
+    add("--valid-until-duration", type=duration, help="after which a request that was not met fails")
 
 
-def _source(sub: argparse.ArgumentParser) -> None:
-    url = matching(r"(https|ssh)://[^\s'\"]+|git@[\w.-]+:[\w./-]+", "an https://, ssh:// or git@ address")
-    sub.add_argument("--repository", required=True, type=url)
-    revision = matching(r"[\w][\w./-]*", "a branch, tag or commit")
-    sub.add_argument("--revision", default="main", type=revision, help="default: %(default)s")
-    sub.add_argument("--bucket", type=BUCKET, help="of runs and data, mounted at /mnt/runs with Cloud Storage FUSE")
+def _add_code(parser: argparse.ArgumentParser) -> None:
+    path = r"[A-Za-z0-9._~/-]+"
+    url = matching(
+        rf"https://[A-Za-z0-9.-]+(:[0-9]+)?/{path}|(ssh://)?git@[A-Za-z0-9.-]+[:/]{path}",
+        "https://host/path without user and password, or git@host:path",
+    )
+    parser.add_argument("--repository", required=True, type=url, help="that the machines can clone")
+    revision = matching(r"[A-Za-z0-9_]([A-Za-z0-9._/+-]*[A-Za-z0-9_])?", "a branch, tag or commit")
+    parser.add_argument("--revision", default="main", type=revision, help="default: %(default)s")
+    parser.add_argument("--bucket", type=command_line.BUCKET, help="mounted at /mnt/runs on every host")
 
 
-def _worker(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--worker", default="0", type=matching(r"\d+", "a worker's number"), help="default: %(default)s")
-    sub.add_argument("--lines", default=100, type=count, help="default: %(default)s")
+def _choose_runtime(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    kind = arguments.accelerator_type.partition("-")[0]
+    arguments.runtime_version = arguments.runtime_version or RUNTIMES.get(kind)
+    if not arguments.runtime_version:
+        known = ", ".join(RUNTIMES)
+        parser.error(f"argument --runtime-version: nothing found; only for {known} it may be left out, not for {kind}")
 
 
-def _patience(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--poll-seconds", default=60, type=count, help="default: %(default)s")
-    sub.add_argument("--max-restarts", default=100, type=count, help="default: %(default)s")
+def create(arguments: argparse.Namespace) -> list[str]:
+    line = _queued("create", arguments, f"--node-id={arguments.name}")
+    line += [f"--accelerator-type={arguments.accelerator_type}", f"--runtime-version={arguments.runtime_version}"]
+    if arguments.spot:
+        line.append("--spot")
+    if arguments.service_account:
+        line.append(f"--service-account={arguments.service_account}")
+    if arguments.valid_until_duration:
+        line.append(f"--valid-until-duration={arguments.valid_until_duration}")
+    return line
 
 
-def _queued(arguments: argparse.Namespace, verb: str, *more: str) -> list[str]:
+def install(arguments: argparse.Namespace) -> list[str]:
+    variables = f"repository={shlex.quote(arguments.repository)}\nrevision={shlex.quote(arguments.revision)}\n"
+    mount = f"bucket={shlex.quote(arguments.bucket)}\n{MOUNT}" if arguments.bucket else ""
+    return _on_workers(arguments, STRICT + CODE + variables + mount + INSTALL)
+
+
+def run(arguments: argparse.Namespace) -> list[str]:
+    return _on_workers(arguments, STRICT + CODE + STATE + _command(arguments) + RUN)
+
+
+def probe(arguments: argparse.Namespace) -> list[str]:
+    return _on_workers(arguments, STRICT + STATE + _command(arguments) + PROBE)
+
+
+def stop(arguments: argparse.Namespace) -> list[str]:
+    return _on_workers(arguments, f"{STRICT}{STATE}seconds={arguments.seconds_to_save}\n{STOP}")
+
+
+def logs(arguments: argparse.Namespace) -> list[str]:
+    follow = "--follow " if arguments.follow else ""
+    script = f'set -euo pipefail\ntail --lines={arguments.lines} {follow}"$HOME/sgw_jax_run/log"\n'
+    return _on_workers(arguments, script, str(arguments.worker))
+
+
+def describe(arguments: argparse.Namespace, *options: str) -> list[str]:
+    return _queued("describe", arguments, *options)
+
+
+def delete(arguments: argparse.Namespace) -> list[str]:
+    return _queued("delete", arguments, "--force", "--quiet")
+
+
+def node_state(arguments: argparse.Namespace) -> list[str]:
+    """Of the machine itself, which is sometimes gone before its queued resource says so."""
     place = [f"--project={arguments.project}", f"--zone={arguments.zone}"]
-    return ["gcloud", "compute", "tpus", "queued-resources", verb, arguments.name, *place, *more]
+    return ["gcloud", "compute", "tpus", "tpu-vm", "describe", arguments.name, *place, "--format=value(state)"]
 
 
-def _create(arguments: argparse.Namespace) -> list[str]:
-    kind = arguments.accelerator_type
-    more = [f"--node-id={arguments.name}", f"--accelerator-type={kind}"]
-    more.append(f"--runtime-version={arguments.runtime_version or RUNTIMES[kind.partition('-')[0]]}")
-    more += ["--spot"] if arguments.spot else []
-    for option in ("service_account", "valid_until_duration"):
-        if value := getattr(arguments, option):
-            more.append(f"--{option.replace('_', '-')}={value}")
-    return _queued(arguments, "create", *more)
+def _queued(verb: str, arguments: argparse.Namespace, *options: str) -> list[str]:
+    place = [f"--project={arguments.project}", f"--zone={arguments.zone}"]
+    return ["gcloud", "compute", "tpus", "queued-resources", verb, arguments.name, *place, *options]
 
 
-def _describe(arguments: argparse.Namespace) -> list[str]:
-    return _queued(arguments, "describe", "--format=value(state.state)")
+def _on_workers(arguments: argparse.Namespace, script: str, worker: str = "all") -> list[str]:
+    place = [f"--project={arguments.project}", f"--zone={arguments.zone}"]
+    ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", arguments.name, *place, f"--worker={worker}"]
+    return [*ssh, "--quiet", f"--command={script}"]
 
 
-def _delete(arguments: argparse.Namespace) -> list[str]:
-    return _queued(arguments, "delete", "--force", "--quiet")  # force: with its machines
+def _command(arguments: argparse.Namespace) -> str:
+    words = shlex.join(["python", "-m", "sgw_jax", *arguments.command])
+    return f"# shellcheck disable=SC1003,SC2016,SC2054\ncommand=({words})\n"  # single quotes are meant
 
 
-def _ssh(arguments: argparse.Namespace, script: str, worker: str = "all") -> list[str]:
-    place = [f"--project={arguments.project}", f"--zone={arguments.zone}", f"--worker={worker}"]
-    shell = f"bash -c {shlex.quote(script)}"  # whatever the user's login shell is
-    return ["gcloud", "compute", "tpus", "tpu-vm", "ssh", arguments.name, *place, f"--command={shell}"]
-
-
-def _install(arguments: argparse.Namespace) -> list[str]:
-    source = {key: shlex.quote(getattr(arguments, key)) for key in ("repository", "revision")}
-    mount = MOUNT.format(bucket=shlex.quote(arguments.bucket)) if arguments.bucket else ""
-    return _ssh(arguments, INSTALL.format(**source) + mount)
-
-
-def _start(arguments: argparse.Namespace) -> list[str]:
-    return _ssh(arguments, RUN.format(command=training_command(arguments.command)))
-
-
-def _logs(arguments: argparse.Namespace) -> list[str]:
-    return _ssh(arguments, f'tail -n {arguments.lines} -F "$HOME/sgw_jax/logs/run.log"', arguments.worker)
-
-
-def _resume(arguments: argparse.Namespace) -> int:
-    """Watches the slice; each time it is there anew, installs and runs."""
-    if arguments.dry_run:
-        print("# until the run has ended, each time the slice is new:")
-        return run([_describe(arguments), _create(arguments), _install(arguments), _start(arguments)], dry_run=True)
-    running, restarts = False, 0
+def resume(arguments: argparse.Namespace) -> int:
+    """Looks, acts, waits, until the run is through (0), was stopped (143) or there is no use in going on (1)."""
+    restarts = unanswered = 0
+    seen = watched = False  # the queued resource, since it was last created; the run on it
     while True:
-        state = _state(arguments)
-        if state == "ACTIVE" and not running:
-            running = run([_install(arguments), _start(arguments)], dry_run=False) == 0
-        elif state == "ACTIVE" and not _alive(arguments):
-            print("The run has ended; `logs` shows how.")
-            return 0
-        elif state in (*GONE, ABSENT):
-            running = False
-            if state != ABSENT:
-                restarts += 1
-                run([_delete(arguments)], dry_run=False)
-            if restarts > arguments.max_restarts:
-                print(f"The slice was taken away {restarts} times; --max-restarts allows no more.", file=sys.stderr)
-                return 1
-            run([_create(arguments)], dry_run=False)
+        action = _next(arguments, seen, watched)
+        if action in END:
+            text, code = END[action]
+            return _say(text, code)
+        if action == "recreate" or (action == "start" and watched):
+            if restarts == arguments.max_restarts:
+                return _say(f"--max-restarts={restarts} are used up; the log says why: tpu_vm.py logs", 1)
+            restarts += 1
+            _say(f"restart {restarts} of {arguments.max_restarts}")
+        if action in ("create", "recreate"):
+            lines = [delete(arguments), create(arguments)][action == "create" :]
+            seen = watched = False
+        elif action == "start":
+            lines, seen = [install(arguments), run(arguments)], True
+        else:
+            lines, seen = [], seen or action != "unanswered"
+        answered = action != "unanswered" and all(_call(line) == 0 for line in lines)
+        watched |= action == "watch" or (action == "start" and answered)
+        unanswered = 0 if answered else unanswered + 1
+        if unanswered == PATIENCE:
+            return _say(f"no answer {PATIENCE} times in a row; tpu_vm.py status and logs may tell why", 1)
         time.sleep(arguments.poll_seconds)
 
 
-def _state(arguments: argparse.Namespace) -> str:
-    done = subprocess.run(_describe(arguments), capture_output=True, text=True, check=False)
+END = {
+    "finished": ("the run is through", 0),
+    "stopped": ("the run was stopped and has saved; the same command goes on", 143),
+    "deleted": ("the queued resource was deleted, by someone else; the same command creates it again", 1),
+    "other": ("another command runs there; stop it first: tpu_vm.py stop", ALREADY_RUNS),
+}
+
+
+def _next(arguments: argparse.Namespace, seen: bool, watched: bool) -> str:
+    """What the state of the queued resource, and of the run on its machines, ask for."""
+    state = _ask(describe(arguments, "--format=value(state.state)"))
+    if state is None:
+        return "unanswered"
+    if state == "NOT_FOUND":
+        return "deleted" if seen else "create"
+    if state in ("SUSPENDED", "FAILED"):
+        return "recreate"
+    if state != "ACTIVE":
+        _say(f"{state or 'no state yet'}: waiting")
+        return "wait"
+    answer = _ask(probe(arguments))
+    runs = [line.removeprefix("sgw_jax: ") for line in (answer or "").splitlines() if line.startswith("sgw_jax: ")]
+    if not runs:
+        return "recreate" if _ask(node_state(arguments)) in ("PREEMPTED", "TERMINATED") else "unanswered"
+    if "other" in runs:
+        return "other"
+    if "running" in runs:  # where one process has ended, JAX ends the others
+        return "watch"
+    if set(runs) == {"ended 0"}:
+        return "finished"
+    return "stopped" if watched and "stopped" in runs else "start"
+
+
+def _ask(line: Sequence[str]) -> str | None:
+    """What the command prints; NOT_FOUND where it names what is not there, None where it fails otherwise."""
+    done = subprocess.run(line, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
     if done.returncode == 0:
         return done.stdout.strip()
-    # Only a slice that is not there may be created; anything else (network, rights) is for the user or the next poll.
-    if "NOT_FOUND" in done.stderr or "not found" in done.stderr.lower():
-        return ABSENT
-    print(done.stderr.strip(), file=sys.stderr)
-    return "UNKNOWN"
+    if "NOT_FOUND" in done.stderr:
+        return "NOT_FOUND"
+    print(done.stderr, end="", file=sys.stderr)
+    return None
 
 
-def _alive(arguments: argparse.Namespace) -> bool:
-    """Whether the run's process on worker 0 lives; a worker that cannot be asked is taken as alive."""
-    script = 'cd "$HOME/sgw_jax" && if kill -0 "$(cat logs/pid)" 2> /dev/null; then echo alive; else echo ended; fi'
-    done = subprocess.run(_ssh(arguments, script, worker="0"), capture_output=True, text=True, check=False)
-    return "ended" not in done.stdout
+def _call(line: Sequence[str]) -> int:
+    return subprocess.run(line, check=False).returncode
+
+
+def _say(text: str, code: int = 0) -> int:
+    print(f"tpu_vm: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+HELP = {
+    "create": "ask for the machines, as a queued resource",
+    "status": "what the queued resource is doing",
+    "install": "the code at a revision and its environment, on every host",
+    "run": "start a command on every host",
+    "logs": "the end of the log of one host",
+    "stop": "ask the run to save and stop, and wait until it has",
+    "resume": "keep a run going until it is through, on new machines where they are taken away",
+    "delete": "give the machines back",
+}
+COMMANDS = {
+    "create": lambda arguments: [create(arguments)],
+    "status": lambda arguments: [describe(arguments)],
+    "install": lambda arguments: [install(arguments)],
+    "run": lambda arguments: [run(arguments)],
+    "logs": lambda arguments: [logs(arguments)],
+    "stop": lambda arguments: [stop(arguments)],
+    # Of resume, all that it may run, in the order of machines that are there at first and taken away later.
+    "resume": lambda arguments: [
+        describe(arguments, "--format=value(state.state)"),
+        probe(arguments),
+        install(arguments),
+        run(arguments),
+        node_state(arguments),
+        delete(arguments),
+        create(arguments),
+    ],
+    "delete": lambda arguments: [delete(arguments)],
+}
 
 
 if __name__ == "__main__":

@@ -124,10 +124,11 @@ def pod_plan(experiment: Experiment) -> PodPlan:
         try:
             compiled = step.lower(state, batch).compile()
         except jax.errors.JaxRuntimeError as error:
-            needed = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) (?:bytes )?hbm", str(error))
+            # Either all that the program needs or, where these alone are too much, its temporaries.
+            needed = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", str(error))
             if "RESOURCE_EXHAUSTED" not in str(error) or needed is None:
                 raise
-            scale = {"K": 2**10, "M": 2**20, "G": 2**30}
+            scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
             return dataclasses.replace(known, needed=float(needed[1]) * scale[needed[2]])
     memory, moved = compiled.memory_analysis(), traffic(compiled.as_text())
     leaves = memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -134,7 +134,7 @@ def test_a_step_for_a_tpu_slice():
 
 @pytest.mark.tpu_aot
 def test_a_step_that_does_not_fit_a_tpu_slice():
-    options = ("--config.batch_size=16384", "--config.dtype=bfloat16")
+    options = ("--config.batch_size=1048576", "--config.dtype=bfloat16")
     config = read_config("scenes:tasks=depth+normals", (*SMALL, *options))
     found = pod_plan(build(config, None, mesh=make_mesh({"data": 4}, topology_devices("v5e:2x2"))))
     assert found.needed > CHIPS["v5e"].memory
