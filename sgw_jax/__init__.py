@@ -8,6 +8,7 @@ from sgw_jax.etf import SimplexETF, simplex_etf
 from sgw_jax.interactions import INTERACTIONS, KEM, CrossTaskAttention
 from sgw_jax.interactions.shared_workspace import SharedWorkspace
 from sgw_jax.interactions.shared_workspace_checkpoint import shared_workspace_params
+from sgw_jax.layers.placement import Placement
 from sgw_jax.metrics import delta_m
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.tasks import TASKS, Task
@@ -21,6 +22,7 @@ __all__ = [
     "TASKS",
     "CrossTaskAttention",
     "MultiTaskModel",
+    "Placement",
     "SharedWorkspace",
     "SimplexETF",
     "Task",

@@ -28,7 +28,7 @@ from sgw_jax.plan import plan, print_plan
 from sgw_jax.pod import pod_plan, print_pod_plan, topology_devices
 from sgw_jax.restore import open_run
 from sgw_jax.results import finish
-from sgw_jax.sharding import make_mesh, mesh_sizes
+from sgw_jax.sharding import MESHES, make_mesh, mesh_sizes
 from sgw_jax.train import check_start, train
 from sgw_jax.workdir import DiskFullError, WorkdirError, wait_for_all
 from sgw_jax.writers import write_atomically
@@ -134,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--init_from", help="workdir of another run whose parameters are the start")
     sub = command("evaluate", _evaluate, "Evaluate a run's checkpoint on a split.")
     sub.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
+    sub.add_argument("--mesh", choices=MESHES, help="in place of the run's, for another number of devices")
     sub = command("predict", _predict, "Predict on image files: panels (PNG) and arrays (npz).")
     sub.add_argument("--output", required=True, help="directory for the results")
     sub.add_argument("inputs", nargs="+", help="image files or directories")
@@ -195,7 +196,8 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str], console: Con
 def _evaluate(arguments: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     _refuse(rest, "evaluate takes its configuration from the checkpoint")
     run = open_run(arguments.workdir, arguments.checkpoint)
-    experiment = build(run.config, arguments.cache_dir, run.tasks)
+    mesh = make_mesh(mesh_sizes(arguments.mesh)) if arguments.mesh else None
+    experiment = build(run.config, arguments.cache_dir, run.tasks, mesh)
     if arguments.split not in experiment.data.sources:
         raise UsageError(f"--split={arguments.split}: the data has the splits {sorted(experiment.data.sources)}.")
     prepare(experiment, console)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from sgw_jax.__main__ import main
 from sgw_jax.build import build
 from sgw_jax.checkpoints import Checkpoints
 from sgw_jax.restore import open_run
@@ -295,6 +296,12 @@ def test_a_run_goes_on_on_another_mesh_and_number_of_processes(command, tmp_path
         for line, other in zip(lines, expected, strict=True):
             assert (line["step"], line["split"]) == (other["step"], other["split"])
             assert line["loss/depth"] == pytest.approx(other["loss/depth"], rel=1e-5), (name, line["step"])
+    # On yet another number of devices, on which the run's own mesh would not do.
+    evaluate = ["evaluate", f"--workdir={moved}", "--split=validation", "--mesh=data", "--checkpoint=last"]
+    assert main([*evaluate, f"--cache_dir={command.cache_dir}"]) == 0
+    found = json.loads((moved / "results_validation.json").read_text())
+    last = [line for line in lines if line["split"] == "validation"][-1]
+    assert found["metrics"]["depth"]["rmse"] == pytest.approx(last["depth/rmse"], rel=1e-5)
 
 
 @pytest.fixture
