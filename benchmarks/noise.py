@@ -22,6 +22,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,7 @@ def trained(name: str, tasks: int, steps: int, seed: int) -> dict[str, Any]:
     constants = {k: v for k, v in variables.items() if k != "params"}
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
 
-    def error(params: Any, key: jax.Array, values: jax.Array | None = None, batch: int = 16) -> tuple:
+    def error(params: Any, key: jax.Array, values: jax.Array | None = None, batch: int = 8) -> tuple:
         tokens, target = draw(key, tasks, batch, values)
         found = model.apply({"params": params, **constants}, tokens, tasks)
         return jnp.mean((found - target) ** 2), found
@@ -223,7 +224,7 @@ def trained(name: str, tasks: int, steps: int, seed: int) -> dict[str, Any]:
 
 
 def run(quick: bool) -> dict[str, list[dict[str, Any]]]:
-    """Every measurement."""
+    """Every measurement of planted modules."""
     tasks = TASKS[:3] if quick else TASKS
     rows = []
     for count, margin in itertools.product(tasks, (2.0, 4.0, 6.0)):
@@ -237,12 +238,14 @@ def run(quick: bool) -> dict[str, list[dict[str, Any]]]:
         measure(name, tasks[-1], 4.0, 32, TOPICS, 1.0, spread)
         for name, spread in itertools.product(("dense", "kem", "skem"), (0.0, 0.25, 0.5, 1.0))
     ]
-    learned = [
-        trained(name, count, 100 if quick else 800, seed)
-        for count, name, seed in itertools.product((2, 4, 8), ("dense", "workspace", "kem", "skem"), range(3))
-        if not quick or (count, seed) == (2, 0)
-    ]
-    return {"planted": rows, "norms": norms, "trained": learned}
+    return {"planted": rows, "norms": norms, "trained": []}
+
+
+def train_all(quick: bool) -> Iterator[dict[str, Any]]:
+    """The trained modules, one after the other."""
+    for seed, count, name in itertools.product(range(3), (2, 4), ("dense", "workspace", "kem", "skem")):
+        if not quick or (count, seed) == (2, 0):
+            yield trained(name, count, 50 if quick else 300, seed)
 
 
 def tables(found: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -325,12 +328,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few cases, written nowhere")
     arguments = parser.parse_args()
     found = run(arguments.quick)
-    if not arguments.quick:
-        environment = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
-        environment |= {"python": platform.python_version(), "topics": TOPICS, "relevant": RELEVANT, "tokens": TOKENS}
-        results = {"environment": environment, **found}
-        write_atomically(ROOT / "benchmarks" / "results" / "noise.json", json.dumps(results, indent=1))
-        draw_figure(found, ROOT / "docs" / "noise.png")
+    environment = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
+    environment |= {"python": platform.python_version(), "topics": TOPICS, "relevant": RELEVANT, "tokens": TOKENS}
+
+    def save() -> None:
+        if not arguments.quick:
+            results = {"environment": environment, **found}
+            write_atomically(ROOT / "benchmarks" / "results" / "noise.json", json.dumps(results, indent=1))
+            draw_figure(found, ROOT / "docs" / "noise.png")
+
+    save()
+    for row in train_all(arguments.quick):
+        found["trained"].append(row)
+        save()
     Console().print("\n".join(tables(found)), soft_wrap=True)
 
 

