@@ -154,7 +154,9 @@ def test_the_swin_l_system_is_as_small_as_promised():
     assert found.macs["interaction"] == pytest.approx(expected, rel=0.2)
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    "system", [pytest.param(name, marks=() if name in ("swin_t", "vit_b") else pytest.mark.slow) for name in SYSTEMS]
+)
 @pytest.mark.parametrize(
     "config", ["nyud", *(pytest.param(c, marks=pytest.mark.slow) for c in ("pascal_context", "cityscapes"))]
 )

@@ -15,6 +15,7 @@ from sgw_jax.sharding import make_mesh, mesh_sizes
 
 SMALL = (
     "--config.data.size=32,64",
+    "--config.backbones.vit.patch_embed=patch",
     "--config.backbones.vit.width=16",
     "--config.backbones.vit.num_heads=2",
     "--config.channels=8",
@@ -53,6 +54,7 @@ def test_parts_of_the_parameters_take_less_room(plans):
     assert data.peak >= data.arguments + data.temporaries
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_an_image(plans):
     assert plans["data"].flops == plans["fsdp"].flops
     # Nothing is recomputed: forward and twice that, but for the image's gradient and products in the losses.
@@ -89,6 +91,7 @@ def test_what_does_not_fit_is_said(capsys):
     assert "remat=full" in output
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     path = tmp_path / "plan.json"
     options = ["plan", "--config=scenes:tasks=depth+normals", *SMALL, "--topology=here", f"--json={path}"]

@@ -402,7 +402,7 @@ BACKBONES = {
     ("backbone", "interaction"),
     [
         ("vit", KEM(3, top_k=5, placement=PLACEMENT, dtype=jnp.float64)),
-        ("vit", CrossTaskAttention(query_chunk=16, dtype=jnp.float64)),
+        pytest.param("vit", CrossTaskAttention(query_chunk=16, dtype=jnp.float64), marks=pytest.mark.slow),
         pytest.param("swin", KEM(3, top_k=5, placement=PLACEMENT, dtype=jnp.float64), marks=pytest.mark.slow),
     ],
     ids=["vit-kem", "vit-dense", "swin-kem"],
