@@ -57,9 +57,9 @@ def test_parts_of_the_parameters_take_less_room(plans):
 @pytest.mark.slow
 def test_flops_are_those_of_an_image(plans):
     assert plans["data"].flops == plans["fsdp"].flops
-    # Nothing is recomputed: forward and twice that, but for the gradient of the image, which is a third of the cost of
-    # the patch embedding: 16 x 16 x 3 x 16 of the 3 x 16^2 x 16 a token of one of these small blocks and more.
-    assert 0.85 * plans["data"].useful < plans["data"].flops < plans["data"].useful
+    # Nothing is recomputed: forward and twice that, without the image's gradient and with the losses' own products,
+    # which count for something in so small a network.
+    assert plans["data"].flops == pytest.approx(plans["data"].useful, rel=0.15)
     recomputed = planned("--config.mesh.name=data", "--config.backbones.vit.remat=full")
     assert recomputed.useful == plans["data"].useful
     assert recomputed.flops > plans["data"].flops
