@@ -23,6 +23,7 @@ from sgw_jax.checkpoints import CheckpointError
 from sgw_jax.config_files import UsageError, read_config
 from sgw_jax.finite import NonFiniteError
 from sgw_jax.host_memory import keep_freed_memory
+from sgw_jax.host_threads import enough_threads
 from sgw_jax.image_files import predict_files
 from sgw_jax.plan import plan, print_plan
 from sgw_jax.pod import pod_plan, print_pod_plan, topology_devices
@@ -63,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parses, joins the cluster, runs the command."""
     arguments, rest = _parser().parse_known_args(argv)
     keep_freed_memory()
+    enough_threads()
     logging.set_verbosity(logging.ERROR)  # Orbax reports every routine save as a warning
     _join_cluster(arguments.heartbeat_seconds)
     console = Console(quiet=jax.process_index() != 0, highlight=False)  # only the first process speaks

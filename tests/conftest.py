@@ -10,6 +10,10 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.envir
 
 import jax
 
+from sgw_jax.host_threads import enough_threads
+
+enough_threads()
+
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sgw_jax" / "xla_tests"
 
 
