@@ -9,11 +9,9 @@ planted  The real modules with weights set so that exactly these scores arise, a
          topic: the update itself then says how much of it came from where, for KEM through both its steps (the
          composed map A_write A_retrieve). SNR: squared mean over variance of the value read.
 norms    As planted, and tokens' norms are log-normal of spread tau: scores grow with the norm unless it is divided out.
-trained  The modules learn the task from random weights; reported is the error on new examples over the target's
-         variance, and what redrawing the irrelevant tokens' values alone changes of the output.
 
 Closed forms beside it (sigma = 0): dense (n - s) / (n - s + s e^m), top-k (k - s) / (k - s + s e^m). Writes
-benchmarks/results/noise.json and docs/noise.png.
+benchmarks/results/noise.json and docs/noise.png. What modules learn instead of being told: noise_trained.py.
 """
 
 import argparse
@@ -22,7 +20,6 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +28,9 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import optax
 from rich.console import Console
 
 from sgw_jax.interactions import KEM, CrossTaskAttention
-from sgw_jax.interactions.shared_workspace import WorkspaceInteraction
 from sgw_jax.layers.topk_attention import topk_attention
 from sgw_jax.writers import write_atomically
 
@@ -155,74 +150,6 @@ def closed_form(tasks: int, margin: float, top_k: int | None) -> float:
     return (count - RELEVANT) / (count - RELEVANT + RELEVANT * math.exp(margin)) if count > RELEVANT else 0.0
 
 
-# ---- trained -------------------------------------------------------------------------------------------------------
-
-
-class Reader(nn.Module):
-    """A module between random embeddings of the tokens and a linear reading of what it added."""
-
-    interaction: nn.Module
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array, tasks: int) -> jax.Array:
-        embedded = nn.Dense(CHANNELS, use_bias=False, name="embed")(tokens)
-        features = {f"task{t:02d}": x for t, x in enumerate(jnp.split(embedded, tasks, axis=1))}
-        output = jnp.concatenate(list(self.interaction(features).values()), axis=1)
-        return nn.Dense(1, name="read")(output - embedded)[..., 0]
-
-
-def draw(key: jax.Array, tasks: int, batch: int, values: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Tokens (batch, n, 3 TOPICS + 1) and targets: the wanted topic's value; ``values`` redraws the others."""
-    count = tasks * 64
-    keys = jax.random.split(key, 4)
-    order = jnp.argsort(jax.random.uniform(keys[0], (batch, count)), axis=1)
-    topic = jnp.where(order < TOPICS * RELEVANT, order // RELEVANT, TOPICS)
-    relevant = jax.nn.one_hot(topic, TOPICS)
-    wanted = jax.nn.one_hot(jax.random.randint(keys[1], (batch, count), 0, TOPICS), TOPICS)
-    truth = jax.random.normal(keys[2], (batch, TOPICS))
-    other = jax.random.normal(keys[3] if values is None else values, (batch, count))
-    value = jnp.where(topic < TOPICS, jnp.einsum("bnt,bt->bn", relevant, truth), other)
-    tokens = jnp.concatenate([wanted, relevant, relevant * value[..., None], value[..., None]], axis=-1)
-    return tokens, jnp.einsum("bnt,bt->bn", wanted, truth)
-
-
-def trained(name: str, tasks: int, steps: int, seed: int) -> dict[str, Any]:
-    """Error over the target's variance on new examples, and the share of the irrelevant values in the output."""
-    modules = {
-        "dense": CrossTaskAttention(query_chunk=None),
-        "workspace": WorkspaceInteraction(16, top_k=16),
-        "kem": KEM(16, top_k=16),
-        "skem": KEM(16, top_k=16, etf_vertices=CHANNELS + 1),
-    }
-    model, key = Reader(modules[name]), jax.random.key(seed)
-    variables = model.init(key, draw(key, tasks, 1)[0], tasks)
-    constants = {k: v for k, v in variables.items() if k != "params"}
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
-
-    def error(params: Any, key: jax.Array, values: jax.Array | None = None, batch: int = 8) -> tuple:
-        tokens, target = draw(key, tasks, batch, values)
-        found = model.apply({"params": params, **constants}, tokens, tasks)
-        return jnp.mean((found - target) ** 2), found
-
-    @jax.jit
-    def step(params: Any, state: Any, key: jax.Array) -> tuple:
-        slope = jax.grad(error, has_aux=True)(params, key)[0]
-        updates, state = optimizer.update(slope, state)
-        return optax.apply_updates(params, updates), state
-
-    params, state = variables["params"], optimizer.init(variables["params"])
-    for number in range(steps):
-        params, state = step(params, state, jax.random.fold_in(key, number))
-    test = jax.random.key(10_000 + seed)
-    loss, found = jax.jit(error)(params, test)
-    _, again = jax.jit(error)(params, test, jax.random.key(7))
-    leak = float(jnp.mean((found - again) ** 2) / 2)  # the variance that redrawn values alone bring
-    return {"module": name, "tasks": tasks, "seed": seed, "error": float(loss), "leak": leak}
-
-
-# ---- all of it -----------------------------------------------------------------------------------------------------
-
-
 def run(quick: bool) -> dict[str, list[dict[str, Any]]]:
     """Every measurement of planted modules."""
     tasks = TASKS[:3] if quick else TASKS
@@ -238,14 +165,7 @@ def run(quick: bool) -> dict[str, list[dict[str, Any]]]:
         measure(name, tasks[-1], 4.0, 32, TOPICS, 1.0, spread)
         for name, spread in itertools.product(("dense", "kem", "skem"), (0.0, 0.25, 0.5, 1.0))
     ]
-    return {"planted": rows, "norms": norms, "trained": []}
-
-
-def train_all(quick: bool) -> Iterator[dict[str, Any]]:
-    """The trained modules, one after the other."""
-    for seed, count, name in itertools.product(range(3), (2, 4), ("dense", "workspace", "kem", "skem")):
-        if not quick or (count, seed) == (2, 0):
-            yield trained(name, count, 50 if quick else 300, seed)
+    return {"planted": rows, "norms": norms}
 
 
 def tables(found: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -277,24 +197,7 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> list[str]:
                 f"{cell}, {by_spread[s]['relevant_kept']:.0%} kept" for cell, s in zip(cells, spreads, strict=True)
             ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    counts = sorted({row["tasks"] for row in found["trained"]})
-    lines += [
-        "",
-        "| trained | " + " | ".join(f"{n} tasks: error, leak" for n in counts) + " |",
-        "|" + "---|" * (1 + len(counts)),
-    ]
-    for name in ("dense", "workspace", "kem", "skem"):
-        cells = []
-        for count in counts:
-            rows = [row for row in found["trained"] if (row["module"], row["tasks"]) == (name, count)]
-            cells.append(", ".join(spread_of([row[key] for row in rows]) for key in ("error", "leak")))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
-
-
-def spread_of(values: list[float]) -> str:
-    """Mean [lowest, highest]."""
-    return f"{np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else ""
 
 
 def draw_figure(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -331,16 +234,10 @@ def main() -> None:
     environment = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
     environment |= {"python": platform.python_version(), "topics": TOPICS, "relevant": RELEVANT, "tokens": TOKENS}
 
-    def save() -> None:
-        if not arguments.quick:
-            results = {"environment": environment, **found}
-            write_atomically(ROOT / "benchmarks" / "results" / "noise.json", json.dumps(results, indent=1))
-            draw_figure(found, ROOT / "docs" / "noise.png")
-
-    save()
-    for row in train_all(arguments.quick):
-        found["trained"].append(row)
-        save()
+    if not arguments.quick:
+        results = {"environment": environment, **found}
+        write_atomically(ROOT / "benchmarks" / "results" / "noise.json", json.dumps(results, indent=1))
+        draw_figure(found, ROOT / "docs" / "noise.png")
     Console().print("\n".join(tables(found)), soft_wrap=True)
 
 

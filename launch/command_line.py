@@ -7,6 +7,8 @@ Whatever is wrong ends with exit code 2 and a sentence that names the argument, 
 
 import argparse
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +30,24 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
         return list(argv), None
     place = list(argv).index("--")
     return list(argv[:place]), list(argv[place + 1 :])
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, durable: bool = False
+) -> tuple[argparse.Namespace, list[str]]:
+    """The launcher's own arguments and the checked training command; argv None: those of this process."""
+    own, command = split(sys.argv[1:] if argv is None else argv)
+    arguments = parser.parse_args(own)
+    return arguments, check_command(parser, command, durable)
+
+
+def feed(program: Sequence[str], text: str, remedy: str) -> int:
+    """Runs a program on a text; returns its exit code, 127 and a sentence with the remedy where it is not there."""
+    try:
+        return subprocess.run(program, input=text, text=True, check=False).returncode
+    except FileNotFoundError:
+        print(f"{program[0]} found nowhere on PATH; {remedy}, or use --dry-run", file=sys.stderr)
+        return 127
 
 
 def check_command(parser: argparse.ArgumentParser, command: Sequence[str] | None, durable: bool = False) -> list[str]:

@@ -13,7 +13,6 @@ host is told by GKE who the others are; sgw_jax joins them by itself.
 import argparse
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,10 +33,8 @@ SECONDS_TO_SAVE = 300
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Applies the manifest, or prints it; returns kubectl's exit code."""
-    own, command = command_line.split(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    arguments = parser.parse_args(own)
-    command = command_line.check_command(parser, command, durable=True)
+    arguments, command = command_line.parse(parser, argv, durable=True)
     try:
         hosts = count_hosts(arguments.tpu, arguments.topology)
     except ValueError as error:
@@ -47,11 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
         return 0
     kubectl = ["kubectl", *([f"--context={arguments.context}"] if arguments.context else []), "apply", "-f", "-"]
-    try:
-        return subprocess.run(kubectl, input=text, text=True, check=False).returncode
-    except FileNotFoundError:
-        print("gke: kubectl found nowhere on PATH; install it, or use --dry-run", file=sys.stderr)
-        return 127
+    return command_line.feed(kubectl, text, remedy="install it")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,6 @@ A run that fails is not queued again. Under srun the processes find each other b
 
 import argparse
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 
@@ -54,10 +53,8 @@ fi
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Submits the script, or prints it; returns sbatch's exit code."""
-    own, command = command_line.split(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    arguments = parser.parse_args(own)
-    command = command_line.check_command(parser, command)
+    arguments, command = command_line.parse(parser, argv)
     processes = arguments.processes_per_node or arguments.gpus_per_node
     if arguments.gpus_per_node % processes:
         allowed = f"a divisor of --gpus-per-node={arguments.gpus_per_node}"
@@ -68,11 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.dry_run:
         print(text, end="")
         return 0
-    try:
-        return subprocess.run(["sbatch"], input=text, text=True, check=False).returncode
-    except FileNotFoundError:
-        print("slurm: sbatch found nowhere on PATH; run this on the cluster, or use --dry-run", file=sys.stderr)
-        return 127
+    return command_line.feed(["sbatch"], text, remedy="run this on the cluster")
 
 
 def _parser() -> argparse.ArgumentParser:
