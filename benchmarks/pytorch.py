@@ -1,0 +1,294 @@
+"""This library beside PyTorch, the same network with the same parameters, in one run: training step and prediction.
+
+    python benchmarks/pytorch.py [--models scenes vit_s] [--seconds 30]
+
+Needs the extra [parity]. "scenes" is the default configuration's network (ViT of width 96, KEM, three tasks, subpixel
+heads and convolutional stem replaced by bilinear heads and patches), "vit_s" ViT-S with 64 task channels. Losses and
+predictions of the two sides are compared first (1e-4 relative). Training step: forward, losses, backward, AdamW; calls
+take turns, medians are reported, ratios above 1 mean that ours is faster. Peak memory and the time to the first step
+(from the start of a process: imports, compilation) come from processes of their own; ours with an empty and then with a
+warm compilation cache. KEM is timed alone beside torch's dense attention over the same tokens.
+
+MFU: the step's FLOPs (counted from the trace of the forward pass, times three) over what a large float32 matrix product
+reaches in this process. Writes benchmarks/results/pytorch_DEVICE.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+STARTED = time.perf_counter()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from sgw_jax.build import build_model, build_tasks
+from sgw_jax.config_files import read_config
+from sgw_jax.cost import multiply_accumulates
+from sgw_jax.host_memory import keep_freed_memory
+from sgw_jax.interactions import KEM
+from sgw_jax.optimizers import make_optimizer
+from sgw_jax.train_step import init_state, make_train_step
+from sgw_jax.writers import write_atomically
+
+RATE = 1e-4
+TASKS = ("semseg", "depth", "normals")
+VIT_S = {"width": 384, "depth": 12, "num_heads": 6, "patch_size": 16}
+MODELS: dict[str, tuple[int, tuple[int, int], dict[str, Any]]] = {  # batch, image, options
+    "scenes": (8, (64, 96), {}),
+    "vit_s": (2, (224, 224), {**{f"backbones.vit.{k}": v for k, v in VIT_S.items()}, "channels": 64}),
+}
+
+
+class Side:
+    """One model: its network, tasks, batch and initial state."""
+
+    def __init__(self, name: str) -> None:
+        rows, size, options = MODELS[name]
+        options = {"upsample": "bilinear", "backbones.vit.patch_embed": "patch", **options}
+        options |= {"data.size": ",".join(map(str, size))}
+        flags = [f"--config.{key}={value}" for key, value in options.items()]
+        config = read_config(f"scenes:interaction=kem,tasks={'+'.join(TASKS)}", flags)
+        self.config, self.rows, self.size = config, rows, size
+        self.tasks = build_tasks(config)
+        self.model = build_model(config, self.tasks)
+        rng = np.random.default_rng(0)
+        normals = rng.normal(size=(rows, *size, 3))
+        self.batch = {
+            "image": rng.normal(size=(rows, *size, 3)).astype(np.float32),
+            "semseg": rng.integers(0, 12, (rows, *size)).astype(np.int32),
+            "depth": rng.uniform(0.5, 5, (rows, *size, 1)).astype(np.float32),
+            "normals": (normals / np.linalg.norm(normals, axis=-1, keepdims=True)).astype(np.float32),
+        }
+        self.optimizer = make_optimizer(RATE)
+        make = lambda: init_state(self.model, self.optimizer, jnp.zeros((1, *size, 3)))  # noqa: E731
+        self.state = jax.jit(make)()
+
+    def ours(self, what: str) -> Callable[[], Any]:
+        """A call that trains a step, or predicts."""
+        batch = jax.device_put(self.batch)
+        if what == "prediction":
+            run = jax.jit(self.model.apply)
+            variables = self.state.variables
+            return lambda: jax.block_until_ready(run(variables, batch["image"]))
+        step = jax.jit(make_train_step(self.model, self.tasks, self.optimizer), donate_argnums=0)
+        held = [jax.tree.map(jnp.copy, self.state)]
+
+        def call() -> Any:
+            held[0], measured = step(held[0], batch)
+            return jax.block_until_ready(measured)
+
+        return call
+
+    def theirs(self, what: str, compiled: bool) -> Callable[[], Any]:
+        """The same in PyTorch."""
+        import torch
+        from torch_model import MultiTask, losses
+
+        torch.set_num_threads(os.cpu_count() or 1)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        params = jax.device_get(self.state.params)
+        heads, top_k = self.config.backbones.vit.num_heads, self.config.interactions.kem.top_k
+        model = MultiTask(params, [task.name for task in self.tasks], heads, top_k).to(device)
+        batch = {key: torch.from_numpy(value).to(device) for key, value in self.batch.items()}
+        batch["semseg"] = batch["semseg"].long()
+        run = torch.compile(model) if compiled else model
+        if what == "prediction":
+
+            def predict() -> Any:
+                with torch.inference_mode():
+                    found = run(batch["image"])
+                return _synchronised(torch, found)
+
+            return predict
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0, fused=True)
+
+        def train() -> Any:
+            found = losses(run(batch["image"]), batch)
+            optimizer.zero_grad(set_to_none=True)
+            sum(found.values()).backward()
+            optimizer.step()
+            return _synchronised(torch, found)
+
+        return train
+
+    def check(self) -> None:
+        """Raises where the two sides do not compute the same."""
+        ours, theirs = self.ours("prediction")(), self.theirs("prediction", False)()
+        for key, value in ours.items():
+            np.testing.assert_allclose(np.asarray(value), theirs[key].cpu().numpy(), rtol=1e-3, atol=1e-4)
+        step, other = self.ours("training step"), self.theirs("training step", False)
+        for _ in range(3):  # the third loss has two updates behind it
+            measured, found = step(), other()
+        for task in self.tasks:
+            np.testing.assert_allclose(
+                float(measured[f"loss/{task.name}"]), float(found[task.name].detach()), rtol=1e-3
+            )
+
+
+def _synchronised(torch: Any, value: Any) -> Any:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return value
+
+
+def in_turn(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+    """Median seconds of each call; the calls take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+        call()
+    started = time.monotonic()
+    while time.monotonic() - started < seconds or min(map(len, times.values())) < 5:
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(value) for name, value in times.items()}
+
+
+def matmul_peak() -> float:
+    """FLOP/s of a float32 product of two 2048 x 2048 matrices, the best of ten."""
+    x = jnp.ones((2048, 2048), jnp.float32)
+    run = jax.jit(lambda a: a @ a)
+    jax.block_until_ready(run(x))
+    times = []
+    for _ in range(10):
+        begun = time.perf_counter()
+        jax.block_until_ready(run(x))
+        times.append(time.perf_counter() - begun)
+    return 2 * 2048**3 / min(times)
+
+
+def kem_alone(seconds: float) -> list[dict[str, Any]]:
+    """KEM beside torch's scaled-dot-product attention of the same tokens (projections included), forward."""
+    import torch
+    import torch.nn.functional as F
+
+    rows = []
+    for tokens in (1024, 4096, 16384):
+        value = np.random.default_rng(0).normal(size=(1, tokens, 64)).astype(np.float32)
+        module = KEM(16, top_k=32)
+        features = {"a": jnp.asarray(value)}
+        variables = jax.jit(module.init)(jax.random.key(0), features)
+        run = jax.jit(module.apply)
+        tensor, dense = torch.from_numpy(value), [torch.nn.Linear(64, 64, bias=False) for _ in range(4)]
+
+        def attend(tensor: Any = tensor, dense: Any = dense) -> Any:
+            with torch.inference_mode():
+                return tensor + dense[3](F.scaled_dot_product_attention(*(layer(tensor) for layer in dense[:3])))
+
+        calls = {"kem": lambda f=run, v=variables, x=features: jax.block_until_ready(f(v, x)), "torch": attend}
+        found = in_turn(calls, seconds)
+        rows.append({"tokens": tokens, **found, "ratio": found["torch"] / found["kem"]})
+    return rows
+
+
+def of_own_process(name: str, side: str, what: str, cache: str = "") -> dict[str, float]:
+    """{"first_call": seconds from the start of a process, "peak_MiB": of resident memory during a later call}."""
+    flags = [f"--models={name}", f"--child={side}", f"--what={what}", f"--cache={cache}"]
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child(arguments: argparse.Namespace) -> None:
+    """What `of_own_process` runs."""
+    if arguments.cache:
+        jax.config.update("jax_compilation_cache_dir", arguments.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    side = Side(arguments.models[0])
+    call = side.ours(arguments.what) if arguments.child == "ours" else side.theirs(arguments.what, False)
+    call()
+    first = time.perf_counter() - STARTED
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (Linux)
+    call()
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024  # type: ignore[index]
+    print(json.dumps({"first_call": first, "peak_MiB": peak}))
+
+
+def measure(name: str, seconds: float, peak: float) -> list[dict[str, Any]]:
+    """A model's rows."""
+    side = Side(name)
+    side.check()
+    shapes = jax.eval_shape(lambda: side.state.variables), jax.ShapeDtypeStruct((side.rows, *side.size, 3), jnp.float32)
+    flops = 2 * sum(multiply_accumulates(side.model.apply, *shapes).values())
+    rows = []
+    for what, times in (("training step", 3), ("prediction", 1)):
+        calls = {"ours": side.ours(what), "eager": side.theirs(what, False), "compiled": side.theirs(what, True)}
+        median = in_turn(calls, seconds)
+        row: dict[str, Any] = {"model": name, "what": what, "batch": side.rows, "seconds": median}
+        row["mfu"] = times * flops / median["ours"] / peak
+        if jax.devices()[0].platform == "cpu":
+            with tempfile.TemporaryDirectory() as cache:
+                row["cold"] = of_own_process(name, "ours", what, cache)
+                row["warm"] = of_own_process(name, "ours", what, cache)
+            row["torch"] = of_own_process(name, "theirs", what)
+        rows.append(row)
+    return rows
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Markdown."""
+    lines = [
+        "| network | | ours images/s | torch eager | ratio | torch.compile | ratio | MFU | peak MiB ours, torch | first "
+        "call s: cold, warm cache, torch eager |",
+        "|" + "---|" * 10,
+    ]
+    for row in found["rows"]:
+        seconds = row["seconds"]
+        cells = [row["model"], row["what"], f"{row['batch'] / seconds['ours']:.1f}"]
+        for other in ("eager", "compiled"):
+            cells += [f"{row['batch'] / seconds[other]:.1f}", f"{seconds[other] / seconds['ours']:.2f}"]
+        cells.append(f"{row['mfu']:.0%}")
+        if "cold" in row:
+            cells.append(f"{row['cold']['peak_MiB']:.0f}, {row['torch']['peak_MiB']:.0f}")
+            cells.append(", ".join(f"{row[key]['first_call']:.1f}" for key in ("cold", "warm", "torch")))
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| tokens | KEM ms | torch attention ms | ratio |", "|---|---|---|---|"]
+    for row in found["kem"]:
+        lines.append(f"| {row['tokens']:,} | {1e3 * row['kem']:.2f} | {1e3 * row['torch']:.2f} | {row['ratio']:.1f} |")
+    return lines
+
+
+def main() -> None:
+    """Measures and prints tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--seconds", type=float, default=30.0, help="per comparison")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--child", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    parser.add_argument("--what", help=argparse.SUPPRESS)
+    parser.add_argument("--cache", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    if arguments.child:
+        child(arguments)
+        return
+
+    import torch
+
+    device, peak = jax.devices()[0], matmul_peak()
+    environment = {"device": device.device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
+    environment |= {"python": platform.python_version(), "torch": torch.__version__, "matmul_flops_per_second": peak}
+    rows = [row for name in arguments.models for row in measure(name, arguments.seconds, peak)]
+    found = {"environment": environment, "rows": rows, "kem": kem_alone(arguments.seconds / 6)}
+    path = arguments.output or Path(__file__).resolve().parent / "results" / f"pytorch_{device.platform}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(found, indent=1))
+    Console().print("\n".join(table(found)), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
