@@ -2,16 +2,21 @@
 
     python benchmarks/compare.py --config=scenes --out=runs/compare [--seeds=3] [--steps=200]
     python benchmarks/compare.py --out=runs/compare --methods none equal uncertainty upgrad nash_mtl cagrad
+    python benchmarks/compare.py --out=runs/compare --tune 7e-4 1.5e-3 3e-3 --results=FILE
 
 A trunk without interaction is trained once; every run then goes on from it for the same number of steps, with the same
 data in the same order as the others of its seed. delta_m is taken against the single-task models of that seed, which
 went on from the same trunk. Scores are of the test split, by the average of the parameters after the last step: nothing
-is chosen by looking at a split. Killed and run again, it goes on with the first run that is missing.
+is chosen by looking at a split. With --tune every method, single-task models too, first tries each of these learning
+rates with a seed of its own, and keeps the one of the lowest loss on the validation split: the same budget for all.
+Killed and run again, it goes on with the first run that is missing.
 """
 
 import argparse
 import io
 import json
+import os
+import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -59,6 +64,7 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "cagrad": ("none", {**BY_REPRESENTATION, "objective": "cagrad"}),
 }
 INTERACTIONS = ("none", "widened", "within_tasks", "cross_attention", "shared_workspace", "kem", "kem_sharp", "skem")
+TUNING_SEED = 500  # none of those that are compared
 SINGLE = "single_"  # prefix of the runs of one task
 NUMBERS = (
     "slot_diversity",
@@ -80,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=200, help="of every run from the trunk")
     parser.add_argument("--trunk_steps", type=int, default=600)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(INTERACTIONS))
+    parser.add_argument("--tune", nargs="+", default=[], help="learning rates to choose from on the validation split")
+    parser.add_argument("--results", type=Path, help="where the numbers go too, for the page of results")
     parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "sgw_jax")
     arguments, overrides = parser.parse_known_args(argv)
     jax.config.update("jax_compilation_cache_dir", str(arguments.cache_dir / "xla"))
@@ -98,7 +106,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases["widened"] = ("none", {"interactions.none.mlp_width": str(width)})
     cases |= {SINGLE + task.name: ("none", {"tasks": task.name}) for task in tasks}
     with Progress(console=console) as progress:
-        bar = progress.add_task("runs", total=len(cases) * arguments.seeds)
+        bar = progress.add_task("runs", total=len(cases) * (arguments.seeds + len(arguments.tune)))
+        rates = {}
+        for name, (interaction, options) in cases.items():
+            losses = {}
+            for rate in arguments.tune:
+                progress.update(bar, description=f"{name}, learning rate {rate}")
+                workdir, flag = arguments.out / "tuning" / name / rate, {"optimizer.learning_rate": rate}
+                if not (workdir / "result.json").exists():
+                    experiment = build_run(arguments, overrides, interaction, options | flag, TUNING_SEED, tuning=True)
+                    run(experiment, workdir, arguments.out / "trunk", "validation")
+                losses[rate] = json.loads((workdir / "result.json").read_text(encoding="utf-8"))["loss"]
+                progress.advance(bar)
+            if losses:
+                rates[name] = {"chosen": min(losses, key=losses.__getitem__), "validation_loss": losses}
+                cases[name] = (interaction, options | {"optimizer.learning_rate": rates[name]["chosen"]})
         for seed in range(arguments.seeds):
             for name, (interaction, options) in cases.items():
                 progress.update(bar, description=f"{name}, seed {seed}")
@@ -122,8 +144,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "trunk_steps": arguments.trunk_steps,
         "seeds": arguments.seeds,
         "device": jax.devices()[0].device_kind,
+        "rates": rates,
+        "environment": {
+            "cores": os.cpu_count(),
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
     }
-    write_atomically(arguments.out / "compare.json", json.dumps(without_nan({**summary, "runs": found}), indent=1))
+    everything = json.dumps(without_nan({**summary, "runs": found}), indent=1)
+    for path in (arguments.out / "compare.json", arguments.results):
+        if path is not None:
+            write_atomically(path, everything)
     write_atomically(arguments.out / "compare.html", page(summary))
     console.print(markdown(summary), soft_wrap=True)
     console.print(f"\n{arguments.out / 'compare.html'}   {arguments.out / 'compare.json'}")
@@ -137,11 +168,13 @@ def build_run(
     options: Mapping[str, str],
     seed: int,
     steps: int | None = None,
+    tuning: bool = False,
 ) -> Experiment:
-    """The experiment of one run: the user's configuration, the method's options, no evaluation on the way."""
+    """The experiment of one run: the user's configuration, the method's options, no evaluation on the way, and only
+    with ``tuning`` a validation split."""
     steps = steps or arguments.steps
     keys = {"interaction": interaction, "seed": seed, "steps": steps, "checkpoint_every": steps, "eval_every": steps}
-    keys |= {"data.lengths.validation": 0, "keep": 1, **options}
+    keys |= {"keep": 1, **({} if tuning else {"data.lengths.validation": 0}), **options}
     method = [f"--config.{key}={value}" for key, value in keys.items()]
     experiment = build(read_config(arguments.config, [*overrides, *method]), arguments.cache_dir)
     for source in experiment.data.sources.values():
@@ -161,19 +194,22 @@ def equal_mlp_width(kem: Experiment) -> int:
     return round((count - 3 * channels) / (2 * channels + 1))
 
 
-def run(experiment: Experiment, workdir: Path, trunk: Path | None) -> None:
-    """Trains and writes result.json, the sign that the run is complete."""
+def run(experiment: Experiment, workdir: Path, trunk: Path | None, split: str = "test") -> None:
+    """Trains, evaluates on a split and writes result.json, the sign that the run is complete."""
     trained = train(experiment, workdir, Console(file=io.StringIO()), init_from=trunk)
     if trained.stopped_by is not None:
         raise SystemExit(f"Stopped by {trained.stopped_by.name}; the same command goes on.")
     model, tasks, variables = experiment.model, experiment.tasks, trained.state.variables
     with jax.set_mesh(experiment.mesh):
         eval_step = jax.jit(make_eval_step(model, tasks), out_shardings=replicated(experiment.mesh))
-        found = evaluate_split(experiment, eval_step, variables, "test")
-    length = len(experiment.data.sources["test"])
-    diagnostics = diagnose(model, variables, experiment.data.evaluation("test"), experiment.mesh, tasks, length=length)
+        found = evaluate_split(experiment, eval_step, variables, split)
+    diagnostics = None
+    if split == "test":
+        length, batches = len(experiment.data.sources[split]), experiment.data.evaluation(split)
+        diagnostics = diagnose(model, variables, batches, experiment.mesh, tasks, length=length)
     result = {
         "metrics": found.metrics,
+        "loss": found.loss,
         "losses": found.losses,
         "parameters": count_parameters(trained.state.params)["total"],
         "images_per_second": trained.images_per_second,
