@@ -130,9 +130,9 @@ def script(arguments: argparse.Namespace, processes: int, command: Sequence[str]
         "set -eo pipefail\n",
         *(f"{line}\n" for line in arguments.setup),
         "set -u\n",  # not before: what sets up modules and environments seldom bears it
-        "# shellcheck disable=SC1003,SC2016,SC2054\n",  # single quotes are meant
+        "# shellcheck disable=SC1003,SC2016,SC2054,SC2191\n",  # quotes, and = and , are meant as they stand
         f"srun=({shlex.join(srun)})\n",
-        "# shellcheck disable=SC1003,SC2016,SC2054\n",
+        "# shellcheck disable=SC1003,SC2016,SC2054,SC2191\n",
         f"command=({shlex.join(['python', '-m', 'sgw_jax', *command])})\n",
         WAIT,
         REQUEUE if arguments.requeue else "",

@@ -305,7 +305,8 @@ def _on_workers(arguments: argparse.Namespace, script: str, worker: str = "all")
 
 def _command(arguments: argparse.Namespace) -> str:
     words = shlex.join(["python", "-m", "sgw_jax", *arguments.command])
-    return f"# shellcheck disable=SC1003,SC2016,SC2054\ncommand=({words})\n"  # single quotes are meant
+    # Quotes, and = and , are meant as they stand.
+    return f"# shellcheck disable=SC1003,SC2016,SC2054,SC2191\ncommand=({words})\n"
 
 
 def resume(arguments: argparse.Namespace) -> int:

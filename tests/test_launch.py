@@ -30,6 +30,7 @@ COMMAND = [
     "--config.name=`id` $HOME ${HOME} $$ $$(HOME) $(HOME) !! \\ * ~ #  two  spaces\t\u00e9",
     "",
     "--",
+    "=",
     "-n",
     "\\'",
 ]

@@ -70,9 +70,12 @@ def test_attention_over_shards_is_that_of_one_device(top_k, over):
 
 def test_ties_go_to_the_lowest_index_of_all_shards():
     query, key, value = inputs()
-    tied = jnp.zeros_like(key).at[:, 40:48].set(1.0)  # eight best, in shards 5 of 8
+    tied = jnp.zeros_like(key).at[:, 40:48].set(1.0)  # eight best, in shard 5 of 8
+    spread = (3, 21, 22, 38, 47, 60)  # six best, in five shards
     some = jnp.ones_like(query)
-    for keys, expected in ((jnp.zeros_like(key), range(5)), (tied, range(40, 45))):
+    cases = [(jnp.zeros_like(key), range(5)), (tied, range(40, 45))]
+    cases.append((jnp.zeros_like(key).at[:, spread, :].set(1.0), spread[:5]))
+    for keys, expected in cases:
         with jax.set_mesh(make_mesh({"context": 8})):
             _, _, index = jax.jit(lambda *args: topk_attention(*args, 5, placement=PLACEMENT))(some, keys, value)
         assert np.array_equal(np.sort(index, -1), np.broadcast_to(list(expected), index.shape))
@@ -176,9 +179,12 @@ def test_modules_over_shards_are_those_of_one_device(name):
             chex.assert_trees_all_close(found, expected, atol=1e-9, rtol=1e-9)
 
 
-def test_what_is_recorded_is_in_the_order_of_one_device():
-    features = maps()
-    plain, placed = KEM(3, top_k=4), KEM(3, top_k=4, placement=PLACEMENT)
+@pytest.mark.parametrize(("tied", "top_k"), [(False, 4), (True, 30)])
+def test_what_is_recorded_is_in_the_order_of_one_device(tied, top_k):
+    """Where all tokens are equal, too: the first 30 of the whole sequence are rows of the first task, on two devices,
+    the first of which also holds rows of the second task, equal to them and later in the sequence."""
+    features = jax.tree.map(jnp.ones_like, maps()) if tied else maps()
+    plain, placed = KEM(3, top_k=top_k), KEM(3, top_k=top_k, placement=PLACEMENT)
     variables = plain.init(jax.random.key(0), features)
     record = {"mutable": ["diagnostics"]}
     _, expected = plain.apply(variables, features, **record)

@@ -84,6 +84,30 @@ def test_the_estimate_is_the_roofline():
     assert found.to_dict()["seconds"] == times
 
 
+def test_all_figures_are_printed(capsys):
+    """Half a second of computation, a tenth of memory and a tenth of exchange on a v5e."""
+    found = PodPlan(
+        "TPU v5 lite", 4, {"data": 2, "fsdp": 2}, 16, flops=98.5e12, useful=59.1e12, arguments=2 * GIB,
+        temporaries=3 * GIB, peak=5.5 * GIB, exchanged={"all-gather": 3e9, "all-reduce": 6e9},
+        number={"all-gather": 24, "all-reduce": 1200}, memory=81.9e9,
+    )  # fmt: skip
+    print_pod_plan(found, Console(width=200))
+    output = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "4 x TPU v5e, mesh data 2, fsdp 2 Batch 16: 4 images a device.",
+        "arguments: state and batch │ 2.00",
+        "temporaries │ 3.00",
+        "peak │ 5.50 of 15.75",
+        "all-reduce: 1,200 a step, 6,000.0 MB sent by a device. all-gather: 24 a step, 3,000.0 MB sent by a device.",
+        "98.500 TFLOPs and 81.90 GB to and from memory a device and step.",
+        "Estimate (roofline at the published peaks; ms): compute 500.00, memory 100.00, exchange 100.00.",
+        "at least: 500.00 ms a step, 32 images/s, MFU 60%",
+        "no overlap: 700.00 ms a step, 23 images/s, MFU 43%",
+        "197 TFLOP/s bf16, 819 GB/s, cloud.google.com/tpu/docs/v5e",
+    ):
+        assert words in output, output
+
+
 def test_what_does_not_fit_is_said(capsys):
     found = PodPlan("TPU v5 lite", 4, {"data": 4}, 16, flops=1, useful=1, needed=20.5 * GIB)
     print_pod_plan(found, Console())
