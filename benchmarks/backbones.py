@@ -125,6 +125,21 @@ def print_peak(arguments: argparse.Namespace, image: np.ndarray) -> None:
     print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
 
 
+def table(rows: list[dict]) -> list[str]:
+    """Markdown; a ratio above 1: ours is faster."""
+    lines = [
+        "| model | | ours images/s | torch eager | ratio | torch.compile | ratio | peak MiB ours, torch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        speed, ratio, peak = row["images_per_second"], row["ratio"], row.get("peak_MiB")
+        compiled = [f"{speed['compiled']:.2f}", f"{ratio['compiled']:.2f}"] if "compiled" in ratio else ["", ""]
+        cells = [row["model"], row["task"], f"{speed['ours']:.2f}", f"{speed['eager']:.2f}", f"{ratio['eager']:.2f}"]
+        cells += [*compiled, f"{peak['ours']:.0f}, {peak['theirs']:.0f}" if peak else ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     """Measures and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -176,17 +191,7 @@ def main() -> None:
     path = Path(arguments.output or f"benchmarks/results/backbones_{device.platform}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result, indent=1))
-    lines = [
-        "| model | | ours images/s | torch eager | ratio | torch.compile | ratio | peak MiB ours, torch |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        speed, ratio, peak = row["images_per_second"], row["ratio"], row.get("peak_MiB")
-        compiled = [f"{speed['compiled']:.2f}", f"{ratio['compiled']:.2f}"] if "compiled" in ratio else ["", ""]
-        cells = [row["model"], row["task"], f"{speed['ours']:.2f}", f"{speed['eager']:.2f}", f"{ratio['eager']:.2f}"]
-        cells += [*compiled, f"{peak['ours']:.0f}, {peak['theirs']:.0f}" if peak else ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    Console().print("\n".join(lines), soft_wrap=True)
+    Console().print("\n".join(table(rows)), soft_wrap=True)
 
 
 if __name__ == "__main__":

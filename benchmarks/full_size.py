@@ -83,6 +83,20 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def memory_table(results: dict) -> str:
+    """Markdown: what the compiler reserves for the training step of one image, and what each interaction adds to it."""
+    lines = [f"| NYUD system | temporaries of the step, none | {' | '.join(f'{x} adds' for x in INTERACTIONS[1:])} |"]
+    lines.append("|---" * (len(INTERACTIONS) + 1) + "|")
+    for system in SYSTEMS:
+        reserved = [
+            results["systems"][f"nyud:{system},interaction={name}"]["compiled"]["train"]["temporary_bytes"] / 2**30
+            for name in INTERACTIONS
+        ]
+        added = [f"{more - reserved[0]:+.2f}" for more in reserved[1:]]
+        lines.append(f"| {system} | {reserved[0]:.2f} GiB | {' | '.join(added)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Goes through the systems."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

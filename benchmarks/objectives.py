@@ -147,6 +147,26 @@ def aggregation(seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: steps over those with equal weights."""
+    lines = ["| T | objective | gradients | s | time | formula | memory |", "|---|---|---|---|---|---|---|"]
+    for row in sorted(rows, key=lambda row: row["tasks"]):
+        cells = [row["tasks"], row["objective"], row["gradients"], f"{row['share_after_pyramid']:.0%}"]
+        ratios = [f"{row[key]:.2f}" for key in ("time_ratio", "formula", "memory_ratio")]
+        lines.append("| " + " | ".join([*map(str, cells), *ratios]) + " |")
+    return lines
+
+
+def aggregation_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: milliseconds beside TorchJD's."""
+    lines = ["| T | method | ours ms | of it weights ms | TorchJD ms | ratio |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        ours, alone, torchjd = (1e3 * row[key] for key in ("ours", "weights", "torchjd"))
+        cells = [row["tasks"], row["objective"], f"{ours:.2f}", f"{alone:.3f}", f"{torchjd:.2f}"]
+        lines.append("| " + " | ".join([*map(str, cells), f"{torchjd / ours:.1f}"]) + " |")
+    return lines
+
+
 def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -168,24 +188,15 @@ def main() -> None:
         "python": platform.python_version(),
     }
     if arguments.aggregation:
-        results["aggregation"] = rows = aggregation(arguments.seconds / 10)
-        lines = ["| T | method | ours ms | of it weights ms | TorchJD ms | ratio |", "|---|---|---|---|---|---|"]
-        for row in rows:
-            ours, alone, torchjd = (1e3 * row[key] for key in ("ours", "weights", "torchjd"))
-            cells = [row["tasks"], row["objective"], f"{ours:.2f}", f"{alone:.3f}", f"{torchjd:.2f}"]
-            lines.append("| " + " | ".join([*map(str, cells), f"{torchjd / ours:.1f}"]) + " |")
+        results["aggregation"] = aggregation(arguments.seconds / 10)
+        lines = aggregation_table(results["aggregation"])
     else:
         label = " ".join([arguments.config, *overrides])
         known = results.setdefault("steps", {}).setdefault(label, [])
         for count in arguments.tasks:  # written after each, as compiling eight tasks takes minutes
             known[:] = [row for row in known if row["tasks"] != count] + steps(arguments, overrides, count)
             write_atomically(path, json.dumps(results, indent=1))
-        rows = sorted(known, key=lambda row: row["tasks"])
-        lines = ["| T | objective | gradients | s | time | formula | memory |", "|---|---|---|---|---|---|---|"]
-        for row in rows:
-            cells = [row["tasks"], row["objective"], row["gradients"], f"{row['share_after_pyramid']:.0%}"]
-            ratios = [f"{row[key]:.2f}" for key in ("time_ratio", "formula", "memory_ratio")]
-            lines.append("| " + " | ".join([*map(str, cells), *ratios]) + " |")
+        lines = table(known)
     write_atomically(path, json.dumps(results, indent=1))
     Console().print("\n".join(lines), soft_wrap=True)
 

@@ -1,6 +1,6 @@
 """The same configuration with several seeds: trains what is missing and prints one Markdown table with the spread.
 
-    python benchmarks/seeds.py --config=scenes --seeds=3 --out=runs/seeds [--config.key=value ...]
+    python benchmarks/seeds.py --config=scenes --seeds=3 --out=runs/seeds [--results=FILE] [--config.key=value ...]
 
 Seed s differs in initialisation, data order and drop path; the scenes are the same. Run again, it goes on where it was.
 """
@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", default="scenes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"))
+    parser.add_argument("--results", type=Path, help="where the numbers go too, for the page of results")
     arguments, overrides = parser.parse_known_args(argv)
     results = []
     for seed in range(arguments.seeds):
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             subprocess.run([*command, f"--config.seed={seed}", *overrides], check=True)
         results.append(json.loads((workdir / "results.json").read_text(encoding="utf-8")))
     print(table(results))
-    (arguments.out / "seeds.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    for path in (arguments.out / "seeds.json", arguments.results):
+        if path is not None:
+            path.write_text(json.dumps(results, indent=1), encoding="utf-8")
     return 0
 
 
