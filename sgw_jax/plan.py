@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from rich.console import Console
@@ -70,7 +71,7 @@ def plan(model: MultiTaskModel, size: tuple[int, int]) -> Plan:
     return Plan(
         size=size,
         tasks=tuple(task.name for task in tasks),
-        interaction=type(model.interaction).__name__,
+        interaction=_name(model.interaction),
         dtype=jnp.dtype(model.dtype).name,
         parameters=_sums({name: _count(tree) for name, tree in params.items()}, params),
         macs=_sums(multiply_accumulates(predict, params, constants, image), params),
@@ -114,6 +115,12 @@ def print_plan(found: Plan, console: Console) -> None:
     console.print(f"Parameters, gradients and two moments in float32: {4 * state / GIB:.2f} GiB.")
     for path, shape, size in found.largest[:1]:
         console.print(f"Largest array of a prediction: {list(shape)}, {size / GIB:.3f} GiB, in {path}.")
+
+
+def _name(interaction: nn.Module) -> str:
+    """The class, but sKEM for a KEM that projects onto a simplex."""
+    name = type(interaction).__name__
+    return "sKEM" if name == "KEM" and getattr(interaction, "etf_vertices", None) is not None else name
 
 
 def _add_row(table: Table, part: str, parameters: int, macs: int, total: int) -> None:

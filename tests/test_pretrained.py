@@ -1,5 +1,6 @@
 """Pretrained files: every tensor accounted for, clear errors, and what becomes of them in a model."""
 
+import hashlib
 import json
 
 import flax.linen as nn
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from configs.base import SYSTEMS
 from sgw_jax.__main__ import main
-from sgw_jax.backbones.hub import HALF, IMAGENET
-from sgw_jax.backbones.pretrained import PretrainedError, fit, load_pretrained, read_pretrained
+from sgw_jax.backbones.hub import FAMILIES, HALF, IMAGENET
+from sgw_jax.backbones.pretrained import ARCHITECTURE, PretrainedError, fit, load_pretrained, read_pretrained
 from sgw_jax.backbones.swin import Swin
-from sgw_jax.backbones.vit import ViT
+from sgw_jax.backbones.vit import ViT, hidden_width
+from sgw_jax.build import build_model, build_tasks
 from sgw_jax.checkpoints import Checkpoints
+from sgw_jax.config_files import read_config
 from sgw_jax.layers.resize import cubic_matrix
 
 EPS32 = float(np.finfo(np.float32).eps)
@@ -147,7 +151,7 @@ def write_augreg(path, **changes):
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_every_tensor_is_accounted_for(tmp_path, kind):
+def test_every_tensor_is_accounted_for(tmp_path, caplog, kind):
     """The values that are loaded are those of the file, each once; what is left over is named."""
     folder = write(tmp_path / kind, kind)
     tensors = load_file(folder / "model.safetensors")
@@ -169,8 +173,11 @@ def test_every_tensor_is_accounted_for(tmp_path, kind):
     merged += [value[:, 1:] for name, value in used.items() if "position_embeddings" in name]
     np.testing.assert_array_equal(loaded, np.sort(np.concatenate([value.ravel() for value in merged])))
     assert {leaf.dtype for leaf in flat} == {np.dtype(np.float32)}
-    assert f"{found.tensors} tensors" in found.summary()
-    assert found.sha256[:16] in found.summary()
+    with caplog.at_level("INFO"):
+        load_pretrained(folder)
+    count, content = sum(leaf.size for leaf in flat), (folder / "model.safetensors").read_bytes()
+    assert f"{found.tensors} tensors, {count:,} parameters" in caplog.text
+    assert f"sha256 {hashlib.sha256(content).hexdigest()[:16]}" in caplog.text
     # and the module takes exactly these
     shapes = jax.eval_shape(found.module.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
     assert jax.tree.map(lambda a: a.shape, shapes) == jax.tree.map(lambda a: a.shape, found.params)
@@ -259,10 +266,29 @@ def cut_npz(tmp_path):
     return path
 
 
+def lone_array(tmp_path):
+    with open(tmp_path / "a.npz", "wb") as file:
+        np.save(file, np.zeros(3))
+    return tmp_path / "a.npz"
+
+
+def augreg(**changes):
+    return lambda tmp_path: write_augreg(tmp_path / "a.npz", **changes)
+
+
+def write_config(folder, kind):
+    (folder / "config.json").write_text(json.dumps(CONFIGS[kind]))
+
+
+def configured_text(text):
+    return damaged(lambda folder: (folder / "config.json").write_text(text))
+
+
 def configured(**changes):
     return lambda tmp_path: write(tmp_path / "model", changes.get("model_type", "vit"), **changes)
 
 
+FIRST = "Transformer/encoderblock_0"
 REFUSED = {
     "missing": (rewrite(lambda t: t.pop("vit.layernorm.bias")), r"1 missing: layernorm.bias"),
     "unexpected": (
@@ -279,13 +305,36 @@ REFUSED = {
     "no_config": (damaged(lambda folder: (folder / "config.json").unlink()), "config.json cannot be read"),
     "bad_config": (damaged(lambda folder: (folder / "config.json").write_text("{")), "config.json is no JSON"),
     "nothing": (lambda tmp_path: tmp_path / "absent", "absent/config.json cannot be read"),
-    "family": (configured(model_type="vit", hidden_act="relu"), "hidden_act is 'relu'; it must be one of"),
-    "other": (damaged(lambda f: (f / "config.json").write_text('{"model_type": "resnet"}')), "model_type is 'resnet'"),
+    "activation": (configured(model_type="vit", hidden_act="relu"), "hidden_act is 'relu'; it must be one of"),
+    "other": (configured_text('{"model_type": "resnet"}'), "model_type is 'resnet'"),
     "width": (configured(hidden_size=16), "of another shape: .*embeddings.cls_token"),
     "depth": (configured(num_hidden_layers=8), r"missing: encoder.layer.4.*\.\.\."),
     "no_bias": (configured(qkv_bias=False), "qkv_bias is False; only True is supported"),
     "odd": (configured(model_type="swin", depths=[1, 2, 2, 2]), r"depths \(1, 2, 2, 2\) must be 4 even numbers"),
     "window": (configured(model_type="swin", window_size=7), "relative_position_bias_table"),
+    "no_object": (damaged(lambda folder: (folder / "config.json").write_text("[]")), "holds a list; it must be a JSON"),
+    "kind": (configured_text('{"model_type": ["vit"]}'), r"model_type is \['vit'\]; it must be one of"),
+    "heads": (configured(num_attention_heads=3), "hidden_size 8 does not divide into num_attention_heads = 3"),
+    "epsilon": (configured(layer_norm_eps="1e-6"), "layer_norm_eps is '1e-6'; it must be a positive number"),
+    "ratio": (configured(model_type="dinov2", mlp_ratio=None), "mlp_ratio is None; it must be a positive number"),
+    "stages": (configured(model_type="swin", depths=2), "depths is 2; it must be a list of positive whole numbers"),
+    "one_file": (lambda tmp_path: write(tmp_path / "m", "vit") / "model.safetensors", "is one file; give the folder"),
+    "sharded": (
+        damaged(lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.index.json")),
+        "model.safetensors.index.json is not read: convert it",
+    ),
+    "other_models": (
+        lambda tmp_path: (write(tmp_path / "m", "swin"), write_config(tmp_path / "m", "dinov2"))[0],
+        "missing: embeddings.cls_token.*unexpected: embeddings.norm.bias",
+    ),
+    "mean": (
+        damaged(lambda folder: (folder / "preprocessor_config.json").write_text('{"image_mean": 0.5}')),
+        "image_mean is 0.5; it must be three numbers",
+    ),
+    "deviation": (
+        damaged(lambda folder: (folder / "preprocessor_config.json").write_text('{"image_std": [1, 0, 1]}')),
+        "image_std is .* it must be positive",
+    ),
     "no_number": (configured(patch_size="16"), "patch_size is '16'; it must be a positive whole number"),
     "npz_cut": (cut_npz, "truncated or no .npz"),
     "npz_objects": (
@@ -293,6 +342,14 @@ REFUSED = {
         "truncated or no .npz of plain arrays",
     ),
     "npz_foreign": (lambda tmp_path: write_augreg(tmp_path / "a.npz", cls=None), r"has no \['cls'\]"),
+    "npz_key": (augreg(**{f"{FIRST}/MlpBlock_3/Dense_0/bias": None}), r"has no \['.*Dense_0/bias'\]"),
+    "npz_axes": (augreg(**{"embedding/kernel": np.zeros((3, 8))}), "the shapes .* are no ViT's"),
+    "npz_heads": (
+        augreg(**{f"{FIRST}/MultiHeadDotProductAttention_1/query/kernel": np.zeros((8, 3, 4))}),
+        "has 3 heads, into which the width 8 does not divide",
+    ),
+    "npz_text": (augreg(cls=np.array([[["a"] * 8]])), "cls must be arrays of numbers"),
+    "npz_array": (lone_array, "truncated or no .npz of plain arrays"),
     "npz_missing": (
         lambda tmp_path: write_augreg(tmp_path / "a.npz", **{"Transformer/encoder_norm/bias": None}),
         "1 missing: Transformer/encoder_norm/bias",
@@ -369,6 +426,52 @@ def test_another_models_file_is_refused(tmp_path, changes, message):
         fit(found, target, shapes_of(target, (64, 64)), *IMAGENET)
     with pytest.raises(PretrainedError, match="holds a ViT, but the backbone is a Swin"):
         fit(found, Swin(), {}, *IMAGENET)
+
+
+def test_what_the_module_lacks_is_refused(tmp_path):
+    """A norm of the last layer, which no tap reaches, would be dropped in silence."""
+    found = read_pretrained(write(tmp_path / "vit", "vit"))
+    target = found.module.clone(tapped=(1, 2, 3))
+    with pytest.raises(PretrainedError, match=r"\['norm/scale', 'norm/bias'\] are in it alone"):
+        fit(found, target, shapes_of(target, (64, 64)), *IMAGENET)
+
+
+def test_a_ratio_that_was_rounded_gives_the_files_width():
+    """30 / 22 x 22 is below 30 in float64."""
+    assert int(22 * (30 / 22)) == 29
+    assert hidden_width(22, 30 / 22) == 30
+    assert hidden_width(10, 2.75) == 27
+
+
+# Of config.json as published (hub), or of an AugReg file's shapes: what decides whether weights fit a system.
+PUBLISHED = {
+    "swin_t": {"model_type": "swin", "embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
+    "swin_b": {"model_type": "swin", "embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]},
+    "swin_l": {"model_type": "swin", "embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48]},
+    "vit_b": {"model_type": "vit", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "vit_l": {"model_type": "vit", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "dinov2_l": {"model_type": "dinov2", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
+MORE = {
+    "swin_t": {"window_size": 7, "mlp_ratio": 4.0},
+    "swin": {"window_size": 12, "mlp_ratio": 4.0},
+    "vit": {"patch_size": 16, "image_size": 384, "layer_norm_eps": 1e-6, "hidden_act": "gelu_new"},
+    "dinov2": {"patch_size": 14, "image_size": 518, "mlp_ratio": 4},
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_published_weights_fit_the_full_size_systems(system):
+    config = PUBLISHED[system] | MORE.get(system, MORE[SYSTEMS[system][0]])
+    if config["model_type"] == "vit":
+        config["intermediate_size"] = 4 * config["hidden_size"]
+    theirs, _, _ = FAMILIES[config["model_type"]]("config.json", config, set())
+    read = read_config(f"nyud:{system}", ())
+    ours = build_model(read, build_tasks(read)).backbone
+    assert type(ours) is type(theirs)
+    for name in ARCHITECTURE[type(ours)]:
+        assert (getattr(ours, name) is None) == (getattr(theirs, name) is None), name
+        assert name == "layer_scale" or getattr(ours, name) == getattr(theirs, name), name
 
 
 def test_the_cubic_kernel():

@@ -1,9 +1,12 @@
 """Loaded backbones against transformers on the same weights: features and gradients, at any image size."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from sgw_jax.backbones.pretrained import load_pretrained
 
@@ -16,6 +19,11 @@ KINDS = {
     "swin_classifier": ("SwinForImageClassification", "SwinConfig", {"window_size": 3, "depths": (2, 2, 4, 2)}),
     "vit": ("ViTModel", "ViTConfig", {"intermediate_size": 80, "patch_size": 8}),
     "vit_classifier": ("ViTForImageClassification", "ViTConfig", {"intermediate_size": 128, "patch_size": 16}),
+    "augreg": (
+        "ViTModel",
+        "ViTConfig",
+        {"intermediate_size": 80, "patch_size": 8, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+    ),
     "dinov2": ("Dinov2Model", "Dinov2Config", {"patch_size": 14, "layerscale_value": 0.7}),
     "dinov2_backbone": ("Dinov2Backbone", "Dinov2Config", {"patch_size": 7}),
 }
@@ -52,7 +60,52 @@ def pair(request, tmp_path_factory):
             parameter.copy_(centre + scale * torch.randn(parameter.shape, generator=generator))
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
-    return family, model, folder
+    return family, model, folder, request.param == "augreg"
+
+
+def load(folder, as_augreg):
+    """The folder's module and variables; ``as_augreg`` by way of the same weights as an AugReg file."""
+    if not as_augreg:
+        return load_pretrained(folder)
+    np.savez(folder / "augreg.npz", **augreg_arrays(load_file(folder / "model.safetensors"), heads=4))
+    return load_pretrained(folder / "augreg.npz")
+
+
+AUGREG = {
+    "layernorm_before": "LayerNorm_0",
+    "layernorm_after": "LayerNorm_2",
+    "layernorm": "encoder_norm",
+    "attention.attention.query": "MultiHeadDotProductAttention_1/query",
+    "attention.attention.key": "MultiHeadDotProductAttention_1/key",
+    "attention.attention.value": "MultiHeadDotProductAttention_1/value",
+    "attention.output.dense": "MultiHeadDotProductAttention_1/out",
+    "intermediate.dense": "MlpBlock_3/Dense_0",
+    "output.dense": "MlpBlock_3/Dense_1",
+}
+
+
+def augreg_arrays(tensors, heads):
+    """The hub's tensors of a ViT under AugReg's names: (in, out) kernels, heads on an axis of their own."""
+    projection = "embeddings.patch_embeddings.projection"
+    found = {
+        "cls": tensors["embeddings.cls_token"],
+        "Transformer/posembed_input/pos_embedding": tensors["embeddings.position_embeddings"],
+        "embedding/kernel": tensors[f"{projection}.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": tensors[f"{projection}.bias"],
+    }
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(?:encoder\.layer\.(\d+)\.)?(.+)\.(weight|bias)", name)
+        if match and match[2] in AUGREG:
+            theirs = AUGREG[match[2]]
+            value = tensor.T
+            if theirs.endswith(("query", "key", "value")):
+                value = value.reshape(*value.shape[:-1], heads, -1)
+            elif theirs.endswith("out") and value.ndim == 2:
+                value = value.reshape(heads, -1, value.shape[-1])
+            part = "bias" if match[3] == "bias" else "scale" if "norm" in match[2] else "kernel"
+            at = "Transformer/" if match[1] is None else f"Transformer/encoderblock_{match[1]}/"
+            found[f"{at}{theirs}/{part}"] = value
+    return found
 
 
 def expected_maps(family, model, pixels):
@@ -95,8 +148,8 @@ def close(found, expected, name=""):
 def test_features(pair):
     import torch
 
-    family, model, folder = pair
-    module, variables = load_pretrained(folder)
+    family, model, folder, as_augreg = pair
+    module, variables = load(folder, as_augreg)
     apply = jax.jit(module.apply)
     for size in SIZES[family]:
         image = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
@@ -112,10 +165,9 @@ def test_gradients(pair, tmp_path):
     """Of every parameter and of the pixels, at a size where the position embedding is interpolated. torch's gradients
     are read as if they were a checkpoint, which transposes and joins them as it does the parameters."""
     import torch
-    from safetensors.torch import load_file, save_file
 
-    family, model, folder = pair
-    module, variables = load_pretrained(folder)
+    family, model, folder, as_augreg = pair
+    module, variables = load(folder, as_augreg)
     rng = np.random.default_rng(1)
     image = rng.normal(size=(2, 72, 91, 3)).astype(np.float32)
     pixels = torch.from_numpy(image.transpose(0, 3, 1, 2).copy()).requires_grad_()
@@ -138,7 +190,7 @@ def test_gradients(pair, tmp_path):
     model.save_pretrained(tmp_path)
     model.load_state_dict(type(model).from_pretrained(folder).state_dict())
     save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
-    expected = load_pretrained(tmp_path)[1]["params"]
+    expected = load(tmp_path, as_augreg)[1]["params"]
     if "class_token" in expected:  # the sum of two parameters with the same gradient
         expected["class_token"] = expected["class_token"] / 2
     flat = jax.tree_util.tree_leaves_with_path(grads)
@@ -153,7 +205,7 @@ def test_the_classifiers_swin(pair, size):
     """Maps no larger than the window, as `SwinModel` treats them: one unshifted window."""
     import torch
 
-    _, model, folder = pair
+    _, model, folder, _ = pair
     module, variables = load_pretrained(folder)
     image = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
     fresh = type(model).from_pretrained(folder).eval()  # the model remembers a map that small

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,21 +18,30 @@ def read_augreg(path: str, content: bytes) -> tuple[ViT, dict[str, np.ndarray], 
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             tensors = {name: file[name] for name in file.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    # TypeError: a lone array (.npy); RuntimeError: a zip with a password.
+    except (ValueError, OSError, EOFError, TypeError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise PretrainedError(f"{path} is truncated or no .npz of plain arrays ({error}); fetch it again.") from error
     at = "Transformer/encoderblock_"
-    needed = ("embedding/kernel", "cls", "Transformer/posembed_input/pos_embedding")
-    query = f"{at}0/MultiHeadDotProductAttention_1/query/kernel"
-    if missing := [name for name in (*needed, query) if name not in tensors]:
+    table, query = "Transformer/posembed_input/pos_embedding", f"{at}0/MultiHeadDotProductAttention_1/query/kernel"
+    # What says the sizes: number of axes by name.
+    needed = {"embedding/kernel": 4, "cls": 3, table: 3, query: 3, f"{at}0/MlpBlock_3/Dense_0/bias": 1}
+    if missing := [name for name in needed if name not in tensors]:
         raise PretrainedError(
             f"{path} has no {missing}, which every AugReg ViT has (hybrids with a ResNet are not read). It holds "
             f"{len(tensors)} arrays, such as {sorted(tensors)[:5]}."
         )
-    patch, _, _, width = tensors["embedding/kernel"].shape
-    side = round((tensors[needed[2]].shape[1] - 1) ** 0.5)
+    if other := [name for name, array in tensors.items() if getattr(array, "dtype", np.dtype("O")).kind not in "fiu"]:
+        raise PretrainedError(f"{path}: {', '.join(sorted(other)[:20])} must be arrays of numbers.")
+    shapes = {name: tensors[name].shape for name in needed}
+    if any(len(shapes[name]) != axes or 0 in shapes[name] for name, axes in needed.items()):
+        raise PretrainedError(f"{path}: the shapes {shapes} are no ViT's, whose axes are {tuple(needed.values())}.")
+    patch, _, _, width = shapes["embedding/kernel"]
+    side = round((shapes[table][1] - 1) ** 0.5)
     depth = len({name.split("/")[1] for name in tensors if name.startswith(at)})
-    heads = tensors[query].shape[1]
-    hidden = tensors[f"{at}0/MlpBlock_3/Dense_0/bias"].shape[0]
+    heads = shapes[query][1]
+    hidden = shapes[f"{at}0/MlpBlock_3/Dense_0/bias"][0]
+    if width % heads:
+        raise PretrainedError(f"{path}: {query} has {heads} heads, into which the width {width} does not divide.")
     module = ViT(
         patch_size=patch,
         width=width,
@@ -78,7 +88,7 @@ def read_augreg(path: str, content: bytes) -> tuple[ViT, dict[str, np.ndarray], 
                 },
             }
 
-        positions = take(needed[2], (1, 1 + side * side, width))
+        positions = take(table, (1, 1 + side * side, width))
         return {
             "patch_embed": {"projection": affine("embedding", patch, patch, 3, width)},
             "class_token": take("cls", (1, 1, width)) + positions[:, :1],

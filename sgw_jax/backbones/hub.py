@@ -8,7 +8,7 @@ import flax.linen as nn
 from sgw_jax.backbones.swin import EPSILON as SWIN_EPSILON
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.tensors import PretrainedError, Tensors, stacked
-from sgw_jax.backbones.vit import ViT
+from sgw_jax.backbones.vit import ViT, hidden_width
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of the channels, of 0..1
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -19,18 +19,22 @@ def vit_family(where: str, config: Mapping[str, Any], names: set[str]) -> tuple[
     dinov2 = config["model_type"] == "dinov2"
     width = _number(where, config, "hidden_size")
     patch, depth = _number(where, config, "patch_size"), _number(where, config, "num_hidden_layers")
-    size = _number(where, config, "image_size")
+    size, heads = _number(where, config, "image_size"), _number(where, config, "num_attention_heads")
+    if width % heads:
+        raise PretrainedError(f"{where}: hidden_size {width} does not divide into num_attention_heads = {heads}.")
     module = ViT(
         patch_size=patch,
         width=width,
         depth=depth,
-        num_heads=_number(where, config, "num_attention_heads"),
-        mlp_ratio=config.get("mlp_ratio", 4) if dinov2 else _number(where, config, "intermediate_size") / width,
+        num_heads=heads,
+        mlp_ratio=_positive(where, config, "mlp_ratio", 4)
+        if dinov2
+        else _number(where, config, "intermediate_size") / width,
         image_size=(size, size),
         class_token=True,
         layer_scale=1.0 if dinov2 else None,
         approximate_gelu=_approximate(where, config),
-        epsilon=config.get("layer_norm_eps", 1e-6 if dinov2 else 1e-12),
+        epsilon=_positive(where, config, "layer_norm_eps", 1e-6 if dinov2 else 1e-12),
         tapped=None if depth % 4 == 0 else tuple(range(1, depth + 1)),
         output="taps",
     )
@@ -38,7 +42,7 @@ def vit_family(where: str, config: Mapping[str, Any], names: set[str]) -> tuple[
 
 
 def _vit_params(take: "Tensors", module: ViT) -> dict[str, Any]:
-    width, hidden = module.width, int(module.width * module.mlp_ratio)
+    width, hidden = module.width, hidden_width(module.width, module.mlp_ratio)
     dinov2 = module.layer_scale is not None
     norm1, norm2 = ("norm1", "norm2") if dinov2 else ("layernorm_before", "layernorm_after")
     first, second = ("mlp.fc1", "mlp.fc2") if dinov2 else ("intermediate.dense", "output.dense")
@@ -79,10 +83,10 @@ def swin_family(where: str, config: Mapping[str, Any], names: set[str]) -> tuple
         raise PretrainedError(f"{where}: hidden_act is {config['hidden_act']!r}; a Swin must have 'gelu'.")
     module = Swin(
         width=_number(where, config, "embed_dim"),
-        depths=tuple(config.get("depths", ())),
-        num_heads=tuple(config.get("num_heads", ())),
+        depths=_stages(where, config, "depths"),
+        num_heads=_stages(where, config, "num_heads"),
         window_size=_number(where, config, "window_size"),
-        mlp_ratio=config.get("mlp_ratio", 4.0),
+        mlp_ratio=_positive(where, config, "mlp_ratio", 4.0),
         output_norms=any(name.startswith("hidden_states_norms.") for name in names),
     )
     try:
@@ -142,12 +146,30 @@ FAMILIES: dict[str, Callable[..., tuple[nn.Module, Any, Callable]]] = {
 
 
 def _number(where: str, config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if isinstance(value, list) and len(set(value)) == 1:
+    value: Any = config.get(key)
+    if isinstance(value, list) and value and all(item == value[0] for item in value):
         value = value[0]
-    if not isinstance(value, int) or value < 1:
+    if not _whole(value):
         raise PretrainedError(f"{where}: {key} is {value!r}; it must be a positive whole number.")
     return value
+
+
+def _stages(where: str, config: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    value = config.get(key)
+    if not isinstance(value, list) or not all(map(_whole, value)):
+        raise PretrainedError(f"{where}: {key} is {value!r}; it must be a list of positive whole numbers.")
+    return tuple(value)
+
+
+def _positive(where: str, config: Mapping[str, Any], key: str, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise PretrainedError(f"{where}: {key} is {value!r}; it must be a positive number.")
+    return value
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _refuse(where: str, config: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
@@ -159,6 +181,6 @@ def _refuse(where: str, config: Mapping[str, Any], needed: Mapping[str, Any]) ->
 def _approximate(where: str, config: Mapping[str, Any]) -> bool:
     kinds = {"gelu": False, "gelu_new": True, "gelu_pytorch_tanh": True}
     name = config.get("hidden_act", "gelu")
-    if name not in kinds:
+    if name not in list(kinds):  # in a file it may be anything, and not hashable
         raise PretrainedError(f"{where}: hidden_act is {name!r}; it must be one of {list(kinds)}.")
     return kinds[name]

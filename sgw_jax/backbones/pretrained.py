@@ -98,25 +98,25 @@ def read_pretrained(path: epath.PathLike) -> Pretrained:
     if path.suffix == ".npz":
         content = _read(path)
         return _assemble(str(path), content, read_augreg(str(path), content), HALF)
+    if path.suffix == ".safetensors":
+        raise PretrainedError(f"{path} is one file; give the folder that holds it and its config.json.")
     config = _json(path / "config.json")
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if kind not in list(FAMILIES):  # in a file it may be anything, and not hashable
         raise PretrainedError(
             f"{path / 'config.json'}: model_type is {kind!r}; it must be one of {list(FAMILIES)}, of a Swin, ViT or "
             "DINOv2."
         )
     file = path / "model.safetensors"
     if not file.exists():
-        pickled = [name for name in ("pytorch_model.bin", "tf_model.h5") if (path / name).exists()]
-        hint = f" {pickled[0]} is not read: convert it (save_pretrained writes safetensors)." if pickled else ""
+        others = ("pytorch_model.bin", "tf_model.h5", "model.safetensors.index.json")
+        found = [name for name in others if (path / name).exists()]
+        hint = f" {found[0]} is not read: convert it (save_pretrained writes safetensors, one file)." if found else ""
         raise PretrainedError(f"{file} does not exist.{hint}")
     content = _read(file)
     tensors = _safetensors(file, content)
     module, default, convert = FAMILIES[kind](f"{path / 'config.json'}", config, set(map(_bare, tensors)))
-    processor = path / "preprocessor_config.json"
-    normalisation = default
-    if processor.exists() and (options := _json(processor)).get("do_normalize", True):
-        normalisation = tuple(options.get("image_mean", default[0])), tuple(options.get("image_std", default[1]))
+    normalisation = _normalisation(path / "preprocessor_config.json", default)
     bare = {_bare(name): value for name, value in tensors.items()}
     return _assemble(str(path), content, (module, bare, convert), normalisation)
 
@@ -133,7 +133,7 @@ def fit(found: Pretrained, backbone: nn.Module, shapes: Mapping[str, Any], mean:
       shapes: the module's parameters, nested, with anything that has a shape as leaves.
 
     Raises:
-      PretrainedError: another architecture (each attribute that differs), a parameter that the file lacks.
+      PretrainedError: another architecture (each attribute that differs), a parameter that only one of the two has.
     """
     ours = type(backbone)
     if ours is not type(found.module):
@@ -157,9 +157,12 @@ def fit(found: Pretrained, backbone: nn.Module, shapes: Mapping[str, Any], mean:
     flat |= _renormalised(flat, found.normalisation, (mean, std))
     missing = [name for name in wanted if name not in flat and not ADDED.match(name)]
     wrong = [name for name in wanted if name in flat and flat[name].shape != tuple(wanted[name].shape)]
-    if missing or wrong:
-        raise PretrainedError(f"{found.path}: the backbone has {missing} that it lacks, {wrong} of another shape.")
-    return {name: array for name, array in flat.items() if name in wanted}
+    left = [name for name in flat if name not in wanted]
+    if missing or wrong or left:
+        raise PretrainedError(
+            f"{found.path}: the backbone has {missing} that it lacks, {wrong} of another shape; {left} are in it alone."
+        )
+    return flat
 
 
 def _assemble(path: str, content: bytes, source: tuple, normalisation: Any) -> Pretrained:
@@ -198,8 +201,8 @@ def _assemble(path: str, content: bytes, source: tuple, normalisation: Any) -> P
 def _read(path: epath.Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise PretrainedError(f"{path} cannot be read ({error.strerror or error}).") from error
+    except (OSError, ImportError) as error:  # a bucket may need a package that is not installed
+        raise PretrainedError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
 
 
 def _safetensors(file: epath.Path, content: bytes) -> dict[str, np.ndarray]:
@@ -215,12 +218,28 @@ def _safetensors(file: epath.Path, content: bytes) -> dict[str, np.ndarray]:
 
 
 def _json(path: epath.Path) -> dict[str, Any]:
+    content = _read(path)
     try:
-        return json.loads(_read(path))
+        found = json.loads(content)
     except ValueError as error:
-        if isinstance(error, PretrainedError):
-            raise
         raise PretrainedError(f"{path} is no JSON ({error}).") from error
+    if not isinstance(found, dict):
+        raise PretrainedError(f"{path} holds a {type(found).__name__}; it must be a JSON object.")
+    return found
+
+
+def _normalisation(path: epath.Path, default: tuple) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, standard deviation) of the channels from preprocessor_config.json, if there is one."""
+    options = _json(path) if path.exists() else {"do_normalize": False}
+    if not options.get("do_normalize", True):
+        return default
+    mean, std = options.get("image_mean", default[0]), options.get("image_std", default[1])
+    for name, value in (("image_mean", mean), ("image_std", std)):
+        if np.shape(value) != (3,) or not all(isinstance(item, int | float) for item in value):
+            raise PretrainedError(f"{path}: {name} is {value!r}; it must be three numbers.")
+    if min(std) <= 0:
+        raise PretrainedError(f"{path}: image_std is {std!r}; it must be positive.")
+    return tuple(mean), tuple(std)
 
 
 def _bare(name: str) -> str:

@@ -18,6 +18,11 @@ from sgw_jax.sharding import constrain_activations
 OUTPUTS = ("pyramid", "taps")
 
 
+def hidden_width(width: int, mlp_ratio: float) -> int:
+    """Of an MLP, rounded down; a ratio that was found as hidden / width may fall short of it by a rounding error."""
+    return int(width * mlp_ratio + 1e-6)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: attention and MLP, each on a residual branch with drop path.
 
@@ -40,7 +45,8 @@ class Block(nn.Module):
         branch = self._scaled("scale1", SelfAttention(self.num_heads, dtype=self.dtype, name="attention")(normed))
         tokens = constrain_activations(tokens + drop_path(branch, rate, self.train))
         normed = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm2")(tokens)
-        mlp = MLP(int(tokens.shape[-1] * self.mlp_ratio), self.approximate_gelu, dtype=self.dtype, name="mlp")
+        hidden = hidden_width(tokens.shape[-1], self.mlp_ratio)
+        mlp = MLP(hidden, self.approximate_gelu, dtype=self.dtype, name="mlp")
         tokens = constrain_activations(tokens + drop_path(self._scaled("scale2", mlp(normed)), rate, self.train))
         return tokens, tokens
 
