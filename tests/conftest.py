@@ -14,7 +14,9 @@ from sgw_jax.host_threads import enough_threads
 
 enough_threads()
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sgw_jax" / "xla_tests"
+# One for each worker of pytest-xdist: JAX does not write entries atomically, and a half-written one cannot be read.
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sgw_jax" / "xla_tests" / WORKER
 
 
 def _writable(folder: Path) -> Path:
