@@ -62,6 +62,16 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "upgrad": ("none", {**BY_REPRESENTATION, "objective": "upgrad"}),
     "nash_mtl": ("none", {**BY_REPRESENTATION, "objective": "nash_mtl"}),
     "cagrad": ("none", {**BY_REPRESENTATION, "objective": "cagrad"}),
+    # One thing changed in KEM, or in sKEM.
+    "kem_k8": ("kem", {"interactions.kem.top_k": "8"}),
+    "kem_k128": ("kem", {"interactions.kem.top_k": "128"}),
+    "kem_slots4": ("kem", {"interactions.kem.num_slots": "4"}),
+    "kem_slots64": ("kem", {"interactions.kem.num_slots": "64"}),
+    "kem_heads4": ("kem", {"interactions.kem.num_heads": "4"}),
+    "kem_rounds2": ("kem", {"interactions.kem.rounds": "2"}),
+    "kem_scales": ("kem", {"scales": "16,8", "persist": "true"}),
+    "skem_vertices8": ("skem", {"interactions.skem.etf_vertices": "8"}),
+    "skem_selection": ("skem", {"interactions.skem.etf_for": "selection"}),
 }
 INTERACTIONS = ("none", "widened", "within_tasks", "cross_attention", "shared_workspace", "kem", "kem_sharp", "skem")
 TUNING_SEED = 500  # none of those that are compared
