@@ -30,7 +30,7 @@ from sgw_jax.writers import write_atomically
 TOPICS, RELEVANT, CHANNELS, STEPS = 4, 8, 32, 300
 TOKENS = 64  # of each task
 MODULES = ("dense", "workspace", "kem", "skem")
-TASKS = (2, 4)
+TASKS = (2, 4, 8, 16)
 RESULTS = Path(__file__).resolve().parent / "results" / "noise_trained.json"
 
 
