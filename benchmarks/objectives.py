@@ -1,8 +1,12 @@
 """What task gradients cost: time and peak memory of a training step under each objective, beside the plain sum.
 
     python benchmarks/objectives.py [--config=scenes] [--tasks 2 4 6] [--objectives upgrad nash_mtl ...]
+    python benchmarks/objectives.py --objectives all   every method; compiling two steps of each takes a while
+    python benchmarks/objectives.py --weights          the T x T work of every method, and its share of a step
     python benchmarks/objectives.py --aggregation      the T x T work and the aggregation alone, beside TorchJD [parity]
 
+Methods differ in a step by their T x T work alone: a scalariser's step is that of the plain sum, all others' that of
+upgrad by the same gradients. So a few methods' steps and the weights of all say what each costs.
 One process times all steps of a number of tasks in turn, so that they see the same machine; peak memory is the
 compiler's (temporaries). The share s of the FLOPs after the pyramid is `plan`'s; the formula beside the measurement
 is 1 + (T - 1)(2/3) s for the representation and (1 + 2 T) / 3 for parameters. Writes
@@ -11,6 +15,7 @@ benchmarks/results/objectives_DEVICE.json.
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -27,7 +32,7 @@ from rich.console import Console
 
 from sgw_jax.build import build_model, build_tasks
 from sgw_jax.config_files import read_config
-from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS
+from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS, Scalarizer, WeightedAggregator
 from sgw_jax.optimizers import make_optimizer
 from sgw_jax.plan import plan, target_shapes
 from sgw_jax.tasks.base import Task
@@ -44,11 +49,17 @@ def first_tasks(config: Any, count: int) -> tuple[Task, ...]:
     return (*tasks, *again)[:count]
 
 
+def make(objective: str, tasks: int) -> Scalarizer | WeightedAggregator:
+    """By name; an epoch is 100 steps."""
+    options = {"steps_per_epoch": 100} if objective == "dwa" else {}
+    return {**AGGREGATORS, **SCALARIZERS}[objective](tasks, **options)
+
+
 def compiled_step(config: Any, count: int, objective: str, gradients: str) -> tuple[Any, Any, dict[str, Any]]:
     """(compiled step, its state, batch) of random numbers."""
     tasks = first_tasks(config, count)
     model = build_model(config, tasks)
-    made = {**AGGREGATORS, **SCALARIZERS}[objective](len(tasks))
+    made = make(objective, len(tasks))
     optimizer = make_optimizer(1e-4)
     size, rows = tuple(config.data.size), config.batch_size
     rng = np.random.default_rng(0)
@@ -62,9 +73,9 @@ def compiled_step(config: Any, count: int, objective: str, gradients: str) -> tu
     return step.lower(state, batch).compile(), state, batch
 
 
-def in_turn(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
+def in_turn(calls: dict[Any, Callable[[], Any]], seconds: float) -> dict[Any, float]:
     """Median seconds of each call; the calls take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    times: dict[Any, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         jax.block_until_ready(call())
     started = time.monotonic()
@@ -84,7 +95,8 @@ def steps(arguments: argparse.Namespace, overrides: list[str], count: int) -> li
     after = sum(value for part, value in found.macs.items() if part not in ("backbone", "preliminary heads"))
     share = after / sum(found.macs.values())
     cases = {("equal", "parameters"): compiled_step(config, count, "equal", "parameters")}
-    for objective in arguments.objectives:
+    chosen = [*SCALARIZERS, *AGGREGATORS] if arguments.objectives == ["all"] else arguments.objectives
+    for objective in dict.fromkeys(chosen):
         kinds = ("parameters",) if objective in SCALARIZERS else ("parameters", "representation")
         cases |= {(objective, kind): compiled_step(config, count, objective, kind) for kind in kinds}
     calls = {f"{name}/{kind}": (lambda c=case: c[0](c[1], c[2])) for (name, kind), case in cases.items()}
@@ -109,6 +121,30 @@ def steps(arguments: argparse.Namespace, overrides: list[str], count: int) -> li
         )
     Console().print(f"{count} tasks: {len(cases)} steps measured")
     jax.clear_caches()
+    return rows
+
+
+def weights_alone(seconds: float, counts: list[int]) -> list[dict[str, Any]]:
+    """What every method does with losses and a Gramian, in seconds."""
+    rows = []
+    for count in counts:
+        rng = np.random.default_rng(0)
+        jacobian = rng.normal(size=(count, 64)).astype(np.float32)
+        matrix, losses = jnp.asarray(jacobian @ jacobian.T), jnp.asarray(rng.uniform(0.5, 2, count), jnp.float32)
+        calls = {}
+        for name in AGGREGATORS:
+            one = AGGREGATORS[name](count)
+            call = jax.jit(lambda g, x, s, one=one: one.weigh(g, s, losses=x))
+            calls[name, "aggregator"] = functools.partial(call, matrix, losses, one.init(None))
+        for name in SCALARIZERS:
+            scalar = make(name, count)
+            slope = jax.jit(jax.value_and_grad(scalar.apply, has_aux=True))
+            calls[name, "scalariser"] = functools.partial(slope, losses, scalar.init())
+        found = in_turn(calls, seconds)
+        rows += [
+            {"tasks": count, "objective": name, "kind": kind, "seconds": found[name, kind]} for name, kind in calls
+        ]
+        jax.clear_caches()
     return rows
 
 
@@ -174,6 +210,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, nargs="+", default=[2, 4, 5, 8])
     parser.add_argument("--objectives", nargs="+", default=list(DEFAULT))
     parser.add_argument("--seconds", type=float, default=20.0, help="per number of tasks")
+    parser.add_argument("--weights", action="store_true")
     parser.add_argument("--aggregation", action="store_true")
     parser.add_argument("--output")
     arguments, overrides = parser.parse_known_args()
@@ -190,6 +227,18 @@ def main() -> None:
     if arguments.aggregation:
         results["aggregation"] = aggregation(arguments.seconds / 10)
         lines = aggregation_table(results["aggregation"])
+    elif arguments.weights:
+        results["weights"] = rows = weights_alone(arguments.seconds, arguments.tasks)
+        steps_of = results.get("steps", {}).values()
+        plain: dict[int, float] = {}
+        for row in (row for found in steps_of for row in found if row["objective"] == "equal"):
+            plain[row["tasks"]] = max(row["seconds"], plain.get(row["tasks"], 0))
+        lines = ["| T | method | kind | us | % of the slowest plain step here |", "|---|---|---|---|---|"]
+        for row in rows:
+            part = f"{100 * row['seconds'] / plain[row['tasks']]:.2f}" if row["tasks"] in plain else "-"
+            lines.append(
+                f"| {row['tasks']} | {row['objective']} | {row['kind']} | {1e6 * row['seconds']:.0f} | {part} |"
+            )
     else:
         label = " ".join([arguments.config, *overrides])
         known = results.setdefault("steps", {}).setdefault(label, [])

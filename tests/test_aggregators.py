@@ -76,13 +76,14 @@ def test_contract(name):
         updates, state = chain.update(jacobian, state, params, losses=LOSSES, task_mask=mask)
         return (optax.apply_updates(params, updates), state), (state[0].weights, state[0].stationary)
 
-    masks = jnp.array([[True] * 3, [True, False, True], [True] * 3])
+    masks = jnp.array([[True] * 3, [True, False, True], [False] * 3, [True] * 3])
     (params, state), (found, flags) = jax.jit(lambda c: jax.lax.scan(step, c, masks))((PARAMS, chain.init(PARAMS)))
     assert jax.tree.structure(params) == jax.tree.structure(PARAMS)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((params, state)) if leaf.dtype == jnp.float32)
-    assert found.shape == (3, TASKS)
+    assert found.shape == (4, TASKS)
     assert found[1, 1] == 0
-    assert not flags.any()
+    assert not found[2].any()  # nobody is there
+    assert not flags[jnp.array([0, 1, 3])].any()
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), jacobian)
     update, state = aggregator.update(half, aggregator.init(PARAMS), losses=LOSSES)
     assert {leaf.dtype for leaf in jax.tree.leaves(update)} == {jnp.dtype(jnp.bfloat16)}
@@ -102,6 +103,25 @@ def test_the_stationary_flag():
         assert state.stationary
         _, state = jax.jit(aggregator.update)(jacobian, aggregator.init(PARAMS))
         assert not state.stationary
+
+
+def test_gradnorm_descends_the_distance_of_lengths():
+    """Two updates against the papers' formula in float64: theta moves by the slope of the distance at held targets, by
+    the mean length."""
+    jacobian, alpha, rate = tree(), 1.5, 0.1
+    norms = np.linalg.norm(flat(jacobian), axis=1)
+    shares = np.array([0.5, 1.0, 1.5])
+    aggregator = AGGREGATORS["gradnorm"](TASKS, alpha=alpha, learning_rate=rate, preference=shares)
+    update, state, theta = jax.jit(aggregator.update), aggregator.init(PARAMS), np.zeros(TASKS)
+    for losses in (np.asarray(LOSSES), np.array([0.5, 2.5, 0.1])):
+        _, state = update(jacobian, state, losses=jnp.asarray(losses))
+        progress = losses / np.asarray(LOSSES)
+        w = TASKS * np.exp(theta) / np.exp(theta).sum()
+        mean = np.mean(w * norms)
+        signs = np.sign(w * norms - shares * mean * (progress / progress.mean()) ** alpha)
+        # d w_i / d theta_j = w_i (delta_ij - w_j / T)
+        theta = theta - rate * (signs * norms * w - w / TASKS * np.sum(signs * norms * w)) / mean
+        np.testing.assert_allclose(state.weights, TASKS * np.exp(theta) / np.exp(theta).sum(), rtol=64 * EPS32)
 
 
 def test_without_a_number_of_tasks_the_state_is_empty_and_the_update_the_same():
@@ -157,6 +177,9 @@ def test_every_k():
     np.testing.assert_array_equal(found, [[1, 4], [1, 4], [3, 0], [3, 0], [5, 2]])
     found = run_wrapper(every_k(given(values), 2, 2), [first, both, both])  # until known, the mean of the others
     np.testing.assert_array_equal(found, [[1, 0], [1, 1], [3, 0]])
+    values[1] = [3.0, 6.0]
+    found = run_wrapper(every_k(given(values), 3, 2), [first, [False, True], both, both])  # none has a weight: anew
+    np.testing.assert_array_equal(found, [[1, 0], [0, 6], [6, 6], [5, 2]])
     with pytest.raises(ValueError, match="k is 0"):
         every_k(given(values), 0, 2)
 

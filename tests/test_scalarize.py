@@ -1,5 +1,7 @@
 """Scalarisers: values and gradients of the papers' formulas in float64, masks, states that learn."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +19,15 @@ def make(name, tasks=3, **options):
     return SCALARIZERS[name](tasks, **OPTIONS.get(name, {}), **options)
 
 
+@functools.cache
+def compiled(scalarizer):
+    """One compilation for all steps: losses, state and mask are arguments."""
+    return jax.jit(jax.value_and_grad(scalarizer.apply, has_aux=True))
+
+
 def value_and_gradient(scalarizer, losses, state=None, mask=None):
     state = scalarizer.init() if state is None else state
-    run = jax.jit(jax.value_and_grad(lambda x: scalarizer.apply(x, state, mask), has_aux=True))
-    (value, state), gradient = run(jnp.asarray(losses))
+    (value, state), gradient = compiled(scalarizer)(jnp.asarray(losses, jnp.float32), state, mask)
     return float(value), np.asarray(gradient), state
 
 
@@ -62,10 +69,11 @@ def test_absent_tasks_and_extremes(name):
     value, gradient, _ = value_and_gradient(make(name), LOSSES, mask=np.zeros(3, bool))
     assert value == 0
     assert not gradient.any()
-    for losses in ([0.0, 1e-30, 1e6], [1e-3, 1e-3, 1e-3]):
+    scalarizer = make(name, **({"temperature": 0.01} if name == "uw_so" else {}))  # 1 / L / temperature is infinite
+    for losses in ([0.0, 1e-30, 1e6], [0.0, 0.0, 1.0], [1e-3, 1e-3, 1e-3]):
         state = None
         for _ in range(5):
-            value, gradient, state = value_and_gradient(make(name), losses, state)
+            value, gradient, state = value_and_gradient(scalarizer, losses, state)
             assert np.isfinite(value)
             assert np.all(np.isfinite(gradient))
             assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
@@ -102,6 +110,15 @@ def test_dwa_weighs_by_the_last_two_epochs():
         _, gradient, state = value_and_gradient(scalarizer, np.float32(losses), state)
         np.testing.assert_allclose(gradient, 1.0)
     _, gradient, _ = value_and_gradient(scalarizer, np.float32([1, 1]), state)
+    np.testing.assert_allclose(gradient, 2 * softmax(np.array([0.5, 1.0])), rtol=16 * EPS32)
+
+
+def test_dwa_keeps_the_mean_of_a_task_that_was_absent_for_an_epoch():
+    scalarizer = dwa(2, steps_per_epoch=1, temperature=1.0)
+    state = scalarizer.init()
+    for losses, there in (([4.0, 2.0], [1, 1]), ([2.0, 1.0], [1, 1]), ([1.0, np.nan], [1, 0])):
+        _, _, state = value_and_gradient(scalarizer, losses, state, np.array(there, bool))
+    _, gradient, _ = value_and_gradient(scalarizer, [1, 1], state, np.ones(2, bool))
     np.testing.assert_allclose(gradient, 2 * softmax(np.array([0.5, 1.0])), rtol=16 * EPS32)
 
 

@@ -24,9 +24,10 @@ def aligned_mtl_weights(
     sigma^2 is the smallest ("min"), the lower median ("median") or the mean ("rmse") of the non-zero eigenvalues of G.
 
     Preference: sums to 1. Cost: one symmetric eigenproblem of T x T. Scale: equalises the principal directions of the
-    gradients; the update is as short as the weakest of them ("min"), so near-collinear gradients shrink it. Promise:
-    a condition number of 1; weights may be negative. At stationarity the smallest eigenvalue is cut as zero when it is
-    below 1e-5 of the largest: finite, but the choice jumps there. Use it for conflicting tasks of similar scale.
+    gradients; the update is as short as the weakest of them ("min"), so near-collinear gradients shrink it. Promise: a
+    condition number of 1; weights may be negative. At stationarity the smallest eigenvalue is cut as zero when it is
+    below 1e-5 of the largest: finite, but the choice jumps there. Use it for conflicting tasks of similar scale; not
+    with rows 300 times shorter than the longest, which that cut drops.
 
     Raises:
       ValueError: an unknown scale.

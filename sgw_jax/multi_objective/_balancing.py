@@ -16,10 +16,12 @@ def equal_weights(
     preference: Float[Array, " tasks"] | None = None,
     mask: Bool[Array, " tasks"] | None = None,
 ) -> Float[Array, " tasks"]:
-    """The preference itself, summing to T (all ones by default): the sum of the losses.
+    """The preference itself, summing to T (all ones by default): the gradient of the sum of the losses.
 
-    With weights of the losses tuned on validation data it is a strong baseline (Kurin et al. 2022, arXiv 2201.04122;
-    Xin et al. 2022, arXiv 2209.11379), at the cost of one backward pass if you add the losses instead.
+    Cost: none beyond the Jacobian's; one backward pass if you add the losses instead (`scalarize.equal`), so this is
+    for logging cosines under plain training. Scale: linear in each row, so the largest gradient leads. Promise: none.
+    At stationarity: the weights do not change. With tuned weights of the losses it is a strong baseline (Kurin et al.
+    2022, arXiv 2201.04122; Xin et al. 2022, arXiv 2209.11379): use it first; not where scales are unknown and untuned.
     """
     return standardise(gramian, preference, mask, 0.0, "count").preference
 
@@ -35,11 +37,14 @@ def db_mtl_weights(
     arXiv 2308.12029), without its average over steps.
 
     Preference: sums to T. Cost: the norms alone. Scale: the update does not depend on any loss's scale (losses must be
-    positive). Promise: equal lengths, nothing about conflicts. At stationarity of one task (|g_i| to 0) its weight
-    grows without bound, as published; a zero gradient is left out. Use it when scales differ by orders of magnitude.
+    positive; one that is not does not set the common length). Promise: equal lengths, nothing about conflicts. At
+    stationarity of one task (|g_i| to 0) its weight grows without bound, as published, while its part of the update
+    keeps the common length; a zero gradient is left out. Use it when scales differ by orders of magnitude; not where a
+    task may be done early, as its noise then counts as much as the others' gradients.
     """
     found = standardise(gramian, preference, mask, 0.0, "count")
-    relative = jnp.where(found.active, found.norms / jnp.where(found.active, losses, 1), 0)
+    usable = found.active & (losses > 0)
+    relative = jnp.where(usable, found.norms / jnp.where(usable, losses, 1), 0)
     return jnp.where(found.active, found.preference * jnp.max(relative) / found.norms, 0)
 
 
@@ -60,14 +65,23 @@ def db_mtl(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
     return from_weighting(Weighting(lambda number: (), apply), num_tasks)
 
 
-def gradnorm(num_tasks: int, *, alpha: float = 1.5, learning_rate: float = 0.025) -> WeightedAggregator:
+def gradnorm(
+    num_tasks: int,
+    *,
+    alpha: float = 1.5,
+    learning_rate: float = 0.025,
+    preference: Float[Array, " tasks"] | None = None,
+) -> WeightedAggregator:
     """GradNorm (Chen et al. 2018, arXiv 1711.02257): weights learnt so that gradients have comparable lengths.
 
     w = T softmax(theta); each update first descends ``sum_i |w_i n_i - target_i|`` in theta by one gradient step of
-    ``learning_rate``, with n_i = |g_i| and ``target_i = mean(w n) (r_i / mean r)^alpha``, r_i = L_i / L_i(0), held
+    ``learning_rate``, with n_i = |g_i| and ``target_i = p_i mean(w n) (r_i / mean r)^alpha``, r_i = L_i / L_i(0), held
     constant; L(0) are the losses of the first update (of a task that came later, of its first). Its own rate, no weight
-    decay (LibMTL's goes through the model's optimiser). The update needs ``losses``. Cost: the norms alone.
-    Scale: balances it. At stationarity: bounded, weights are between 0 and T.
+    decay (LibMTL's goes through the model's optimiser). The update needs ``losses``.
+
+    Preference: sums to T; it multiplies the lengths aimed at [ours]. Cost: the norms alone. Scale: balances it, in some
+    hundred steps. Promise: none about conflicts. At stationarity: bounded, weights are between 0 and T. Use it where
+    tasks learn at different speeds in a long run; not in a short one, which its weights hardly leave equal.
     """
 
     def init(number: int) -> tuple[Array, Array]:
@@ -78,7 +92,7 @@ def gradnorm(num_tasks: int, *, alpha: float = 1.5, learning_rate: float = 0.025
         if losses is None:
             raise ValueError("gradnorm: the update needs losses=.")
         theta, first = state
-        found = standardise(matrix, None, mask, 0.0, "count")
+        found = standardise(matrix, preference, mask, 0.0, "count")
         first = jnp.where(jnp.isnan(first) & found.present, losses, first)
         norms = jnp.where(found.active, found.norms, 0)
         count = jnp.maximum(jnp.sum(found.present), 1)
@@ -86,12 +100,12 @@ def gradnorm(num_tasks: int, *, alpha: float = 1.5, learning_rate: float = 0.025
         relative = progress / jnp.maximum(jnp.sum(progress) / count, jnp.finfo(norms.dtype).tiny)
 
         def weights(theta: Array) -> Array:
-            return count * jax.nn.softmax(jnp.where(found.present, theta, -jnp.inf))
+            return count * jax.nn.softmax(theta, where=found.present)  # zeros if no task is there
 
         def distance(theta: Array) -> Array:
             lengths = weights(theta) * norms
             mean = jnp.sum(lengths) / count
-            target = jax.lax.stop_gradient(mean * relative**alpha)
+            target = jax.lax.stop_gradient(found.preference * mean * relative**alpha)
             # By the mean length, so that the step does not depend on the losses' scale.
             scale = jax.lax.stop_gradient(jnp.maximum(mean, jnp.finfo(norms.dtype).tiny))
             return jnp.sum(jnp.abs(lengths - target)) / scale

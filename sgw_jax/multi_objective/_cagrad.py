@@ -26,8 +26,10 @@ def cagrad_weights(
     conditions best is taken [closed form: ours]. ``rescale`` divides by 1 + c^2, as in LibMTL's default.
 
     Preference: sums to 1; that of g_0. Cost: 2^T systems of T equations, at most 10 tasks. Scale: moderate: g_0 is
-    linear in the rows. Promise: for c < 1 it converges to a minimum of the mean loss; conflict may remain. At
-    stationarity of g_0: the weights are p. Use it to stay near the mean gradient; c = 0 is the mean.
+    linear in the rows. Promise: for c < 1 it converges to a minimum of the mean loss; conflict may remain. A gradient
+    of zero is left out of the minimum. At stationarity of g_0: the weights are p. One task alone: 1 + c times its
+    gradient. Use it to stay near the mean gradient (c = 0 is the mean); not with more than 10 tasks, nor where the mean
+    itself is dominated by one task's scale.
 
     Raises:
       ValueError: c < 0, more than 10 tasks.

@@ -22,7 +22,8 @@ def config_weights(
     Preference: sums to T; the cosine to g_i is proportional to p_i. Cost: one system of T equations. Scale: the
     direction does not depend on the rows' sizes, the length is linear in them. Promise: no conflict (positive, equal
     cosines) when the gradients are independent. At stationarity u vanishes like the common direction; the cosines'
-    ``eps`` bounds it. Use it as IMTL-G, from which it differs in length.
+    ``eps`` bounds it. Use it where every task must gain alike in angle, as IMTL-G, from which it differs in length; not
+    with near-collinear gradients in opposite directions, whose common direction is mostly noise.
     """
     found = standardise(gramian, preference, mask, eps, "count")
     wanted = jnp.where(found.active, found.preference, 0)

@@ -23,7 +23,8 @@ def dualproj_weights(
 
     Preference: sums to 1. Cost: one quadratic program of T variables. Scale: not linear in the rows: a large gradient
     decides where the projection lands. Promise: no conflict, up to ``eps`` (see `upgrad_weights`). At stationarity:
-    finite, the update vanishes. Use it where one program instead of T matters; UPGrad lets small gradients count more.
+    finite, the update vanishes. Use it to stay as near to the mean gradient as no conflict allows; not for small
+    gradients beside large ones, which UPGrad lets count more.
     """
     found = standardise(gramian, preference, mask, eps, "one")
     wanted = found.preference * found.norms * found.active

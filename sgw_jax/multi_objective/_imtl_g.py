@@ -25,7 +25,7 @@ def imtl_g_weights(
     Scale: the direction does not depend on the rows' sizes, the length does. Promise: equal projections; weights may be
     negative, so no descent for a task in conflict with what is common. At stationarity the sum of the solution may
     vanish: it is then taken to be 5 % of the sum of sizes, which bounds the weights [our decision]. Use it to balance
-    tasks of different scales when they do not conflict much.
+    tasks of different scales; not where they conflict much.
     """
     found = standardise(gramian, preference, mask, eps, "count")
     scaled = solve(found.cosines, jnp.where(found.active, found.preference, 0))

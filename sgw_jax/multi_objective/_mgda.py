@@ -28,11 +28,12 @@ def mgda_weights(
     ``normalisation`` divides the rows first: by their norm ("l2"), by the loss, or by both ("loss+"); the weights
     returned are for the rows as they are.
 
-    Preference: sums to T; p_i divides row i, so that a task with twice the preference is descended twice as fast.
+    Preference: sums to T; p_i divides row i, so that a task with twice the preference is descended twice as fast, and
+    one of preference 0 has weight 0.
     Cost: one quadratic program. Scale: with "none" the smallest gradient decides; use "l2" to be rid of that. Promise:
     no conflict; the update is zero exactly at Pareto-stationary points, so also where one task alone is done (a zero
-    gradient of a present task gets all the weight; under "l2" it is left out). Use it for its theory; in practice it
-    slows down to its slowest task.
+    gradient of a present task gets all the weight; under "l2" it is left out). Use it for its theory; not where
+    training must go on when one task is done, as it slows down to its slowest task.
 
     Raises:
       ValueError: an unknown normalisation; "loss" or "loss+" without losses.
@@ -45,13 +46,17 @@ def mgda_weights(
     divisor = found.norms if normalisation in ("l2", "loss+") else jnp.ones_like(found.norms)
     if losses is not None and "loss" in normalisation:
         divisor = divisor * jnp.where(found.active, losses, 1)
-    divisor = divisor * jnp.where(found.preference > 0, found.preference, 1)
+    wanted = found.preference > 0
+    taking = found.active & wanted
+    divisor = divisor * jnp.where(wanted, found.preference, 1)
     reach = divisor / found.norms  # one over the norms of the divided rows
-    reach = jnp.where(found.active, reach / jnp.max(jnp.where(found.active, reach, 0), initial=1e-30), -1.0)
-    shares = non_negative_qp(found.cosines, -reach[None])[0] * jnp.where(found.active, reach, 0)
+    reach = jnp.where(taking, reach / jnp.max(jnp.where(taking, reach, 0), initial=1e-30), -1.0)
+    both = taking[:, None] & taking[None, :]
+    matrix = jnp.where(both, found.cosines, jnp.eye(len(reach)))
+    shares = non_negative_qp(matrix, -reach[None])[0] * jnp.where(taking, reach, 0)
     shares = shares / jnp.maximum(jnp.sum(shares), jnp.finfo(shares.dtype).tiny)
     weights = shares / divisor
-    done = found.present & ~found.active
+    done = found.present & wanted & ~found.active
     if normalisation in ("none", "loss"):
         weights = jnp.where(jnp.any(done), done / jnp.maximum(jnp.sum(done), 1), weights)
     return weights

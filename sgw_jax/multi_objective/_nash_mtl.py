@@ -27,7 +27,8 @@ def nash_mtl_weights(
     authors do); None leaves it. Preference: sums to T. Cost: 30 Newton steps in T variables. Scale: the update does not
     depend on the rows' sizes at all, so neither shrinks towards an optimum: decay the learning rate. Promise: no
     conflict. At stationarity there is no solution; ``eps`` bounds the weights by about sqrt(T / eps) / |g_i|, and the
-    aggregator's flag is set. Use it when the losses' scales are arbitrary.
+    aggregator's flag is set. Use it when the losses' scales are arbitrary; not with a constant learning rate, under
+    which it never comes to rest.
     """
     found = standardise(gramian, preference, mask, eps, "count")
     gain = jnp.where(found.active & (found.preference > 0), found.preference, 1)
@@ -54,8 +55,11 @@ def fairgrad_weights(
     alpha 1 is Nash-MTL (without its max_norm), 0 would be the largest total progress, infinity the best worst progress;
     2 is common. Solved as `nash_mtl_weights`.
 
-    Preference: sums to T. Cost: as Nash-MTL. Scale: depends on the rows' sizes unless alpha is 1. Promise: no conflict.
-    At stationarity: bounded by ``eps``, as Nash-MTL.
+    Preference: sums to T. Cost: as Nash-MTL. Scale: all rows c times as large, the update is c^((1 - alpha) / (1 +
+    alpha)) times as long; rows of different sizes change its direction too unless alpha is 1. Promise: no conflict. At
+    stationarity: bounded by ``eps``, as Nash-MTL. Use it to choose between the sum of the gains and the least of them,
+    for alpha between 1/2 and 4 on gradients of similar sizes; not on rows 1e6 apart with other alphas than 1: these ask
+    for angles to the update that float32 does not resolve.
 
     Raises:
       ValueError: alpha that is not positive.

@@ -24,7 +24,8 @@ def pcgrad_weights(
 
     Preference: sums to T; weighs the projected gradients. Cost: T^2 steps in T variables. Scale: the projections do not
     depend on the rows' sizes, the sum does. Promise: for two tasks no conflict; for more, the last projection may undo
-    an earlier one. At stationarity: finite. Use it as the simplest method with surgery.
+    an earlier one. At stationarity: finite. Use it as the simplest method with surgery; not where a promise, or the
+    same result for any order of the tasks, matters.
     """
     found = standardise(gramian, preference, mask, 0.0, "count")
 
@@ -56,7 +57,8 @@ def gradvac_weights(
 
     ``g_i += |g_i| (phi sqrt(1 - s^2) - s sqrt(1 - phi^2)) / (|g_j| sqrt(1 - phi^2)) g_j`` where s = cos(g_i, g_j) <
     phi; then ``phi <- (1 - beta) phi + beta s``. One group of all parameters. Returns (weights, new targets); targets
-    start at 0. Cost, preference and scale as PCGrad; promise: none beyond it.
+    start at 0. Cost, preference, scale and stationarity as PCGrad; promise: not even PCGrad's, as raising a cosine may
+    lower another. Use it when tasks agree too little without conflict; not for the first steps, whose targets are 0.
     """
     found = standardise(gramian, preference, mask, 0.0, "count")
     phi = jnp.clip(targets, -0.999, 0.999)

@@ -32,10 +32,14 @@ class AggregatorState(NamedTuple):
 
 
 class WeightedAggregator(aggregating.Aggregator):
-    """An Optax aggregator that knows its `Weighting` (attribute ``weighting``), so that wrappers and train steps that
-    have a Gramian but no Jacobian can use it."""
+    """An Optax aggregator that can also be used by those who have a Gramian but no Jacobian.
+
+    weighting: the method itself, for wrappers. weigh(gramian, state, *, losses, mask, key) -> (weights, state): what
+    the update does between the Gramian and the weighted sum; the state is that of the update.
+    """
 
     weighting: Weighting
+    weigh: Callable[..., tuple[Array, AggregatorState]]
 
 
 def stateless(function: Callable[..., Array], **options: Any) -> Weighting:
@@ -66,6 +70,17 @@ def from_weighting(weighting: Weighting | Callable[..., Array], num_tasks: int |
             return AggregatorState(None, None, chosen.init(0))
         return AggregatorState(jnp.zeros(num_tasks), jnp.zeros((), bool), chosen.init(num_tasks))
 
+    def weigh(
+        matrix: Array, state: AggregatorState, *, losses: Any = None, mask: Any = None, key: Any = None
+    ) -> tuple[Array, AggregatorState]:
+        if num_tasks not in (None, matrix.shape[0]):
+            raise ValueError(f"aggregator: made for {num_tasks} tasks, but the Jacobian has {matrix.shape[0]} rows.")
+        weights, inner = chosen.apply(matrix, state.inner, losses=losses, mask=mask, key=key)
+        if num_tasks is None:
+            return weights, AggregatorState(None, None, inner)
+        flag = standardise(matrix, None, mask, 0.0, "one").stationary(weights)
+        return weights, AggregatorState(weights, flag, inner)
+
     def update(
         jacobian: Any,
         state: AggregatorState,
@@ -77,18 +92,11 @@ def from_weighting(weighting: Weighting | Callable[..., Array], num_tasks: int |
         **extra: Any,
     ) -> tuple[Any, AggregatorState]:
         del params, extra
-        matrix = gramian(jacobian)
-        if num_tasks not in (None, matrix.shape[0]):
-            raise ValueError(f"aggregator: made for {num_tasks} tasks, but the Jacobian has {matrix.shape[0]} rows.")
-        weights, inner = chosen.apply(matrix, state.inner, losses=losses, mask=task_mask, key=key)
-        found = weighted_sum_of(jacobian, weights)
-        if num_tasks is None:
-            return found, AggregatorState(None, None, inner)
-        flag = standardise(matrix, None, task_mask, 0.0, "one").stationary(weights)
-        return found, AggregatorState(weights, flag, inner)
+        weights, state = weigh(gramian(jacobian), state, losses=losses, mask=task_mask, key=key)
+        return weighted_sum_of(jacobian, weights), state
 
     aggregator = WeightedAggregator(init, update)
-    aggregator.weighting = chosen
+    aggregator.weighting, aggregator.weigh = chosen, weigh
     return aggregator
 
 

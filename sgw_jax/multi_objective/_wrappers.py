@@ -12,7 +12,9 @@ from sgw_jax.multi_objective._weighting import WeightedAggregator, Weighting, fr
 def ema_weights(inner: WeightedAggregator, decay: float, num_tasks: int) -> WeightedAggregator:
     """The inner method's weights averaged over steps: ``w <- decay w + (1 - decay) w_new`` (CR-MOGM, Zhou et al. 2022).
 
-    The first update takes the new weights as they are. A task that is absent has weight 0 and its average waits.
+    The first update takes the new weights as they are. A task that is absent has weight 0 and its average waits. Use it
+    where weights jump from batch to batch; not with a promise of no conflict that must hold in every step, which
+    averages do not keep. Cost: T numbers.
 
     Raises:
       ValueError: a decay outside [0, 1).
@@ -37,7 +39,10 @@ def ema_weights(inner: WeightedAggregator, decay: float, num_tasks: int) -> Weig
 def every_k(inner: WeightedAggregator, k: int, num_tasks: int) -> WeightedAggregator:
     """The inner method's weights of steps 0, k, 2 k, ...; in between the last ones.
 
-    A task that was absent when the weights were computed gets, until the next time, their mean.
+    A task that was absent when the weights were computed gets, until the next time, their mean; if all that are present
+    were, weights are computed there and then. Saves the T x T work alone: the Jacobian, which costs far more, is still
+    needed for the update (with ``gradients="representation"`` it is cheap anyway). Use it for weights that stand still
+    between looks, as Nash-MTL's authors do; not for a promise that must hold in every step.
 
     Raises:
       ValueError: k < 1.
@@ -61,7 +66,8 @@ def every_k(inner: WeightedAggregator, k: int, num_tasks: int) -> WeightedAggreg
             weights, new = inner.weighting.apply(matrix, rest, losses=losses, mask=mask, key=key)
             return weights.astype(last.dtype), present, new
 
-        last, known, rest = jax.lax.cond(count % k == 0, fresh, lambda: (last, known, rest))
+        due = (count % k == 0) | ~jnp.any(known & present)
+        last, known, rest = jax.lax.cond(due, fresh, lambda: (last, known, rest))
         mean = jnp.sum(jnp.where(known, last, 0)) / jnp.maximum(jnp.sum(known), 1)
         weights = jnp.where(present, jnp.where(known, last, mean), 0)
         return weights, (count + 1, last, known, rest)

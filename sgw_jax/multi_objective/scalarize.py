@@ -1,4 +1,8 @@
-"""Scalarisation: from a vector of task losses to one number, with a state that may learn."""
+"""Scalarisation: from a vector of task losses to one number, with a state that may learn.
+
+All cost one backward pass and some T numbers; with micro-batches those that are not ``linear`` need a forward pass
+more. None looks at gradients, so none promises anything about conflicts.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -38,7 +42,8 @@ def weighted_sum(weights: Sequence[float]) -> Scalarizer:
 
 
 def equal(num_tasks: int) -> Scalarizer:
-    """``sum_t L_t``."""
+    """``sum_t L_t``. The baseline to beat, with the losses' weights tuned (Kurin et al. 2022, arXiv 2201.04122; Xin et
+    al. 2022, arXiv 2209.11379); not where scales are unknown and untuned: the largest gradient leads."""
     return weighted_sum([1.0] * num_tasks)
 
 
@@ -46,7 +51,8 @@ def uncertainty(num_tasks: int, *, learning_rate: float = 0.025, start: float = 
     """``sum_t (e^-s_t L_t + s_t) / 2`` with learnt s (Kendall et al. 2018, arXiv 1705.07115).
 
     s takes a gradient step of ``learning_rate`` after each use, without decay; its optimum is log L_t. Losses must be
-    positive, or s falls without end (a task of loss 0 keeps its s). Gradients of a task scale with e^-s_t / 2.
+    positive, or s falls without end (a task of loss 0 keeps its s). Gradients of a task scale with e^-s_t / 2. Use it
+    for scales that differ by a factor of ten; not for more in a short run: s moves by at most its rate in a step.
     """
 
     def apply(losses: Losses, state: Array, mask: Mask | None = None) -> tuple[Array, Array]:
@@ -62,21 +68,26 @@ def uncertainty(num_tasks: int, *, learning_rate: float = 0.025, start: float = 
 def uw_so(num_tasks: int, *, temperature: float = 1.0) -> Scalarizer:
     """``sum_t w_t L_t``, ``w = softmax((1 / L) / temperature)`` held constant (Kirchdorfer et al. 2024, 2408.07985).
 
-    The analytic optimum of uncertainty weighting, 1 / L, through a softmax whose temperature is tuned.
+    The analytic optimum of uncertainty weighting, 1 / L, through a softmax whose temperature is tuned; weights sum to
+    1. Use it where one number can be tuned; not untuned with losses near 0, the smallest of which takes all the weight.
     """
     del num_tasks
 
     def apply(losses: Losses, state: Any, mask: Mask | None = None) -> tuple[Array, Any]:
         present = _present(losses, mask)
         known = jnp.maximum(jax.lax.stop_gradient(losses), _tiny(losses))
-        weights = _softmax(jnp.where(present, 1 / jnp.where(present, known, 1), 0) / temperature, present)
+        scores = jnp.where(present, 1 / jnp.where(present, known, 1), 0) / temperature
+        # Not infinite at a loss of 0, of which there may be two.
+        weights = _softmax(jnp.minimum(scores, float(jnp.finfo(scores.dtype).max)), present)
         return jnp.sum(weights * jnp.where(present, losses, 0)), state
 
     return Scalarizer(init=lambda: (), apply=apply)
 
 
 def log_loss(num_tasks: int, *, eps: float = 1e-8) -> Scalarizer:
-    """``sum_t log(L_t + eps)``: relative progress counts alike (half of DB-MTL; the closed optimum of IMTL-L)."""
+    """``sum_t log(L_t + eps)``: relative progress counts alike (half of DB-MTL, Lin et al. 2023, arXiv 2308.12029; the
+    closed optimum of IMTL-L, Liu et al. 2021, openreview IMPnRXEWpvr). Use it for positive losses of unlike scales; not
+    for losses that reach 0, whose gradient grows as 1 / L, nor for negative ones."""
     del num_tasks
 
     def apply(losses: Losses, state: Any, mask: Mask | None = None) -> tuple[Array, Any]:
@@ -88,7 +99,8 @@ def log_loss(num_tasks: int, *, eps: float = 1e-8) -> Scalarizer:
 
 def gls(num_tasks: int) -> Scalarizer:
     """The geometric mean ``(prod_t L_t)^(1/T)`` (Chennupati et al. 2019, arXiv 1902.08325), as exp(mean log L), which
-    does not underflow. A loss of exactly 0 counts as the smallest positive float."""
+    does not underflow. A loss of exactly 0 counts as the smallest positive float. As `log_loss`, with a step that
+    shrinks as the losses do; not where one task nears 0, which slows down all others."""
     del num_tasks
 
     def apply(losses: Losses, state: Any, mask: Mask | None = None) -> tuple[Array, Any]:
@@ -101,7 +113,9 @@ def gls(num_tasks: int) -> Scalarizer:
 
 def dwa(num_tasks: int, *, steps_per_epoch: int, temperature: float = 2.0) -> Scalarizer:
     """``w = T softmax(r / temperature)``, r the ratio of a task's mean losses of the last two epochs (Liu et al. 2019,
-    arXiv 1803.10704); equal weights in the first two. The state counts steps; an epoch is ``steps_per_epoch`` of them.
+    arXiv 1803.10704); equal weights in the first two. The state counts steps; an epoch is ``steps_per_epoch`` of them;
+    a task without labels in a whole epoch keeps its last mean. Use it to help tasks that stall; not for unlike scales,
+    which ratios do not see, nor for runs of a few epochs.
 
     Raises:
       ValueError: steps_per_epoch < 1.
@@ -130,18 +144,19 @@ def dwa(num_tasks: int, *, steps_per_epoch: int, temperature: float = 2.0) -> Sc
             step,
             jnp.where(over, 0, sums),
             jnp.where(over, 0, counts),
-            jnp.where(over, means, last),
+            jnp.where(over & (counts > 0), means, last),
             jnp.where(over, last, earlier),
         )
         return total, new
 
-    return Scalarizer(init=init, apply=apply)
+    return Scalarizer(init=init, apply=apply, linear=True)
 
 
 def rlw(num_tasks: int, *, seed: int = 0) -> Scalarizer:
     """``w = softmax(normal draw)``, new in every step (Lin et al. 2022, arXiv 2111.10603); weights sum to 1.
 
-    The draws follow from ``seed`` and a count in the state, so a resumed run draws the same.
+    The draws follow from ``seed`` and a count in the state, so a resumed run draws the same. Use it as a control: what
+    is no better than random weights balances nothing; not for unlike scales, as its mean is 1 / T for each task.
     """
 
     def apply(losses: Losses, count: Array, mask: Mask | None = None) -> tuple[Array, Array]:
@@ -149,7 +164,7 @@ def rlw(num_tasks: int, *, seed: int = 0) -> Scalarizer:
         draw = jax.random.normal(jax.random.fold_in(jax.random.key(seed), count), (num_tasks,))
         return jnp.sum(_softmax(draw, present) * jnp.where(present, losses, 0)), count + 1
 
-    return Scalarizer(init=lambda: jnp.zeros((), jnp.int32), apply=apply)
+    return Scalarizer(init=lambda: jnp.zeros((), jnp.int32), apply=apply, linear=True)
 
 
 def stch(
@@ -158,7 +173,8 @@ def stch(
     """``mu log sum_t exp(p_t (L_t - z_t) / mu)``, a smooth largest loss (Lin et al. 2024, arXiv 2402.19078).
 
     p: the preference (1/T each), z: ideal losses (0). As mu falls it becomes max_t p_t (L_t - z_t). (LibMTL's variant
-    takes logarithms of losses over a nadir first: another function.)
+    takes logarithms of losses over a nadir first: another function.) Use it with preferences, or where the worst task
+    counts; not for losses of unlike scales unless ``preference`` brings them to one.
 
     Raises:
       ValueError: mu that is not positive, a preference or ideal of another length.
@@ -186,7 +202,8 @@ def famo(num_tasks: int, *, learning_rate: float = 0.025, weight_decay: float = 
 
     xi follows, by Adam, the tasks' progress log L(k - 1) - log L(k) so that the slowest is weighed most. The authors
     measure progress by a second forward pass on the same batch; here it is from one step to the next, on different
-    batches: no extra cost, more noise [our decision]. b is ``floor``.
+    batches: no extra cost, more noise [our decision]. b is ``floor``. Use it for equal relative progress at one
+    backward pass; not with batches so small that a loss moves more between batches than between steps.
     """
 
     def init() -> tuple[Array, ...]:
