@@ -16,14 +16,16 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from test_train_step import DEPTHS, MESHES, ROWS, SGD, assert_gradients_close, selecting_model, selecting_start
 
 from sgw_jax.__main__ import main
 from sgw_jax.build import build
 from sgw_jax.checkpoints import Checkpoints
 from sgw_jax.restore import open_run
-from sgw_jax.sharding import make_mesh, mesh_sizes
+from sgw_jax.sharding import global_batch, make_mesh, mesh_sizes, own_rows, replicated, state_sharding
 from sgw_jax.starting_state import restored_state
 from sgw_jax.train import train
+from sgw_jax.train_step import make_train_step
 from sgw_jax.writers import read_metrics
 
 pytestmark = pytest.mark.multiprocess
@@ -54,6 +56,8 @@ LAUNCHER = str(REPOSITORY / "launch" / "local_cluster.py")
 FOURS = (sys.executable, LAUNCHER, "--processes=2", "--devices-per-process=4", "--")
 PAIR = (sys.executable, LAUNCHER, "--processes=2", "--devices-per-process=1", "--")
 TIMEOUT = 240
+# Most programs of such small runs compile in less than the second from which on they are kept.
+CACHED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
 
 
 class Command:
@@ -69,7 +73,7 @@ class Command:
         return subprocess.Popen(
             [*program, "train", *arguments, f"--workdir={workdir}", f"--cache_dir={self.cache_dir}"],
             cwd=REPOSITORY,
-            env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **dict(environment)},
+            env={**os.environ, **CACHED, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **dict(environment)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -131,12 +135,17 @@ def alive(pid):
 
 def test_a_run_killed_again_and_again_goes_on_bit_by_bit(command, tmp_path):
     reference, killed = tmp_path / "reference", tmp_path / "killed"
+    torn = []  # steps whose checkpoint was half written when the process was killed
     for condition in (saving(killed), saved(killed, 4), saving(killed)):
         process = command.start(ALONE, killed, validation=12)
         wait_for(process, condition)
         process.kill()
         process.communicate()
-    assert "Resuming" in command.run(ALONE, killed, validation=12)
+        torn += [path.name.partition(".")[0] for path in (killed / "checkpoints").glob("*.orbax-checkpoint-tmp")]
+    assert torn
+    last = Checkpoints(killed / "checkpoints", read_only=True).latest_step
+    assert last >= 4
+    assert f"Resuming {killed} at step {last}." in command.run(ALONE, killed, validation=12)
     command.run(ALONE, reference, validation=12)
     assert outcome(killed) == outcome(reference)
     assert not [path for path in killed.rglob("*") if path.name.endswith("tmp")]
@@ -157,7 +166,7 @@ def test_two_processes_are_one_run(command, tmp_path):
 
     The validation split, 12 images, does not divide into batches of 8.
     """
-    command.run(FOURS, tmp_path / "2x4", validation=12)
+    command.run(FOURS, tmp_path / "2x4", "--config.steps=8", "--config.checkpoint_every=4", validation=12)
     pair = read_metrics(tmp_path / "2x4" / "metrics.jsonl")
     config = open_run(tmp_path / "2x4").config
     for devices in (8, 1):
@@ -175,12 +184,66 @@ def test_two_processes_are_one_run(command, tmp_path):
                 assert line["depth/rmse"] == pytest.approx(other["depth/rmse"], rel=1e-5)
 
 
+def first_steps(mesh):
+    """Losses of three steps of SGD in float64; and its state after the first, the momentum, which is that gradient."""
+    state, batch = selecting_start(0, np.float64)
+    block, blocks = own_rows(mesh)
+    rows = slice(block * ROWS // blocks, (block + 1) * ROWS // blocks)
+    shardings = state_sharding(state, mesh, min_size=1)
+    step = make_train_step(selecting_model(np.float64), DEPTHS, SGD)
+    with jax.set_mesh(mesh):
+        step = jax.jit(step, out_shardings=(shardings, replicated(mesh)))
+        everywhere = jax.jit(lambda tree: tree, out_shardings=replicated(mesh))
+        host = jax.tree.map(np.asarray, state)
+        state = jax.tree.map(
+            lambda x, place: jax.make_array_from_callback(x.shape, place, lambda index: x[index]), host, shardings
+        )
+        batch = global_batch({name: value[rows] for name, value in batch.items()}, mesh)
+        losses = []
+        for number in range(3):
+            state, metrics = step(state, batch)
+            losses.append([metrics[f"loss/{task.name}"] for task in DEPTHS])
+            momentum = jax.tree.leaves(everywhere(state.opt_state)) if number == 0 else momentum
+    return {"losses": np.array(jax.device_get(losses)), **{str(i): np.asarray(x) for i, x in enumerate(momentum)}}
+
+
+def one_of_two(folder):
+    """The process that the next test starts twice."""
+    jax.config.update("jax_enable_x64", True)
+    process = int(os.environ["SGW_PROCESS"])
+    jax.distributed.initialize(os.environ["SGW_COORDINATOR"], 2, process)
+    for index, sizes in enumerate(MESHES):
+        found = first_steps(make_mesh(sizes))
+        if process == 0:
+            np.savez(folder / f"{index}.npz", **found)
+
+
+def test_two_processes_are_one_to_the_last_digits(tmp_path):
+    """2 x 4 devices, and 8 of one process, against one device: in float64 only a real difference could make 1e-9."""
+    pair = [
+        subprocess.Popen([sys.executable, __file__, str(tmp_path)], env={**os.environ, **own}, stderr=subprocess.PIPE)
+        for own in environments(devices=4)
+    ]
+    with jax.enable_x64(True):
+        expected = first_steps(make_mesh({"data": 1}, jax.devices()[:1]))
+        meshes = {"8": first_steps(make_mesh({"data": 8}))}
+    for process in pair:
+        _, errors = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == 0, errors.decode()
+    meshes |= {str(sizes): dict(np.load(tmp_path / f"{index}.npz")) for index, sizes in enumerate(MESHES)}
+    for name, found in meshes.items():
+        assert found["losses"].dtype == np.float64
+        np.testing.assert_allclose(found.pop("losses"), expected["losses"], rtol=1e-9, err_msg=name)
+        assert_gradients_close(found, {key: value for key, value in expected.items() if key in found}, 1e-9)
+        assert len(found) == len(expected) - 1
+
+
 @pytest.mark.parametrize("gradients", ["parameters", "representation"])
 def test_task_gradients_of_two_processes_are_those_of_one(command, tmp_path, gradients):
     """Losses to 1e-5 as above; weights and cosines of the first step, from the same parameters, to 1e-3, because they
     come from differences of such sums. (Later ones come from parameters that differ by rounding.)"""
     options = ("--config.tasks=depth,normals", "--config.objective=upgrad", f"--config.gradients={gradients}")
-    options += ("--config.mesh.fsdp=4", "--config.steps=4", "--config.eval_every=2")
+    options += ("--config.mesh.fsdp=4", "--config.steps=3", "--config.checkpoint_every=3", "--config.eval_every=3")
     command.run(FOURS, tmp_path / "2x4", *options)
     pair = read_metrics(tmp_path / "2x4" / "metrics.jsonl")
     experiment = build(open_run(tmp_path / "2x4").config, command.cache_dir)
@@ -194,24 +257,32 @@ def test_task_gradients_of_two_processes_are_those_of_one(command, tmp_path, gra
                 assert line[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), (name, line["step"])
 
 
-def test_a_pair_that_is_told_to_stop_saves_one_step_and_goes_on_bit_by_bit(command, tmp_path):
-    reference, stopped = tmp_path / "reference", tmp_path / "stopped"
-    steps = "--config.steps=40"  # far enough that a slow signal comes before the end
-    command.run(PAIR, reference, steps)
+LONG = ("--config.steps=40", "--config.checkpoint_every=4")  # far enough that a slow signal comes before the end
 
-    process = command.start(PAIR, stopped, steps)  # the scheduler's notice, to one of the two
-    wait_for(process, saved(stopped, 2))
+
+@pytest.fixture(scope="module")
+def undisturbed(command, tmp_path_factory):
+    """What comes of a long run of a pair that nothing disturbs."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    command.run(PAIR, workdir, *LONG)
+    return outcome(workdir)
+
+
+def test_a_pair_that_is_told_to_stop_saves_one_step_and_goes_on_bit_by_bit(command, undisturbed, tmp_path):
+    stopped = tmp_path / "stopped"
+    process = command.start(PAIR, stopped, *LONG)  # the scheduler's notice, to one of the two
+    wait_for(process, saved(stopped, 4))
     os.kill(children(process)[1], signal.SIGTERM)
     assert "Stopped by SIGTERM; saved at step" in command.finish(process, code=128 + signal.SIGTERM)
 
     last = Checkpoints(stopped / "checkpoints", read_only=True).latest_step
-    process = command.start(PAIR, stopped, steps)  # Ctrl-C at the launcher
-    wait_for(process, saved(stopped, last + 2 - last % 2))
+    process = command.start(PAIR, stopped, *LONG)  # Ctrl-C at the launcher
+    wait_for(process, saved(stopped, last + 4 - last % 4))
     process.send_signal(signal.SIGINT)
     assert "Stopped by SIGTERM; saved at step" in command.finish(process, code=128 + signal.SIGINT)
 
-    command.run(PAIR, stopped, steps)
-    assert outcome(stopped) == outcome(reference)
+    command.run(PAIR, stopped, *LONG)
+    assert outcome(stopped) == undisturbed
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -230,24 +301,22 @@ def test_a_pair_ends_when_one_dies(command, tmp_path, victim):
     assert not any(alive(pid) for pid in pair)
 
 
-def alone_in_pairs(command, workdir, *more):
-    """The two processes of a run without a launcher: what a cluster starts on its machines."""
+def environments(devices):
+    """Of two processes without a launcher: what a cluster sets on its machines."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{server.getsockname()[1]}"
-    flags = "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"  # as PAIR's
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     cluster = {"SGW_COORDINATOR": address, "SGW_PROCESSES": "2", "XLA_FLAGS": flags}
-    return [
-        command.start(ALONE, workdir, *more, environment={**cluster, "SGW_PROCESS": str(index)}) for index in range(2)
-    ]
+    return [cluster | {"SGW_PROCESS": str(index)} for index in range(2)]
 
 
 @pytest.mark.parametrize(("victim", "how"), [(1, signal.SIGKILL), (0, signal.SIGKILL), (1, signal.SIGSTOP)])
-def test_processes_without_a_launcher_do_not_wait_for_a_lost_one(command, tmp_path, victim, how):
+def test_processes_without_a_launcher_do_not_wait_for_a_lost_one(command, undisturbed, tmp_path, victim, how):
     """A machine that dies is noticed by the next collective operation, one that falls silent by its heartbeat; what was
     saved is whole, and a restart goes on from it bit by bit."""
-    steps = ("--config.steps=40", "--heartbeat_seconds=10")
-    pair = alone_in_pairs(command, tmp_path / "run", *steps)
+    options = (*LONG, "--heartbeat_seconds=10")
+    pair = [command.start(ALONE, tmp_path / "run", *options, environment=own) for own in environments(devices=1)]
     try:
         wait_for(pair[0], saved(tmp_path / "run", 4))
         os.kill(pair[victim].pid, how)
@@ -267,12 +336,11 @@ def test_processes_without_a_launcher_do_not_wait_for_a_lost_one(command, tmp_pa
     )
     assert ours or theirs, output
     if victim == 1 and how == signal.SIGKILL:
-        command.run(PAIR, tmp_path / "run", "--config.steps=40")
-        command.run(PAIR, tmp_path / "reference", "--config.steps=40")
-        assert outcome(tmp_path / "run") == outcome(tmp_path / "reference")
+        command.run(PAIR, tmp_path / "run", *LONG)
+        assert outcome(tmp_path / "run") == undisturbed
 
 
-MESHES = {
+MOVES = {
     "fsdp": ("--config.mesh.data=2", "--config.mesh.fsdp=4"),
     "context within": ("--config.mesh.context=2",),
     "context over both": ("--config.mesh.context=8", "--config.batch_size=8"),
@@ -282,16 +350,17 @@ MESHES = {
 def test_a_run_goes_on_on_another_mesh_and_number_of_processes(command, tmp_path):
     """One process makes half of the steps, a pair on another mesh the rest: the same order of the data, and losses to
     1e-5 of those of one process all the way. A context over both processes has every row on both of them."""
-    reference = tmp_path / "reference"
-    command.run(ALONE, reference, "--config.keep=100", validation=12)
+    reference, half = tmp_path / "reference", 4
+    options = (f"--config.steps={2 * half}", f"--config.checkpoint_every={half}", "--config.keep=100")
+    command.run(ALONE, reference, *options, validation=12)
     expected = read_metrics(reference / "metrics.jsonl")
-    for name, mesh in MESHES.items():
+    for name, mesh in MOVES.items():
         moved = tmp_path / name
         shutil.copytree(reference, moved)
         for folder in (moved / "checkpoints").iterdir():
-            if folder.name.isdigit() and int(folder.name) > STEPS // 2:
+            if folder.name.isdigit() and int(folder.name) > half:
                 shutil.rmtree(folder)
-        assert f"at step {STEPS // 2}" in command.run(FOURS, moved, "--config.keep=100", *mesh, validation=12)
+        assert f"at step {half}" in command.run(FOURS, moved, *options, *mesh, validation=12)
         lines = read_metrics(moved / "metrics.jsonl")
         for line, other in zip(lines, expected, strict=True):
             assert (line["step"], line["split"]) == (other["step"], other["split"])
@@ -359,3 +428,7 @@ def test_an_error_of_all_is_shown_once_and_ends_them(command, tmp_path):
     assert "error: batch_size 9 must divide by 8 devices" in output
     assert "Traceback" not in output
     assert not (tmp_path / "run").exists()
+
+
+if __name__ == "__main__":
+    one_of_two(Path(sys.argv[1]))
