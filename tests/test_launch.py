@@ -328,7 +328,6 @@ def test_scripts_are_bash(lines, printed):
         assert (done.returncode, done.stderr) == (0, ""), name
 
 
-@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing(lines, printed, tmp_path):
     files = []
     for name, text in scripts(lines, printed).items():
