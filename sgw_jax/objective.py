@@ -145,8 +145,7 @@ def by_representation(
     shared, private = _split(rest, own)
 
     def weigh(matrix: Array, losses: Array) -> tuple[Array, Any]:
-        weights, inner = aggregator.weighting.apply(matrix, state.inner, losses=losses, mask=mask, key=None)
-        return weights, state._replace(weights=weights, inner=inner)
+        return aggregator.weigh(matrix, state, losses=losses, mask=mask)
 
     if len(keys) == 1:
         part, key = _first(parts), keys[0]

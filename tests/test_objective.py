@@ -7,14 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sgw_jax.backbones.vit import ViT
+from sgw_jax.charts import loss_curves
 from sgw_jax.interactions import KEM, NoInteraction
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS, upgrad, weights
-from sgw_jax.objective import Program, by_parameters, by_representation, by_scalar, flat, initial_state, owner
+from sgw_jax.objective import (
+    Program,
+    by_parameters,
+    by_representation,
+    by_scalar,
+    flat,
+    gradient_metrics,
+    initial_state,
+    owner,
+)
 from sgw_jax.optimizers import make_optimizer
-from sgw_jax.sharding import global_batch, make_mesh, path_name, replicated, state_sharding
+from sgw_jax.sharding import constrain_rows, global_batch, make_mesh, path_name, replicated, state_sharding
 from sgw_jax.tasks import Depth, Saliency, SemSeg
 from sgw_jax.train_step import init_state, make_train_step, task_losses
 
@@ -23,7 +35,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 TASKS = (SemSeg(num_classes=3, weight=2.0), Depth(), Saliency(weight=0.5))
 NAMES = [task.name for task in TASKS]
 SGD = make_optimizer(1.0, name="sgd", momentum=0.9)  # after one step its state is the first gradient itself
-ROWS, SIZE = 8, (32, 32)
+ROWS, SIZE = 16, (32, 32)  # two micro-batches of a row on each of eight devices
 
 
 def make_model(interaction=None, dtype=jnp.float32):
@@ -59,6 +71,12 @@ def start(objective, interaction=None):
 
 def step_of(objective, interaction=None, dtype=jnp.float32, **options):
     return make_train_step(make_model(interaction, dtype), TASKS, SGD, objective=objective, **options)
+
+
+@functools.cache
+def compiled_step(gradients, interaction=None):
+    """UPGrad's step on one device, for all tests that need it."""
+    return jit(step_of(upgrad(3), interaction, gradients=gradients))
 
 
 def first_gradient(state):
@@ -115,7 +133,7 @@ def test_shared_parameters_take_the_weighted_gradient_and_heads_their_own(batch,
     interaction = None if mixing else NoInteraction()
     objective = upgrad(3)
     state = start(objective, interaction)
-    new, metrics = jit(step_of(objective, interaction, gradients=gradients))(state, batch)
+    new, metrics = compiled_step(gradients, interaction)(state, batch)
     losses, jacobian, by_pyramid = task_by_task(interaction)
     own = {path: owner(path, NAMES, mixing) for path in jacobian}
     assert {name for name in own.values() if name} == set(NAMES)
@@ -140,8 +158,10 @@ def test_shared_parameters_take_the_weighted_gradient_and_heads_their_own(batch,
     assert metrics["conflict_rate"] == np.mean([matrix[0, 1] < 0, matrix[0, 2] < 0, matrix[1, 2] < 0], dtype=np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", ["parameters", "representation"])
 def test_accumulation_equals_one_large_batch(batch, gradients):
+    """On one device and by another method than below."""
     objective = AGGREGATORS["nash_mtl"](3)
     state = start(objective)
     once, metrics = jit(step_of(objective, gradients=gradients))(state, batch)
@@ -189,20 +209,24 @@ def same(found, expected, tolerance):
         np.testing.assert_allclose(one, other, rtol=tolerance, atol=tolerance)
 
 
+@functools.cache
+def losses_and_rows():
+    """(losses (3,), {path: (3, ...)}) of the whole batch: what every method is measured by, compiled once."""
+    total = jax.jit(lambda params: sum(PROGRAM.losses(params, part, None) for part in PARTS))
+    return total(PARAMS), jax.jit(jax.jacrev(total))(PARAMS)
+
+
 @pytest.mark.parametrize("name", SCALARIZERS)
 def test_a_scalariser_accumulates_whether_it_is_linear_or_not(name):
     """Four micro-batches against the gradient of the scalariser of their summed losses."""
     objective = SCALARIZERS[name](3, **({"steps_per_epoch": 5} if name == "dwa" else {}))
-    parts = run(by_scalar, objective, PARTS)
+    found = run(by_scalar, objective, PARTS)
     state = initial_state(objective, PARAMS)
-
-    def total(params):
-        losses = sum(PROGRAM.losses(params, part, None) for part in PARTS)
-        return objective.apply(losses, state)[0]
-
-    same(parts.gradients, jax.jit(jax.grad(total))(PARAMS), 64 * EPS32)
-    same(parts.losses, sum(PROGRAM.losses(PARAMS, part, None) for part in PARTS), 64 * EPS32)
-    assert jax.tree.structure(parts.state) == jax.tree.structure(state)
+    losses, rows = losses_and_rows()
+    slope = jax.jit(jax.grad(lambda x: objective.apply(x, state)[0]))(losses)
+    same(found.gradients, {path: np.tensordot(slope, rows[path], 1) for path in found.gradients}, 64 * EPS32)
+    same(found.losses, losses, 64 * EPS32)
+    assert jax.tree.structure(found.state) == jax.tree.structure(state)
 
 
 @pytest.mark.parametrize("function", [by_parameters, by_representation])
@@ -210,23 +234,40 @@ def test_a_scalariser_accumulates_whether_it_is_linear_or_not(name):
 def test_every_aggregator_accumulates_and_keeps_its_state(name, function):
     """Weights of micro-batches are those of the whole; what a second step is given is what the first returned."""
     objective = AGGREGATORS[name](3)
-    own = frozenset({"head_a/w"})
-    found = run(function, objective, PARTS, own, NAMES)
-    assert jax.tree.structure(found.state) == jax.tree.structure(initial_state(objective, PARAMS))
-    for leaf, other in zip(
-        jax.tree.leaves(found.state), jax.tree.leaves(initial_state(objective, PARAMS)), strict=True
-    ):
+    found = run(function, objective, PARTS, frozenset({"head_a/w"}), NAMES)
+    before = initial_state(objective, PARAMS)
+    assert jax.tree.structure(found.state) == jax.tree.structure(before)
+    for leaf, other in zip(jax.tree.leaves(found.state), jax.tree.leaves(before), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.weak_type) == (other.shape, other.dtype, other.weak_type)
+    assert not found.state.stationary
     w = np.array([found.metrics[f"weight/{task}"] for task in NAMES])
     assert np.all(np.isfinite(w))
+    _, rows = losses_and_rows()
+    expected = {path: np.tensordot(w, rows[path], 1) for path in found.gradients}
+    expected["head_a/w"] = rows["head_a/w"][0]  # the first task's own, unweighted
+    same(found.gradients, expected, 256 * EPS32 * max(1, np.abs(w).max()))
 
-    def weighted(params):
-        return sum(jnp.sum(w * PROGRAM.losses(params, part, None)) for part in PARTS)
 
-    expected = jax.jit(jax.grad(weighted))(PARAMS)
-    own_gradient = jax.jit(jax.grad(lambda p: sum(PROGRAM.losses(p, part, None)[0] for part in PARTS)))(PARAMS)
-    expected["head_a/w"] = own_gradient["head_a/w"]
-    same(found.gradients, {key: expected[key] for key in found.gradients}, 256 * EPS32 * max(1, np.abs(w).max()))
+@pytest.mark.parametrize("function", [by_parameters, by_representation])
+def test_opposed_tasks_raise_the_flag(function):
+    def opposed(z, params, part, key):
+        return decode(z, params, part, key)[1] * jnp.array([1.0, -1.0, 1.0])
+
+    program = Program(lambda p, part, key: opposed(encode(p, part, key), p, part, key), encode, opposed)
+    mask, keys = jnp.array([True, True, False]), jax.random.split(jax.random.key(0), 1)
+    objective = upgrad(3)
+    state = initial_state(objective, PARAMS)
+    found = jax.jit(lambda s: function(program, objective, frozenset(), PARAMS, s, PARTS[:1], keys, mask, NAMES))(state)
+    assert found.state.stationary
+
+
+def test_the_report_draws_what_is_logged():
+    matrix = jnp.array([[4.0, -2.0, 1.0], [-2.0, 9.0, 1.0], [1.0, 1.0, 1.0]])
+    metrics = gradient_metrics(matrix, jnp.array([0.5, 0.25, 0.25]), NAMES)
+    lines = [{"step": step, "split": "train", **{k: float(v) for k, v in metrics.items()}} for step in (1, 2)]
+    titles = {chart["title"] for chart in loss_curves(NAMES, lines)}
+    assert len(titles) == len(metrics) == 1 + 3 + 3
+    assert {"weight of depth", "share of conflicting pairs", "cosine of semseg and depth"} <= titles
 
 
 @pytest.mark.parametrize("gradients", ["parameters", "representation"])
@@ -234,7 +275,7 @@ def test_a_task_without_labels_has_no_say(batch, gradients):
     """Its weight is 0, its head stands still, and the others combine as if there were two tasks."""
     without = dict(batch, depth=np.zeros_like(batch["depth"]))
     objective = upgrad(3)
-    new, metrics = jit(step_of(objective, gradients=gradients))(start(objective), without)
+    new, metrics = compiled_step(gradients)(start(objective), without)
     assert metrics["weight/depth"] == 0
     assert metrics["loss/depth"] == 0
     assert metrics["weight/semseg"] >= 0.5  # of two tasks
@@ -244,38 +285,71 @@ def test_a_task_without_labels_has_no_say(batch, gradients):
             assert not gradient.any()
 
 
-def test_bfloat16_and_an_average(batch):
-    """Three steps: finite, one compilation, float32 parameters."""
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_everything_at_once(batch, devices):
+    """Bfloat16, accumulation, an average of the parameters, a task without labels, three steps: finite, one
+    compilation, float32 parameters."""
     objective = upgrad(3)
     optimizer = make_optimizer(1e-3)
     model = make_model(dtype=jnp.bfloat16)
+    step = make_train_step(
+        model, TASKS, optimizer, objective=objective, gradients="representation", ema_decay=0.9, accumulate=2
+    )
     state = jit(lambda: init_state(model, optimizer, jnp.zeros((ROWS, *SIZE, 3)), objective=objective, ema=True))()
-    step = jit(make_train_step(model, TASKS, optimizer, objective=objective, gradients="representation", ema_decay=0.9))
-    for _ in range(3):
-        state, metrics = step(state, batch)
+    before = jax.device_get(state)
+    data = dict(batch, depth=np.zeros_like(batch["depth"]))
+    mesh = make_mesh({"fsdp": devices}, jax.devices()[:devices])
+    with jax.set_mesh(mesh):
+        placement = state_sharding(state, mesh, min_size=64)
+        state, data = jax.device_put(state, placement), global_batch(data, mesh)
+        run = jit(step, out_shardings=(placement, replicated(mesh)))
+        for _ in range(3):
+            state, metrics = run(state, data)
     assert all(np.isfinite(value) for value in jax.tree.leaves(metrics))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((state.params, state.ema)))
+    assert metrics["weight/depth"] == metrics["loss/depth"] == 0
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
-    assert step._cache_size() == 1
+    assert jax.tree.structure(state) == jax.tree.structure(before)
+    assert run._cache_size() == 1
 
 
 @pytest.mark.parametrize("gradients", ["parameters", "representation"])
-@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 4}, pytest.param({"data": 8}, marks=pytest.mark.slow)])
-def test_eight_devices_do_what_one_does(batch, gradients, sizes):
-    objective = upgrad(3)
-    state = start(objective)
-    step = step_of(objective, gradients=gradients)
-    one, expected = jit(step)(state, batch)
+@pytest.mark.parametrize(
+    ("sizes", "accumulate"),
+    [
+        ({"data": 2, "fsdp": 4}, 2),
+        pytest.param({"data": 2, "fsdp": 4}, 1, marks=pytest.mark.slow),
+        pytest.param({"data": 8}, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_in_micro_batches_do_what_one_does_at_once(batch, gradients, sizes, accumulate):
+    state = start(upgrad(3))
+    one, expected = compiled_step(gradients)(state, batch)
     mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):
         placement = state_sharding(state, mesh, min_size=64)
         placed = jax.device_put(state, placement)
-        run = jax.jit(step, out_shardings=(placement, replicated(mesh)))
+        step = step_of(upgrad(3), gradients=gradients, accumulate=accumulate)
+        run = jit(step, out_shardings=(placement, replicated(mesh)))
         many, found = run(placed, global_batch(batch, mesh))
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-5, err_msg=name)
     for path, gradient in first_gradient(one).items():
         size = max(np.abs(gradient).max(), 1e-3)
         np.testing.assert_allclose(first_gradient(many)[path], gradient, rtol=0, atol=1e-4 * size, err_msg=path)
+
+
+def test_rows_keep_the_sharding_of_their_parameters():
+    """Of leaves large enough to be split: that of the state, behind an axis of tasks that no device splits."""
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+    params = {"kernel": np.zeros((256, 512)), "tall": np.zeros((1024, 6)), "bias": np.zeros(7)}
+    placement = state_sharding(params, mesh)
+    rows = jax.tree.map(lambda leaf: np.zeros((3, *leaf.shape), np.float32), params)
+    with jax.set_mesh(mesh):
+        found = jax.jit(constrain_rows)(rows)
+    for name, leaf in found.items():
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P(None, *placement[name].spec)), leaf.ndim), name
+    assert any("fsdp" in leaf.sharding.spec for leaf in found.values())
 
 
 def test_errors():
