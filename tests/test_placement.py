@@ -179,6 +179,25 @@ def test_modules_over_shards_are_those_of_one_device(name):
             chex.assert_trees_all_close(found, expected, atol=1e-9, rtol=1e-9)
 
 
+def test_bfloat16_scores_have_one_backward_pass_over_shards_or_not():
+    """The rule for narrow products inside a shard_map sums over shards what one device sums: up to the rounding of
+    sums of some dozen terms, 2^-8 each, of the largest entry."""
+    rng = np.random.default_rng(0)
+    query, key = (jnp.asarray(rng.normal(size=(4, n, 2, 8)), jnp.bfloat16) for n in (3, 16))
+
+    def loss(query, key, value, placement):
+        return jnp.sum(jnp.sin(topk_attention(query, key, value, None, placement=placement)[0].astype(jnp.float32)))
+
+    slope = jax.jit(jax.grad(loss, argnums=(0, 1, 2)), static_argnums=3)
+    expected = slope(query, key, key, None)
+    mesh = make_mesh(SIZES[1])
+    with jax.set_mesh(mesh):
+        found = slope(query, key, key, PLACEMENT)
+    for one, other in zip(found, expected, strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        np.testing.assert_allclose(one, other, rtol=0, atol=2**-7 * np.abs(other).max())
+
+
 @pytest.mark.parametrize(("tied", "top_k"), [(False, 4), (True, 30)])
 def test_what_is_recorded_is_in_the_order_of_one_device(tied, top_k):
     """Where all tokens are equal, too: the first 30 of the whole sequence are rows of the first task, on two devices,

@@ -12,6 +12,7 @@ import pytest
 
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.vit import ViT
+from sgw_jax.cost import operations
 from sgw_jax.heads import TaskStem
 from sgw_jax.interactions import KEM, CrossTaskAttention
 from sgw_jax.layers.drop_path import DropPath
@@ -84,6 +85,22 @@ def assert_gradients_close(found, expected, tolerance):
     for name, gradient in expected.items():
         scale = max(np.abs(gradient).max(), 1e-3 * largest)
         np.testing.assert_allclose(found[name], gradient, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+def test_in_bfloat16_no_product_is_wider_but_that_of_the_last_resize():
+    """Forward and backward: a float32 operand makes a whole matrix product float32, several times slower on a GPU."""
+    backbone = ViT(8, 8, 4, 2, 2.0, SIZE, dtype=jnp.bfloat16)
+    model = MultiTaskModel(TASKS, backbone, KEM(3, top_k=5, dtype=jnp.bfloat16), 8, 8, dtype=jnp.bfloat16)
+    batch = make_batch()
+    state = jax.eval_shape(lambda: init_state(model, SGD, jnp.asarray(batch["image"])))
+    trace = jax.make_jaxpr(make_train_step(model, TASKS, SGD))(state, batch)
+    products = [
+        op for _, _, op in operations(trace.jaxpr) if op.primitive.name in ("dot_general", "conv_general_dilated")
+    ]
+    wide = [op for op in products if any(operand.aval.dtype != jnp.bfloat16 for operand in op.invars)]
+    assert len(products) > 20
+    resized = [any(set(SIZE) & set(v.aval.shape) for v in (*op.invars, *op.outvars)) for op in wide]
+    assert all(resized), [op for op, known in zip(wide, resized, strict=True) if not known]
 
 
 # ---- one large batch in parts --------------------------------------------------------------------------------------

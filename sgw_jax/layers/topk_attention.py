@@ -117,7 +117,7 @@ def _over_shards(
         weights = jnp.exp(best - _logsumexp(scores, axis))
     weights = jnp.where(mine, weights, 0)
     kept = jnp.take_along_axis(position, jnp.where(mine, chosen % own, 0), axis=-1)
-    output = jax.lax.psum(_weigh(weights, value, kept), axis)
+    output = _sum(_weigh(weights, value, kept), axis)
     chosen_index = jnp.where(mine, jnp.take_along_axis(index, chosen, axis=-1), 0)
     # Each weight and index from the shard that holds the token: equal everywhere, and gone where nobody reads them.
     return output, jax.lax.psum(weights, axis), jax.lax.psum(chosen_index, axis)
@@ -128,7 +128,12 @@ def _over_shards_dense(how: _How, axis: str, query: Array, key: Array, value: Ar
     exchanged."""
     scores = attention_scores(query, key, how.scale)
     weights = jnp.exp(scores - _logsumexp(scores, axis))
-    return jax.lax.psum(apply_weights(weights, value), axis), weights, None
+    return _sum(apply_weights(weights, value), axis), weights, None
+
+
+def _sum(x: Array, axis: str) -> Array:
+    """Over the shards, in float32 at least: narrower sums lose digits, and XLA's CPU compiler aborts on them."""
+    return jax.lax.psum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis).astype(x.dtype)
 
 
 def _logsumexp(scores: Array, axis: str) -> Array:
@@ -157,10 +162,50 @@ def attention_scores(
     key: Float[Array, "batch tokens heads dim"],
     scale: float | None = None,
 ) -> Float[Array, "batch heads queries tokens"]:
-    """``scale q k^T`` in float32 (float64 for float64 inputs); the scale is ``1 / sqrt(dim)`` unless given."""
+    """``scale q k^T`` in float32 (float64 for float64 inputs); the scale is ``1 / sqrt(dim)`` unless given.
+
+    Of narrower inputs the products of the backward pass are narrow too: the slope of the scores is rounded to the
+    inputs' dtype first, where it would otherwise make float32 products of them, several times slower on a GPU.
+    """
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    scores = jnp.einsum("blhd,bnhd->bhln", query, key, preferred_element_type=wide)
+    if query.dtype == key.dtype != wide:
+        # Inside a shard_map both are made to differ over the same axes, so that its sums stay outside the rule.
+        axes = _varying_axes(query) | _varying_axes(key)
+        scores = _narrow_products(*(_varying(x, axes) for x in (query, key)))
+    else:
+        scores = jnp.einsum("blhd,bnhd->bhln", query, key, preferred_element_type=wide)
     return scores * jnp.asarray(query.shape[-1] ** -0.5 if scale is None else scale, wide)
+
+
+@jax.custom_vjp
+def _narrow_products(query: Array, key: Array) -> Array:
+    return jnp.einsum("blhd,bnhd->bhln", query, key, preferred_element_type=jnp.float32)
+
+
+def _narrow_products_forward(query: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _narrow_products(query, key), (query, key)
+
+
+def _narrow_products_backward(kept: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+    query, key = kept
+    slope = slope.astype(query.dtype)
+    return jnp.einsum("bhln,bnhd->blhd", slope, key), jnp.einsum("bhln,blhd->bnhd", slope, query)
+
+
+_narrow_products.defvjp(_narrow_products_forward, _narrow_products_backward)
+
+
+def _varying_axes(x: Array) -> frozenset[str]:
+    """The axes of a shard_map over whose devices ``x`` may differ."""
+    kind: Any = jax.typeof(x)
+    kind = getattr(kind, "manual_axis_type", kind)  # since jax 0.10
+    return kind.varying if hasattr(kind, "varying") else kind.vma
+
+
+def _varying(x: Array, axes: frozenset[str]) -> Array:
+    """The same array, said to differ over these axes; its slopes are added up over them in float32."""
+    missing = tuple(sorted(axes - _varying_axes(x)))
+    return jax.lax.pcast(x.astype(jnp.float32), missing, to="varying").astype(x.dtype) if missing else x
 
 
 def apply_weights(
