@@ -1,0 +1,61 @@
+"""docs/results.md from the measurements: every table and every number of it comes from a file of benchmarks/results.
+
+    python benchmarks/write_results.py
+
+The page is benchmarks/results.md.jinja, filled by the table functions of the scripts that measured. A test compares the
+page with what this script would write, so that neither is edited alone.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import backbones
+import compare
+import full_size
+import interactions
+import jinja2
+import noise
+import noise_trained
+import objectives
+import products
+import pytorch
+import stability
+
+from sgw_jax.writers import write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
+
+
+def load(name: str) -> Any:
+    """A file of benchmarks/results; None if it was not measured, and its section is left out."""
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def render() -> str:
+    """The page."""
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=folder, undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True
+    )
+    modules = (
+        backbones,
+        compare,
+        full_size,
+        interactions,
+        noise,
+        noise_trained,
+        objectives,
+        products,
+        pytorch,
+        stability,
+    )
+    scripts = {module.__name__: module for module in modules}
+    environment.filters["lines"] = "\n".join
+    return environment.get_template("results.md.jinja").render(load=load, **scripts)
+
+
+if __name__ == "__main__":
+    write_atomically(PAGE, render())
