@@ -203,6 +203,19 @@ def aggregation_table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def weights_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: microseconds of the T x T work of each method."""
+    counts = sorted({row["tasks"] for row in rows})
+    lines = [
+        "| method | kind | " + " | ".join(f"{n} tasks, us" for n in counts) + " |",
+        "|---|---" + "|---" * len(counts) + "|",
+    ]
+    for name, kind in dict.fromkeys((row["objective"], row["kind"]) for row in rows):
+        found = {r["tasks"]: r["seconds"] for r in rows if (r["objective"], r["kind"]) == (name, kind)}
+        lines.append(f"| {name} | {kind} | " + " | ".join(f"{1e6 * found[n]:.0f}" for n in counts) + " |")
+    return lines
+
+
 def main() -> None:
     """Measures and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -228,17 +241,8 @@ def main() -> None:
         results["aggregation"] = aggregation(arguments.seconds / 10)
         lines = aggregation_table(results["aggregation"])
     elif arguments.weights:
-        results["weights"] = rows = weights_alone(arguments.seconds, arguments.tasks)
-        steps_of = results.get("steps", {}).values()
-        plain: dict[int, float] = {}
-        for row in (row for found in steps_of for row in found if row["objective"] == "equal"):
-            plain[row["tasks"]] = max(row["seconds"], plain.get(row["tasks"], 0))
-        lines = ["| T | method | kind | us | % of the slowest plain step here |", "|---|---|---|---|---|"]
-        for row in rows:
-            part = f"{100 * row['seconds'] / plain[row['tasks']]:.2f}" if row["tasks"] in plain else "-"
-            lines.append(
-                f"| {row['tasks']} | {row['objective']} | {row['kind']} | {1e6 * row['seconds']:.0f} | {part} |"
-            )
+        results["weights"] = weights_alone(arguments.seconds, arguments.tasks)
+        lines = weights_table(results["weights"])
     else:
         label = " ".join([arguments.config, *overrides])
         known = results.setdefault("steps", {}).setdefault(label, [])
