@@ -2,7 +2,7 @@
 
     python benchmarks/objectives.py [--config=scenes] [--tasks 2 4 6] [--objectives upgrad nash_mtl ...]
     python benchmarks/objectives.py --objectives all   every method; compiling two steps of each takes a while
-    python benchmarks/objectives.py --weights          the T x T work of every method, and its share of a step
+    python benchmarks/objectives.py --weights          the T x T work of every method
     python benchmarks/objectives.py --aggregation      the T x T work and the aggregation alone, beside TorchJD [parity]
 
 Methods differ in a step by their T x T work alone: a scalariser's step is that of the plain sum, all others' that of
