@@ -198,7 +198,7 @@ _narrow_products.defvjp(_narrow_products_forward, _narrow_products_backward)
 def _varying_axes(x: Array) -> frozenset[str]:
     """The axes of a shard_map over whose devices ``x`` may differ."""
     kind: Any = jax.typeof(x)
-    kind = getattr(kind, "manual_axis_type", kind)  # since jax 0.10
+    kind = getattr(kind, "manual_axis_type", kind)  # jax 0.10.2 has it, others `vma`
     return kind.varying if hasattr(kind, "varying") else kind.vma
 
 
