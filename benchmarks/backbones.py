@@ -11,19 +11,17 @@ memory is that of a process of its own (--memory). Writes benchmarks/results/bac
 import argparse
 import json
 import os
-import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measure import environment, in_turn, medians
 from rich.console import Console
 
 from sgw_jax.backbones.pretrained import load_pretrained
@@ -86,21 +84,6 @@ def ours(name: str, task: str, image: np.ndarray, dtype: str) -> Callable[[], No
 
     run = jax.jit(module.apply if task == "forward" else jax.grad(loss))
     return lambda: jax.block_until_ready(run(variables, pixels))
-
-
-def measure(calls: dict[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:
-    """Times of the calls, taking turns."""
-    for call in calls.values():
-        call()
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    started = time.monotonic()
-    while time.monotonic() - started < seconds or min(map(len, times.values())) < 5:
-        for name, call in calls.items():
-            begun = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begun)
-    return times
 
 
 def peak_memory(arguments: argparse.Namespace, model: str, task: str, library: str) -> float:
@@ -171,8 +154,8 @@ def main() -> None:
             calls["eager"] = theirs(name, task, image, arguments.dtype, False)
             if arguments.compile:
                 calls["compiled"] = theirs(name, task, image, arguments.dtype, True)
-            times = measure(calls, arguments.seconds)
-            median = {key: statistics.median(value) for key, value in times.items()}
+            times = in_turn(calls, arguments.seconds)
+            median = medians(times)
             row = {"model": name, "task": task, "seconds": median, "rounds": len(times["ours"])}
             row["images_per_second"] = {key: arguments.batch / value for key, value in median.items()}
             row["ratio"] = {key: value / median["ours"] for key, value in median.items() if key != "ours"}
@@ -182,10 +165,7 @@ def main() -> None:
     result = {
         "shape": shape,
         "dtype": arguments.dtype,
-        "device": device.device_kind,
-        "cores": os.cpu_count(),
-        "versions": {"jax": jax.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        "python": platform.python_version(),
+        "environment": environment(torch=torch.__version__, transformers=transformers.__version__),
         "rows": rows,
     }
     path = Path(arguments.output or f"benchmarks/results/backbones_{device.platform}.json")

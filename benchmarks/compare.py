@@ -15,8 +15,6 @@ Killed and run again, it goes on with the first run that is missing.
 import argparse
 import io
 import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import jinja2
 from absl import logging
+from measure import environment
 from rich.console import Console
 from rich.progress import Progress
 
@@ -153,13 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "steps": arguments.steps,
         "trunk_steps": arguments.trunk_steps,
         "seeds": arguments.seeds,
-        "device": jax.devices()[0].device_kind,
         "rates": rates,
-        "environment": {
-            "cores": os.cpu_count(),
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-        },
+        "environment": environment(),
     }
     everything = json.dumps(without_nan({**summary, "runs": found}), indent=1)
     for path in (arguments.out / "compare.json", arguments.results):

@@ -10,12 +10,12 @@ at any time; prints the table of docs/results.md. Nothing is executed: shapes on
 import argparse
 import gc
 import json
-import platform
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from measure import environment
 from rich.console import Console
 
 from configs.base import SYSTEMS
@@ -108,11 +108,7 @@ def main() -> None:
     arguments = parser.parse_args()
     path, console = Path(arguments.output), Console()
     results = json.loads(path.read_text()) if path.exists() else {"systems": {}}
-    results["environment"] = {
-        "jax": jax.__version__,
-        "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-    }
+    results["environment"] = environment()
     path.parent.mkdir(parents=True, exist_ok=True)
     for config in arguments.configs:
         for system in arguments.systems:

@@ -16,8 +16,6 @@ and run again, the script goes on.
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measure import environment
 from rich.console import Console
 
 from sgw_jax.cost import multiply_accumulates
@@ -142,9 +141,7 @@ def main() -> None:
     path = arguments.output or RESULTS / f"interactions_{device.platform}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text())["rows"] if path.exists() else []
-    environment = {"device": device.device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
-    environment |= {"python": platform.python_version(), "tasks": TASKS, "channels": CHANNELS}
-    environment |= {"slots": SLOTS, "top_k": TOP_K, "batch": 1}
+    machine = environment(tasks=TASKS, channels=CHANNELS, slots=SLOTS, top_k=TOP_K, batch=1)
     keys = ("module", "dtype", "passes", "tokens")
     done = {tuple(row[key] for key in keys) for row in known}
     for dtype, passes, name in itertools.product(arguments.dtypes, PASSES, MODULES):
@@ -155,7 +152,7 @@ def main() -> None:
             # The chunked dense attention is quadratic, all others linear: the square bounds both.
             expected = before[-1]["seconds"] * (tokens / before[-1]["tokens"]) ** 2 if before else 0.0
             known.append(measure(name, tokens, dtype, passes, expected, arguments))
-            write_atomically(path, json.dumps({"environment": environment, "rows": known}, indent=1))
+            write_atomically(path, json.dumps({"environment": machine, "rows": known}, indent=1))
             jax.clear_caches()
     Console().print("\n".join(table(known)), soft_wrap=True)
 

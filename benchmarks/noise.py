@@ -18,8 +18,6 @@ import argparse
 import itertools
 import json
 import math
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
+from measure import environment
 from rich.console import Console
 
 from sgw_jax.interactions import KEM, CrossTaskAttention
@@ -231,11 +230,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few cases, written nowhere")
     arguments = parser.parse_args()
     found = run(arguments.quick)
-    environment = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
-    environment |= {"python": platform.python_version(), "topics": TOPICS, "relevant": RELEVANT, "tokens": TOKENS}
+    machine = environment(topics=TOPICS, relevant=RELEVANT, tokens=TOKENS)
 
     if not arguments.quick:
-        results = {"environment": environment, **found}
+        results = {"environment": machine, **found}
         write_atomically(ROOT / "benchmarks" / "results" / "noise.json", json.dumps(results, indent=1))
         draw_figure(found, ROOT / "docs" / "noise.png")
     Console().print("\n".join(tables(found)), soft_wrap=True)

@@ -11,8 +11,6 @@ brings into the output. Writes benchmarks/results/noise_trained.json; killed and
 import argparse
 import itertools
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from measure import environment
 from rich.console import Console
 
 from sgw_jax.interactions import KEM, CrossTaskAttention
@@ -116,15 +115,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, 20 steps, written nowhere")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
-    environment = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
-    environment |= {"python": platform.python_version(), "steps": STEPS}
+    machine = environment(steps=STEPS)
     known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and not arguments.quick else []
     done = {(row["seed"], row["tasks"], row["module"]) for row in known}
     for seed, count, name in itertools.product(range(1 if arguments.quick else arguments.seeds), TASKS, MODULES):
         if (seed, count, name) not in done:
             known.append(trained(name, count, 20 if arguments.quick else STEPS, seed))
             if not arguments.quick:
-                write_atomically(RESULTS, json.dumps({"environment": environment, "rows": known}, indent=1))
+                write_atomically(RESULTS, json.dumps({"environment": machine, "rows": known}, indent=1))
     Console().print("\n".join(table(known)), soft_wrap=True)
 
 

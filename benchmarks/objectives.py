@@ -6,7 +6,8 @@
     python benchmarks/objectives.py --aggregation      the T x T work and the aggregation alone, beside TorchJD [parity]
 
 Methods differ in a step by their T x T work alone: a scalariser's step is that of the plain sum, all others' that of
-upgrad by the same gradients. So a few methods' steps and the weights of all say what each costs.
+upgrad by the same gradients. So a few methods' steps and the weights of all say what each costs; with "all", two
+methods stand for the representation's steps.
 One process times all steps of a number of tasks in turn, so that they see the same machine; peak memory is the
 compiler's (temporaries). The share s of the FLOPs after the pyramid is `plan`'s; the formula beside the measurement
 is 1 + (T - 1)(2/3) s for the representation and (1 + 2 T) / 3 for parameters. Writes
@@ -18,20 +19,18 @@ import dataclasses
 import functools
 import json
 import os
-import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measure import environment, in_turn, medians
 from rich.console import Console
 
 from sgw_jax.build import build_model, build_tasks
 from sgw_jax.config_files import read_config
+from sgw_jax.host_memory import keep_freed_memory
 from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS, Scalarizer, WeightedAggregator
 from sgw_jax.optimizers import make_optimizer
 from sgw_jax.plan import plan, target_shapes
@@ -40,6 +39,8 @@ from sgw_jax.train_step import init_state, make_train_step
 from sgw_jax.writers import write_atomically
 
 DEFAULT = ("uncertainty", "upgrad", "nash_mtl", "cagrad", "mgda", "aligned_mtl", "pcgrad")
+
+REPRESENTATION = ("upgrad", "nash_mtl")
 
 
 def first_tasks(config: Any, count: int) -> tuple[Task, ...]:
@@ -73,20 +74,6 @@ def compiled_step(config: Any, count: int, objective: str, gradients: str) -> tu
     return step.lower(state, batch).compile(), state, batch
 
 
-def in_turn(calls: dict[Any, Callable[[], Any]], seconds: float) -> dict[Any, float]:
-    """Median seconds of each call; the calls take turns."""
-    times: dict[Any, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
-    started = time.monotonic()
-    while time.monotonic() - started < seconds or min(map(len, times.values())) < 3:
-        for name, call in calls.items():
-            begun = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(value) for name, value in times.items()}
-
-
 def steps(arguments: argparse.Namespace, overrides: list[str], count: int) -> list[dict[str, Any]]:
     """Every objective at a number of tasks."""
     rows = []
@@ -97,10 +84,11 @@ def steps(arguments: argparse.Namespace, overrides: list[str], count: int) -> li
     cases = {("equal", "parameters"): compiled_step(config, count, "equal", "parameters")}
     chosen = [*SCALARIZERS, *AGGREGATORS] if arguments.objectives == ["all"] else arguments.objectives
     for objective in dict.fromkeys(chosen):
-        kinds = ("parameters",) if objective in SCALARIZERS else ("parameters", "representation")
+        both = objective not in SCALARIZERS and (arguments.objectives != ["all"] or objective in REPRESENTATION)
+        kinds = ("parameters", "representation") if both else ("parameters",)
         cases |= {(objective, kind): compiled_step(config, count, objective, kind) for kind in kinds}
     calls = {f"{name}/{kind}": (lambda c=case: c[0](c[1], c[2])) for (name, kind), case in cases.items()}
-    seconds = in_turn(calls, arguments.seconds)
+    seconds = medians(in_turn(calls, arguments.seconds, rounds=7))
     base = cases["equal", "parameters"][0].memory_analysis().temp_size_in_bytes
     for (name, kind), case in cases.items():
         memory = case[0].memory_analysis().temp_size_in_bytes
@@ -140,7 +128,7 @@ def weights_alone(seconds: float, counts: list[int]) -> list[dict[str, Any]]:
             scalar = make(name, count)
             slope = jax.jit(jax.value_and_grad(scalar.apply, has_aux=True))
             calls[name, "scalariser"] = functools.partial(slope, losses, scalar.init())
-        found = in_turn(calls, seconds)
+        found = medians(in_turn(calls, seconds))
         rows += [
             {"tasks": count, "objective": name, "kind": kind, "seconds": found[name, kind]} for name, kind in calls
         ]
@@ -179,7 +167,7 @@ def aggregation(seconds: float) -> list[dict[str, Any]]:
                 "weights": lambda f=alone, g=matrix, s=state: f(g, s),
                 "torchjd": lambda f=other, j=tensor: f(j) is None,
             }
-            rows.append({"tasks": count, "objective": name, **in_turn(calls, seconds)})
+            rows.append({"tasks": count, "objective": name, **medians(in_turn(calls, seconds))})
     return rows
 
 
@@ -227,16 +215,11 @@ def main() -> None:
     parser.add_argument("--aggregation", action="store_true")
     parser.add_argument("--output")
     arguments, overrides = parser.parse_known_args()
-    device = jax.devices()[0]
-    path = Path(arguments.output or f"benchmarks/results/objectives_{device.platform}.json")
+    path = Path(arguments.output or f"benchmarks/results/objectives_{jax.default_backend()}.json")
+    keep_freed_memory()
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else {}
-    results["environment"] = {
-        "device": device.device_kind,
-        "cores": os.cpu_count(),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-    }
+    results["environment"] = environment()
     if arguments.aggregation:
         results["aggregation"] = aggregation(arguments.seconds / 10)
         lines = aggregation_table(results["aggregation"])

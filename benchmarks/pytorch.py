@@ -16,9 +16,7 @@ reaches in this process. Writes benchmarks/results/pytorch_DEVICE.json.
 import argparse
 import json
 import os
-import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measure import environment, in_turn, medians
 from rich.console import Console
 
 from sgw_jax.build import build_model, build_tasks
@@ -142,21 +141,6 @@ def _synchronised(torch: Any, value: Any) -> Any:
     return value
 
 
-def in_turn(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median seconds of each call; the calls take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-        call()
-    started = time.monotonic()
-    while time.monotonic() - started < seconds or min(map(len, times.values())) < 5:
-        for name, call in calls.items():
-            begun = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begun)
-    return {name: statistics.median(value) for name, value in times.items()}
-
-
 def matmul_peak() -> float:
     """FLOP/s of a float32 product of two 2048 x 2048 matrices, the best of ten."""
     x = jnp.ones((2048, 2048), jnp.float32)
@@ -189,7 +173,7 @@ def kem_alone(seconds: float) -> list[dict[str, Any]]:
                 return tensor + dense[3](F.scaled_dot_product_attention(*(layer(tensor) for layer in dense[:3])))
 
         calls = {"kem": lambda f=run, v=variables, x=features: jax.block_until_ready(f(v, x)), "torch": attend}
-        found = in_turn(calls, seconds)
+        found = medians(in_turn(calls, seconds))
         rows.append({"tokens": tokens, **found, "ratio": found["torch"] / found["kem"]})
     return rows
 
@@ -225,7 +209,7 @@ def measure(name: str, seconds: float, peak: float) -> list[dict[str, Any]]:
     rows = []
     for what, times in (("training step", 3), ("prediction", 1)):
         calls = {"ours": side.ours(what), "eager": side.theirs(what, False), "compiled": side.theirs(what, True)}
-        median = in_turn(calls, seconds)
+        median = medians(in_turn(calls, seconds))
         row: dict[str, Any] = {"model": name, "what": what, "batch": side.rows, "seconds": median}
         row["mfu"] = times * flops / median["ours"] / peak
         if jax.devices()[0].platform == "cpu":
@@ -279,10 +263,9 @@ def main() -> None:
     import torch
 
     device, peak = jax.devices()[0], matmul_peak()
-    environment = {"device": device.device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
-    environment |= {"python": platform.python_version(), "torch": torch.__version__, "matmul_flops_per_second": peak}
+    machine = environment(torch=torch.__version__, matmul_flops_per_second=peak)
     rows = [row for name in arguments.models for row in measure(name, arguments.seconds, peak)]
-    found = {"environment": environment, "rows": rows, "kem": kem_alone(arguments.seconds / 6)}
+    found = {"environment": machine, "rows": rows, "kem": kem_alone(arguments.seconds / 6)}
     path = arguments.output or Path(__file__).resolve().parent / "results" / f"pytorch_{device.platform}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(found, indent=1))

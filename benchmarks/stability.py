@@ -20,8 +20,6 @@ import argparse
 import io
 import itertools
 import json
-import os
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from compare import build_run, shown, spread
+from measure import environment
 from rich.console import Console
 
 from sgw_jax.build import Experiment
@@ -193,13 +192,12 @@ def main() -> None:
         trunk = build_run(arguments, overrides, "none", {}, seed=1000, steps=arguments.trunk_steps)
         train(trunk, arguments.out / "trunk", Console(file=io.StringIO()))
     known = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
-    environment = {"device": jax.devices()[0].device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
-    environment |= {"python": platform.python_version(), "steps": arguments.steps, "images": IMAGES}
+    machine = environment(steps=arguments.steps, images=IMAGES)
     for seed, name in itertools.product(range(arguments.seeds), arguments.variants):
         if any((row["variant"], row["seed"]) == (name, seed) for row in known):
             continue
         known += measure(arguments, overrides, name, seed)
-        write_atomically(arguments.output, json.dumps({"environment": environment, "rows": known}, indent=1))
+        write_atomically(arguments.output, json.dumps({"environment": machine, "rows": known}, indent=1))
         console.print(f"{name}, seed {seed}: done")
     console.print("\n".join(table(known)), soft_wrap=True)
 

@@ -14,16 +14,13 @@ that a product and a copy of the same size reach here. Writes benchmarks/results
 
 import argparse
 import json
-import os
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from measure import environment, in_turn, medians
 from rich.console import Console
 
 from sgw_jax.layers.topk_attention import apply_weights, attention_scores, topk_attention
@@ -48,6 +45,7 @@ def scattered(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return apply_weights(jnp.put_along_axis(zeros, index, kept, axis=-1, inplace=False), value)
 
 
+PASSES = ("forward", "both")
 WAYS: dict[str, Callable] = {
     "gather": lambda q, k, v: topk_attention(q, k, v, TOP_K)[0],
     "threshold": threshold,
@@ -62,26 +60,21 @@ def measure(tokens: int, dtype: Any, seconds: float) -> list[dict[str, Any]]:
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = ((BATCH, SLOTS, 1, WIDTH), (BATCH, tokens, 1, WIDTH), (BATCH, tokens, 1, WIDTH))
     args = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
-    calls = {"roofline": (_scores, _scores_twice)}
-    for name, way in WAYS.items():
+    calls = {}
+    for name, way in {"roofline": None, **WAYS}.items():
         slope = jax.grad(lambda *a, way=way: jnp.sum(way(*a).astype(jnp.float32) ** 2), argnums=(0, 1, 2))
-        calls[name] = (jax.jit(way), jax.jit(slope))
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in calls}
-    for pair in calls.values():
-        for call in pair:
-            jax.block_until_ready(call(*args))
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline:
-        for name, pair in calls.items():
-            for call, found in zip(pair, times[name], strict=True):
-                start = time.perf_counter()
-                jax.block_until_ready(call(*args))
-                found.append(1e3 * (time.perf_counter() - start))
+        pair = (jax.jit(way), jax.jit(slope)) if way else (_scores, _scores_twice)
+        calls |= {(name, passes): (lambda c=call: c(*args)) for passes, call in zip(PASSES, pair, strict=True)}
+    found = medians(in_turn(calls, seconds))
     label = jnp.dtype(dtype).name
-    medians = {name: [statistics.median(found) for found in pair] for name, pair in times.items()}
     return [
-        {"tokens": tokens, "dtype": label, "way": name, "forward_ms": one, "both_ms": two}
-        for name, (one, two) in medians.items()
+        {
+            "tokens": tokens,
+            "dtype": label,
+            "way": name,
+            **{f"{p}_ms": 1e3 * found[name, p] for p in ("forward", "both")},
+        }
+        for name in ("roofline", *WAYS)
     ]
 
 
@@ -107,13 +100,12 @@ def main() -> None:
     arguments = parser.parse_args()
     device = jax.devices()[0]
     path = Path(arguments.output or f"benchmarks/results/topk_{device.platform}.json")
-    environment = {"device": device.device_kind, "cores": os.cpu_count(), "jax": jax.__version__}
-    environment |= {"python": platform.python_version(), "batch": BATCH, "slots": SLOTS, "width": WIDTH, "top_k": TOP_K}
+    machine = environment(batch=BATCH, slots=SLOTS, width=WIDTH, top_k=TOP_K)
     rows = []
     for dtype in (jnp.float32, jnp.bfloat16):
         for tokens in arguments.tokens:
             rows += measure(tokens, dtype, arguments.seconds)
-            write_atomically(path, json.dumps({"environment": environment, "rows": rows}, indent=1))
+            write_atomically(path, json.dumps({"environment": machine, "rows": rows}, indent=1))
     lines = ["| dtype | tokens | way | forward ms | over roofline | both passes ms | over roofline |", "|" + "---|" * 7]
     base = {(r["dtype"], r["tokens"]): r for r in rows if r["way"] == "roofline"}
     for row in rows:

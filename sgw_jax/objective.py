@@ -16,8 +16,8 @@ from sgw_jax.multi_objective import (
     cosines,
     gramian,
     representation_gradients,
-    rows_of,
 )
+from sgw_jax.multi_objective.gradients import added, rows_of, stacked
 from sgw_jax.sharding import constrain_rows
 
 GRADIENTS = ("parameters", "representation")
@@ -29,13 +29,14 @@ Objective = Scalarizer | WeightedAggregator
 class Program(NamedTuple):
     """The losses of a model as functions of flat parameters {path: array} and one micro-batch.
 
-    losses(params, part, key) -> (tasks,). encode(params, part, key) -> z, the pyramid, from the trunk's parameters;
-    decode(z, params, part, key) -> (tasks,): the two together are losses. losses of micro-batches add up.
+    losses(params, part, key) -> one scalar a task. encode(params, part, key) -> z, the pyramid, from the trunk's
+    parameters; decode(z, params, part, key) -> one scalar a task: the two together are losses. losses of micro-batches
+    add up.
     """
 
-    losses: Callable[[Any, Any, Array], Float[Array, " tasks"]]
+    losses: Callable[[Any, Any, Array], list[Float[Array, ""]]]
     encode: Callable[[Any, Any, Array], Any]
-    decode: Callable[[Any, Any, Any, Array], Float[Array, " tasks"]]
+    decode: Callable[[Any, Any, Any, Array], list[Float[Array, ""]]]
 
 
 class Found(NamedTuple):
@@ -81,18 +82,18 @@ def by_scalar(
     count = len(keys)
 
     def one(params: Any, part: Any, key: Array) -> tuple[Array, Array]:
-        losses = program.losses(params, part, key)
+        losses = jnp.stack(program.losses(params, part, key))
         return scalarizer.apply(losses, state, mask=mask)[0], losses
 
     if count == 1 or scalarizer.linear:
         gradient = jax.value_and_grad(one, has_aux=True)
         (_, losses), gradients = _summed(lambda part, key: gradient(params, part, key), parts, keys)
         return Found(losses, gradients, scalarizer.apply(losses, state, mask=mask)[1], {})
-    losses = _summed(lambda part, key: program.losses(params, part, key), parts, keys)
+    losses = _summed(lambda part, key: jnp.stack(program.losses(params, part, key)), parts, keys)
     (_, new), slope = jax.value_and_grad(lambda x: scalarizer.apply(x, state, mask=mask), has_aux=True)(losses)
 
     def weighted(params: Any, part: Any, key: Array) -> Array:
-        return jnp.sum(slope * program.losses(params, part, key))
+        return jnp.sum(slope * jnp.stack(program.losses(params, part, key)))
 
     gradients = _summed(lambda part, key: jax.grad(weighted)(params, part, key), parts, keys)
     return Found(losses, gradients, new, {})
@@ -114,10 +115,9 @@ def by_parameters(
 
     def rows(part: Any, key: Array) -> tuple[Array, Any, Any]:
         losses, pull = jax.vjp(lambda s, p: program.losses({**s, **p}, part, key), shared, private)
-
+        jacobian, alone = zip(*rows_of(pull, losses), strict=True)
         # A head's gradient is its task's alone, so the sum over tasks is that gradient, unweighted.
-        jacobian, alone = rows_of(pull, losses)
-        return losses, constrain_rows(jacobian), jax.tree.map(lambda x: jnp.sum(x, 0), alone)
+        return jnp.stack(losses), constrain_rows(stacked(jacobian)), added(alone)
 
     losses, jacobian, alone = _summed(rows, parts, keys)
     matrix = gramian(jacobian)
@@ -163,14 +163,15 @@ def by_representation(
     def measure(part: Any, key: Array) -> tuple[Array, Array, Any]:
         z = program.encode(trunk, part, key)
         losses, pull = jax.vjp(lambda z, p: program.decode(z, {**shared, **p}, part, key), z, private)
-        by_z, alone = rows_of(pull, losses)
-        return losses, gramian(by_z), jax.tree.map(lambda x: jnp.sum(x, 0), alone)
+        by_z, alone = zip(*rows_of(pull, losses), strict=True)
+        return jnp.stack(losses), gramian(stacked(by_z)), added(alone)
 
     losses, matrix, alone = _summed(measure, parts, keys)
     weights, state = weigh(matrix, losses)
 
     def weighted(kept: Any, part: Any, key: Array) -> Array:
-        return jnp.sum(jnp.where(weights == 0, 0, weights * program.losses({**kept, **private}, part, key)))
+        losses = jnp.stack(program.losses({**kept, **private}, part, key))
+        return jnp.sum(jnp.where(weights == 0, 0, weights * losses))
 
     gradients = _summed(lambda part, key: jax.grad(weighted)({**trunk, **shared}, part, key), parts, keys)
     return Found(losses, {**gradients, **alone}, state, gradient_metrics(matrix, weights, names))

@@ -65,7 +65,7 @@ def plan(model: MultiTaskModel, size: tuple[int, int]) -> Plan:
         variables = {"params": params, "constants": constants}
         found: Any = model.apply(variables, image, train=True, rngs={"drop_path": key})
         known = {task.name: task.batch_statistics(targets[task.name]) for task in tasks}
-        return jnp.sum(task_losses(tasks, found, targets, known))
+        return sum(task_losses(tasks, found, targets, known))
 
     training = (params, constants, image, targets, jax.eval_shape(lambda: jax.random.key(0)))
     return Plan(

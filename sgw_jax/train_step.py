@@ -131,9 +131,9 @@ def make_train_step(
         statistics = {task.name: task.batch_statistics(batch[task.name]) for task in tasks}
         mask = jnp.stack([statistics[name]["count"] > 0 for name in names])
 
-        def weighted_losses(predictions: Any, part: Batch) -> Array:
+        def weighted_losses(predictions: Any, part: Batch) -> list[Array]:
             losses = task_losses(tasks, predictions, part, statistics)
-            return losses * jnp.asarray(scale, losses.dtype)
+            return [factor * loss for factor, loss in zip(scale, losses, strict=True)]
 
         def apply(params: Any, key: Array, *arguments: Any, **options: Any) -> Any:
             variables = {"params": unflat(params), "constants": state.constants}
@@ -177,7 +177,7 @@ def make_train_step(
 
 def task_losses(
     tasks: Sequence[Task], predictions: Mapping[str, Array], batch: Batch, statistics: Mapping[str, Any]
-) -> Float[Array, " tasks"]:
+) -> list[Float[Array, ""]]:
     """Loss of every task: final prediction plus, where the model gives one, the preliminary one at weight 1 (InvPT),
     plus the task's own term on its features, if it has one."""
 
@@ -191,7 +191,7 @@ def task_losses(
             total += task.feature_loss_sum(predictions[FEATURES + task.name], batch[task.name])
         return total / jnp.maximum(known["count"], 1)
 
-    return jnp.stack([loss(task) for task in tasks])
+    return [loss(task) for task in tasks]
 
 
 def micro_batches(batch: Batch, parts: int) -> dict[str, Array]:

@@ -197,6 +197,9 @@ def heads(z, shared, own):
     return jnp.stack([jnp.mean((z @ own[i] - i) ** 2) for i in range(TASKS)])
 
 
+FORMS = {"vector": lambda losses: losses, "list": list, "tuple": tuple}
+
+
 @pytest.fixture
 def problem():
     rng = np.random.default_rng(0)
@@ -205,16 +208,21 @@ def problem():
     return jax.tree.map(lambda x: x.astype(np.float32), (params, rng.normal(size=(8, 5))))
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("mode", ["map", "vmap", "unroll"])
-def test_task_gradients(problem, mode):
+def test_task_gradients(problem, mode, form):
     (trunk, shared, own), x = problem
 
     def losses(params, x):
         found = heads(network(params[0], x), params[1], own)
         return found, {"doubled": 2 * found}
 
+    def formed(params, x):
+        found, aux = losses(params, x)
+        return FORMS[form](found), aux
+
     params = (trunk, shared)
-    call = jax.jit(lambda p, x: task_gradients(losses, p, x, mode=mode, has_aux=True))
+    call = jax.jit(lambda p, x: task_gradients(formed, p, x, mode=mode, has_aux=True))
     values, jacobian, aux = call(params, x)
     np.testing.assert_allclose(values, losses(params, x)[0], rtol=32 * EPS32)
     np.testing.assert_allclose(aux["doubled"], 2 * values, rtol=32 * EPS32)
@@ -224,18 +232,21 @@ def test_task_gradients(problem, mode):
             np.testing.assert_allclose(found[task], leaf, rtol=0, atol=256 * EPS32)
     with pytest.raises(ValueError, match=r"shape \(\); they must be one vector"):
         task_gradients(lambda p: jnp.sum(p), jnp.ones(3), mode=mode)
+    with pytest.raises(ValueError, match=r"shape \[\(\), \(3,\)\]; they must be one vector, or scalars"):
+        task_gradients(lambda p: [jnp.sum(p), p], jnp.ones(3), mode=mode)
     with pytest.raises(ValueError, match="mode is 'loop'"):
         task_gradients(lambda p: p, jnp.ones(3), mode="loop")
 
 
-@pytest.mark.parametrize("mode", ["map", "unroll"])
-def test_representation_gradients(problem, mode):
+@pytest.mark.parametrize(("mode", "form"), [("map", "vector"), ("unroll", "list")])
+def test_representation_gradients(problem, mode, form):
     """G is the per-sample Gramian of dL/dz; the trunk's gradient is that of the weighted losses; own heads are not
     weighted."""
     (trunk, shared, own), x = problem
+    formed = lambda z, s, o: FORMS[form](heads(z, s, o))  # noqa: E731
     weighting = lambda matrix, losses: (weights.upgrad(matrix), losses)  # noqa: E731
     found = jax.jit(
-        lambda t, s, o: representation_gradients(lambda p: network(p, x), heads, t, s, o, weighting, mode=mode)
+        lambda t, s, o: representation_gradients(lambda p: network(p, x), formed, t, s, o, weighting, mode=mode)
     )(trunk, shared, own)
     z = network(trunk, x)
     rows = np.asarray(jax.jacobian(heads)(z, shared, own), np.float64).reshape(TASKS, -1)

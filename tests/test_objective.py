@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from sgw_jax.backbones.vit import ViT
 from sgw_jax.charts import loss_curves
+from sgw_jax.cost import multiply_accumulates
 from sgw_jax.interactions import KEM, NoInteraction
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS, upgrad, weights
@@ -84,6 +85,24 @@ def first_gradient(state):
     return {path_name(path).split("trace/")[1]: np.asarray(leaf) for path, leaf in leaves if "trace" in path_name(path)}
 
 
+@pytest.mark.parametrize("gradients", ["parameters", "representation"])
+def test_a_task_s_backward_pass_leaves_out_the_other_tasks_heads(batch, gradients):
+    """Products of a step by the part of the model that makes them: what one task alone uses is passed through once,
+    whatever the number of tasks; the backbone once more for each task, or once."""
+
+    def products(objective, **options):
+        found = multiply_accumulates(step_of(objective, NoInteraction(), **options), state, batch)
+        count = lambda part: sum(n for path, n in found.items() if f"{part}" in path)  # noqa: E731
+        return {part: count(part) for part in ("head_", "preliminary_", "stem_", "backbone")}
+
+    state = start(upgrad(3), NoInteraction())
+    plain = products(None)
+    found = products(upgrad(3), gradients=gradients)
+    for part in ("head_", "preliminary_", "stem_"):
+        assert found[part] == plain[part] > 0, part
+    assert found["backbone"] > 2 * plain["backbone"] if gradients == "parameters" else found == plain
+
+
 @functools.cache
 def task_by_task(interaction=None):
     """(losses, {path: (tasks, ...)}, (tasks, pyramid)): jax.jacrev of the weighted losses, apart from the step."""
@@ -95,11 +114,11 @@ def task_by_task(interaction=None):
 
     def losses(params):
         found = model.apply({"params": params}, data["image"], train=True)
-        return scale * task_losses(TASKS, found, data, statistics)
+        return scale * jnp.stack(task_losses(TASKS, found, data, statistics))
 
     def after(pyramid):
         found = model.apply(variables, pyramid, SIZE, True, method="decode")
-        return scale * task_losses(TASKS, found, data, statistics)
+        return scale * jnp.stack(task_losses(TASKS, found, data, statistics))
 
     pyramid = model.apply(variables, data["image"], method="encode")
     by_pyramid = jit(jax.jacrev(after))(pyramid)

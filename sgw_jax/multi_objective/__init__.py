@@ -19,7 +19,7 @@ from sgw_jax.multi_objective._pcgrad import gradvac, pcgrad
 from sgw_jax.multi_objective._upgrad import upgrad
 from sgw_jax.multi_objective._weighting import WeightedAggregator, Weighting, from_weighting, weighted_sum_of
 from sgw_jax.multi_objective._wrappers import ema_weights, every_k
-from sgw_jax.multi_objective.gradients import RepresentationGradients, representation_gradients, rows_of, task_gradients
+from sgw_jax.multi_objective.gradients import RepresentationGradients, representation_gradients, task_gradients
 from sgw_jax.multi_objective.gramian import conflict_rate, cosines, gramian
 from sgw_jax.multi_objective.scalarize import SCALARIZERS, Scalarizer, weighted_sum
 
@@ -67,7 +67,6 @@ __all__ = [
     "nash_mtl",
     "pcgrad",
     "representation_gradients",
-    "rows_of",
     "scalarize",
     "task_gradients",
     "upgrad",

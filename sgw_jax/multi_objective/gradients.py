@@ -1,16 +1,19 @@
 """Gradients of several losses: by parameters (a Jacobian), or by a representation and then one backward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters import ad
 from jaxtyping import Array, Float
 
 from sgw_jax.multi_objective._weighting import weighted_sum_of
 from sgw_jax.multi_objective.gramian import gramian
 
 MODES = ("map", "vmap", "unroll")
+
+Losses = Float[Array, " tasks"] | list[Float[Array, ""]] | tuple[Float[Array, ""], ...]
 
 
 def task_gradients(
@@ -21,7 +24,7 @@ def task_gradients(
     constrain: Callable[[Any], Any] | None = None,
     has_aux: bool = False,
 ) -> tuple[Float[Array, " tasks"], Any, Any]:
-    """``losses_fn(params, *args) -> losses (T,)`` and its Jacobian, a pytree like params with a leading axis of tasks.
+    """``losses_fn(params, *args) -> losses`` and its Jacobian, a pytree like params with a leading axis of tasks.
 
     One forward pass; T backward passes, written out one after another ("unroll", the default), as a loop ("map": the
     shortest program) or at once ("vmap": the memory of T). All give the same numbers up to rounding. Cost: F + T B,
@@ -29,6 +32,9 @@ def task_gradients(
     "unroll" (benchmarks/objectives.py).
 
     Args:
+      losses_fn: returns T numbers, a sequence of scalars or a vector (T,). Prefer the sequence: with "unroll" the pass
+        of loss i then leaves out what it does not depend on, such as the other tasks' heads. Through a vector they are
+        all passed through with zeros, which no compiler removes (0 times infinity is not 0).
       constrain: applied to the Jacobian, for instance to keep its leaves sharded like the parameters.
       has_aux: losses_fn returns (losses, aux).
 
@@ -36,7 +42,7 @@ def task_gradients(
       (losses, jacobian, aux), aux None without ``has_aux``.
 
     Raises:
-      ValueError: losses that are not one vector, an unknown mode.
+      ValueError: losses that are neither one vector nor scalars, an unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"task_gradients: mode is {mode!r}; it must be one of {MODES}.")
@@ -45,20 +51,40 @@ def task_gradients(
         losses, pull, aux = jax.vjp(lambda p: losses_fn(p, *args), params, has_aux=True)
     else:
         losses, pull = jax.vjp(lambda p: losses_fn(p, *args), params)
-    (jacobian,) = rows_of(pull, losses, mode)
-    return losses, jacobian if constrain is None else constrain(jacobian), aux
+    (jacobian,) = stacked(rows_of(pull, losses, mode))
+    return jnp.stack(losses), jacobian if constrain is None else constrain(jacobian), aux
 
 
-def rows_of(pull: Callable[[Array], Any], losses: Float[Array, " tasks"], mode: str = "unroll") -> Any:
-    """A pulled-back function at every unit vector, along a new first axis; see `task_gradients` for ``mode``."""
-    if losses.ndim != 1:
-        raise ValueError(f"task_gradients: the losses have shape {losses.shape}; they must be one vector.")
-    units = jnp.eye(len(losses), dtype=losses.dtype)
-    if mode == "vmap":
-        return jax.vmap(pull)(units)
-    if mode == "map":
-        return jax.lax.map(pull, units)
-    return jax.tree.map(lambda *rows: jnp.stack(rows), *(pull(unit) for unit in units))
+def rows_of(pull: Callable[[Any], Any], losses: Losses, mode: str = "unroll") -> list[Any]:
+    """What a function pulls back for each of its losses, one tree a loss; see `task_gradients` for ``mode``."""
+    scalars = isinstance(losses, list | tuple)
+    shapes: Any = [jnp.shape(loss) for loss in losses] if scalars else jnp.shape(losses)
+    if any(shapes) if scalars else len(shapes) != 1:
+        raise ValueError(f"task_gradients: the losses have shape {shapes}; they must be one vector, or scalars.")
+    ones, tree = list(map(jnp.ones_like, losses)), jax.tree.structure(losses)
+    units = jnp.eye(len(ones), dtype=jnp.result_type(*ones))
+
+    def at(unit: Array) -> Any:
+        return pull(tree.unflatten(x.astype(one.dtype) for x, one in zip(unit, ones, strict=True)) if scalars else unit)
+
+    if mode != "unroll":
+        rows = jax.vmap(at)(units) if mode == "vmap" else jax.lax.map(at, units)
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], rows) for i in range(len(ones))]
+    if not scalars:
+        return [pull(unit) for unit in units]
+    # A symbolic zero, unlike an array of zeros, ends the pass through what the other losses alone depend on.
+    zeros = [ad.Zero(jax.typeof(one).to_ct_aval()) for one in ones]
+    return [pull(tree.unflatten([*zeros[:i], one, *zeros[i + 1 :]])) for i, one in enumerate(ones)]
+
+
+def stacked(rows: Sequence[Any]) -> Any:
+    """Trees as one tree with a new first axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+
+
+def added(rows: Sequence[Any]) -> Any:
+    """The sum of trees."""
+    return jax.tree.map(lambda *leaves: sum(leaves[1:], start=leaves[0]), *rows)
 
 
 class RepresentationGradients(NamedTuple):
@@ -77,7 +103,7 @@ class RepresentationGradients(NamedTuple):
 
 def representation_gradients(
     trunk: Callable[[Any], Any],
-    heads: Callable[[Any, Any, Any], Float[Array, " tasks"]],
+    heads: Callable[[Any, Any, Any], Losses],
     trunk_params: Any,
     shared_params: Any,
     own_params: Any,
@@ -94,7 +120,7 @@ def representation_gradients(
 
     Args:
       trunk: trunk_params -> z, any pytree; the inputs are in its closure.
-      heads: (z, shared_params, own_params) -> losses (T,).
+      heads: (z, shared_params, own_params) -> T losses, best as a sequence of scalars (see `task_gradients`).
       shared_params: parameters after z that more than one task uses; they take the weighted gradients, from the same
         backward passes.
       own_params: parameters that one task alone uses; they take their task's gradient unweighted.
@@ -102,15 +128,16 @@ def representation_gradients(
     """
     z, pull_trunk = jax.vjp(trunk, trunk_params)
     losses, pull = jax.vjp(heads, z, shared_params, own_params)
-    by_z, by_shared, by_own = rows_of(pull, losses, mode)
+    by_z, by_shared, by_own = zip(*rows_of(pull, losses, mode), strict=True)
+    by_z, losses = stacked(by_z), jnp.stack(losses)
     matrix = gramian(by_z)
     weights, state = weighting(matrix, losses)
     (by_trunk,) = pull_trunk(weighted_sum_of(by_z, weights))
     return RepresentationGradients(
         losses=losses,
         trunk=by_trunk,
-        shared=weighted_sum_of(by_shared, weights),
-        own=jax.tree.map(lambda rows: jnp.sum(rows, 0), by_own),
+        shared=weighted_sum_of(stacked(by_shared), weights),
+        own=added(by_own),
         weights=weights,
         state=state,
         gramian=matrix,
