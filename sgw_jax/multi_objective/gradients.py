@@ -58,14 +58,15 @@ def task_gradients(
 def rows_of(pull: Callable[[Any], Any], losses: Losses, mode: str = "unroll") -> list[Any]:
     """What a function pulls back for each of its losses, one tree a loss; see `task_gradients` for ``mode``."""
     scalars = isinstance(losses, list | tuple)
-    shapes: Any = [jnp.shape(loss) for loss in losses] if scalars else jnp.shape(losses)
+    shapes = [jnp.shape(loss) for loss in losses] if isinstance(losses, list | tuple) else jnp.shape(losses)
     if any(shapes) if scalars else len(shapes) != 1:
         raise ValueError(f"task_gradients: the losses have shape {shapes}; they must be one vector, or scalars.")
-    ones, tree = list(map(jnp.ones_like, losses)), jax.tree.structure(losses)
+    ones, tree = [jnp.ones_like(loss) for loss in losses], jax.tree.structure(losses)
     units = jnp.eye(len(ones), dtype=jnp.result_type(*ones))
 
     def at(unit: Array) -> Any:
-        return pull(tree.unflatten(x.astype(one.dtype) for x, one in zip(unit, ones, strict=True)) if scalars else unit)
+        entries = [unit[i].astype(one.dtype) for i, one in enumerate(ones)]
+        return pull(jax.tree.unflatten(tree, entries) if scalars else unit)
 
     if mode != "unroll":
         rows = jax.vmap(at)(units) if mode == "vmap" else jax.lax.map(at, units)
@@ -73,8 +74,8 @@ def rows_of(pull: Callable[[Any], Any], losses: Losses, mode: str = "unroll") ->
     if not scalars:
         return [pull(unit) for unit in units]
     # A symbolic zero, unlike an array of zeros, ends the pass through what the other losses alone depend on.
-    zeros = [ad.Zero(jax.typeof(one).to_ct_aval()) for one in ones]
-    return [pull(tree.unflatten([*zeros[:i], one, *zeros[i + 1 :]])) for i, one in enumerate(ones)]
+    zeros: list[Any] = [ad.Zero(jax.typeof(one).to_ct_aval()) for one in ones]
+    return [pull(jax.tree.unflatten(tree, [*zeros[:i], one, *zeros[i + 1 :]])) for i, one in enumerate(ones)]
 
 
 def stacked(rows: Sequence[Any]) -> Any:
