@@ -335,6 +335,8 @@ def _settings(config: ConfigDict) -> Settings:
     for key in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "eval_every", "keep"):
         if config[key] < 1:
             raise ValueError(f"config.{key} is {config[key]}; it must be at least 1.")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"config.seed is {config.seed}; it must be in [0, 2^32).")
     return Settings(**{field.name: config[field.name] for field in dataclasses.fields(Settings)})
 
 

@@ -1,9 +1,11 @@
 """The train state of an experiment on its mesh: new, or from a checkpoint."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sgw_jax.build import Experiment
 from sgw_jax.checkpoints import Checkpoints
@@ -15,7 +17,7 @@ def initial_state(experiment: Experiment) -> TrainState:
     """The state at step 0, born under jit where its sharding puts it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment))
     with jax.set_mesh(experiment.mesh):
-        return jax.jit(_init(experiment), out_shardings=shardings)()
+        return jax.jit(_init(experiment), out_shardings=shardings)(np.uint32(experiment.settings.seed))
 
 
 def restored_state(experiment: Experiment, checkpoints: Checkpoints, step: int) -> TrainState:
@@ -27,7 +29,7 @@ def abstract_state(experiment: Experiment) -> TrainState:
     """Shapes, dtypes and shardings of the state without the numbers. Options that the model refuses show up here, and
     a mesh over which its parameters cannot be split."""
     with jax.set_mesh(experiment.mesh):
-        shapes = jax.eval_shape(_init(experiment))
+        shapes = jax.eval_shape(_init(experiment), np.uint32(0))
         shardings = state_sharding(shapes, experiment.mesh)
         check_split(shapes.params, shardings.params, experiment.mesh)
     return jax.tree.map(
@@ -35,12 +37,12 @@ def abstract_state(experiment: Experiment) -> TrainState:
     )
 
 
-def _init(experiment: Experiment) -> Callable[[], TrainState]:
-    return lambda: init_state(
+def _init(experiment: Experiment) -> Callable[[Any], TrainState]:
+    return lambda seed: init_state(
         experiment.model,
         experiment.optimizer,
         jnp.zeros((experiment.settings.batch_size, *experiment.size, 3), jnp.float32),
-        seed=experiment.settings.seed,
+        seed=seed,
         ema=experiment.settings.ema_decay is not None,
         objective=experiment.objective,
     )

@@ -109,7 +109,6 @@ def compiled_steps(experiment: Experiment, state: TrainState) -> tuple[Any, Any]
         gradients=experiment.gradients,
         accumulate=settings.accumulate,
         ema_decay=settings.ema_decay,
-        seed=settings.seed,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return (

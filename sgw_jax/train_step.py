@@ -8,7 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from sgw_jax.model import FEATURES, PRELIMINARY
 from sgw_jax.multi_objective import Scalarizer, weighted_sum
@@ -32,11 +32,14 @@ Batch = Mapping[str, Array]
 class TrainState(flax.struct.PyTreeNode):
     """All that a step reads and writes; what a checkpoint holds.
 
-    step: how many updates have been made (int32). params, constants: the model's collections; constants (the ETF) never
-    change. ema: exponential moving average of params, or None. objective: the state of the scalariser or aggregator.
+    step: how many updates have been made (int32). seed: of all randomness in training (uint32); part of the state and
+    no constant of the program, so that another seed needs no other program. params, constants: the model's collections;
+    constants (the ETF) never change. ema: exponential moving average of params, or None. objective: the state of the
+    scalariser or aggregator.
     """
 
     step: Int[Array, ""]
+    seed: UInt32[Array, ""]
     params: Any
     constants: Any
     opt_state: Any
@@ -54,11 +57,15 @@ def init_state(
     optimizer: optax.GradientTransformation,
     image: Float[Array, "batch height width 3"],
     *,
-    seed: int = 0,
+    seed: int | UInt32[Array, ""] = 0,
     ema: bool = False,
     objective: Objective | None = None,
 ) -> TrainState:
-    """The state at step 0. Call it under `jax.jit` with out_shardings, so that parameters are born where they live."""
+    """The state at step 0. Call it under `jax.jit` with out_shardings, so that parameters are born where they live.
+
+    Args:
+      seed: in [0, 2^32); of the parameters, and of drop path while training.
+    """
     variables = model.init({"params": jax.random.key(seed)}, image, train=True)
     if unknown := set(variables) - {"params", "constants"}:
         raise ValueError(
@@ -68,10 +75,11 @@ def init_state(
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        seed=jnp.array(seed, jnp.uint32),  # a copy: donated buffers must not be shared
         params=params,
         constants=variables.get("constants", {}),
         opt_state=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params) if ema else None,  # donated buffers must not be shared
+        ema=jax.tree.map(jnp.copy, params) if ema else None,  # likewise
         objective=initial_state(objective, params),
     )
 
@@ -85,7 +93,6 @@ def make_train_step(
     gradients: Literal["parameters", "representation"] = "parameters",
     accumulate: int = 1,
     ema_decay: float | None = None,
-    seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds ``step(state, batch) -> (state, metrics)``; jit it with the state donated.
 
@@ -102,7 +109,8 @@ def make_train_step(
         first, so the gradient equals that of one large batch up to rounding, whatever the objective.
       ema_decay: d in ``ema <- d ema + (1 - d) params``, with d at most (1 + step) / (10 + step) so that the
         random start is forgotten; None keeps no average.
-      seed: of drop path; folded with the step and the micro-batch, so a resumed run draws the same numbers.
+
+    Drop path draws by the state's seed, the step and the micro-batch, so a resumed run draws the same numbers.
 
     Returns metrics: "loss" (the weighted sum, whatever the objective), "loss/TASK" (unweighted; 0 for a weight of 0),
     "grad_norm" (of the update), with an aggregator those of `gradient_metrics`; all float32 scalars.
@@ -146,7 +154,7 @@ def make_train_step(
                 apply(params, key, z, part["image"].shape[1:3], method="decode"), part
             ),
         )
-        first = jax.random.fold_in(jax.random.key(seed), state.step)
+        first = jax.random.fold_in(jax.random.key(state.seed), state.step)
         keys = jax.vmap(lambda micro: jax.random.fold_in(first, micro))(jnp.arange(accumulate))
         params = flat(state.params)
         common = (params, state.objective, micro_batches(batch, accumulate), keys, mask)

@@ -161,6 +161,7 @@ def test_a_file_of_ones_own_works_from_anywhere(tmp_path):
         (["--config=scenes", "--config.mesh.fsdp=3"], ["8 devices do not divide by 3"]),
         (["--config=scenes", "--config.mesh.data=2"], ["need 2 devices, but there are 8"]),
         (["--config=scenes", "--config.batch_size=12"], ["batch_size 12 must divide by 8 devices"]),
+        (["--config=scenes", "--config.seed=-1"], ["config.seed is -1; it must be in [0, 2^32)"]),
         (["--config=scenes", "--config.eval_every=3", "--config.checkpoint_every=2"], ["eval_every (3) must"]),
         (["--config=scenes", "--config.steps=0"], ["steps"]),
         (["--config=scenes", "--config.optimizer.name=adam"], ["'adam'", "adamw"]),
