@@ -208,6 +208,8 @@ def get_config() -> ConfigDict:
             "checkpoint_every": 500,
             "eval_every": 1000,  # steps between evaluations on the validation split; a multiple of checkpoint_every
             "keep": 2,  # last checkpoints kept, beside the best
+            "profile_after": optional(int),  # the step after which jax.profiler begins its record; None = no record
+            "profile_steps": 5,  # how many steps it covers
         }
     )
     return config.lock()  # a mistyped key in a config file is an error, not a new key

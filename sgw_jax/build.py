@@ -35,7 +35,18 @@ SPLITS = ("train", "validation", "test")
 
 # Keys that may differ between a run and its resumption: they change no number of the run on the same mesh.
 FREE_KEYS = (
-    *("log_every", "keep", "mesh", "data.workers", "data.threads", "data.root", "data.format", "boundary"),
+    *(
+        "log_every",
+        "keep",
+        "profile_after",
+        "profile_steps",
+        "mesh",
+        "data.workers",
+        "data.threads",
+        "data.root",
+        "data.format",
+        "boundary",
+    ),
     "backbone_weights",  # read at step 0 alone
 )
 
@@ -53,6 +64,8 @@ class Settings:
     checkpoint_every: int
     eval_every: int
     keep: int
+    profile_after: int | None
+    profile_steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -332,7 +345,8 @@ def _settings(config: ConfigDict) -> Settings:
             f"config.eval_every ({config.eval_every}) must be a multiple of config.checkpoint_every "
             f"({config.checkpoint_every}), because the best checkpoint is chosen by evaluation."
         )
-    for key in ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "eval_every", "keep"):
+    positive = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "eval_every", "keep")
+    for key in (*positive, "profile_steps"):
         if config[key] < 1:
             raise ValueError(f"config.{key} is {config[key]}; it must be at least 1.")
     if not 0 <= config.seed < 2**32:

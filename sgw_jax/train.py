@@ -22,6 +22,7 @@ from sgw_jax.fine_tuning import (
 from sgw_jax.finite import check_finite, check_finite_losses, check_finite_step
 from sgw_jax.sharding import global_batch, replicated
 from sgw_jax.starting_state import abstract_state, initial_state, restored_state
+from sgw_jax.step_profile import StepProfile
 from sgw_jax.stop_signal import StopSignal
 from sgw_jax.train_step import TrainState, make_eval_step, make_train_step
 from sgw_jax.workdir import check_workdir, claim_workdir, disk_full_named, has_checkpoint
@@ -66,14 +67,18 @@ def train(
         stop = stack.enter_context(StopSignal())
         progress = stack.enter_context(TrainProgress(console, settings.steps, start, settings.batch_size))
         batches = stack.enter_context(experiment.data.train(start, settings.steps))
+        profile = stack.enter_context(StepProfile(workdir / "profile", settings.profile_after, settings.profile_steps))
 
         train_step, eval_step = compiled_steps(experiment, state)
         log = _LateLog(experiment, writer, progress)
         done = start
+        profile.after(done, state)
         for batch in batches:
-            state, metrics = train_step(state, global_batch(batch, mesh))
+            with jax.profiler.StepTraceAnnotation("train_step", step_num=done + 1):
+                state, metrics = train_step(state, global_batch(batch, mesh))
             done += 1
             log.push(done, metrics)
+            profile.after(done, state)
             preempted = jax.process_count() > 1 and checkpoints.reached_preemption(done)
             if preempted:
                 stop.request(signal.SIGTERM)

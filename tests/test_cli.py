@@ -164,6 +164,7 @@ def test_a_file_of_ones_own_works_from_anywhere(tmp_path):
         (["--config=scenes", "--config.seed=-1"], ["config.seed is -1; it must be in [0, 2^32)"]),
         (["--config=scenes", "--config.eval_every=3", "--config.checkpoint_every=2"], ["eval_every (3) must"]),
         (["--config=scenes", "--config.steps=0"], ["steps"]),
+        (["--config=scenes", "--config.profile_steps=0"], ["profile_steps is 0; it must be at least 1"]),
         (["--config=scenes", "--config.optimizer.name=adam"], ["'adam'", "adamw"]),
         (["--config=scenes", "--config.schedule.name=cos"], ["'cos'", "cosine"]),
         (["--config=scenes", "--config.steps=5", "--config.schedule.warmup_steps=6"], ["warmup_steps 6"]),

@@ -243,6 +243,16 @@ def test_a_finished_run_makes_no_step(built, finished, uninterrupted, monkeypatc
     assert outcome(built, finished) == uninterrupted
 
 
+def test_some_steps_are_recorded_and_no_number_changes(tmp_path, uninterrupted):
+    run = experiment(profile_after=1, profile_steps=2)
+    train(run, tmp_path, quiet())
+    assert outcome(run, tmp_path) == uninterrupted
+    (record,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(record)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    assert [dict(event.stats)["step_num"] for event in events if event.name == "train_step"] == [2, 3]
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_a_run_compiles_each_function_once(tmp_path, monkeypatch, devices):
     """Batches, the state after a step and that after a save must all look alike to jit, also after a resumption."""
