@@ -40,11 +40,10 @@ def kem(etf_vertices: int | None = None) -> dict[str, Any]:
         "etf_vertices": optional(int, etf_vertices),  # sKEM's K, at most channels + 1; None = KEM
         "pre_norm": False,  # LayerNorm before the projections
         "task_embedding": False,  # a learned vector per task on keys and queries
-        "task_gate": False,  # a learned scalar per task on what is written back
+        "task_gate": False,  # a learned scalar per task on what is written back, from 0: it starts as the identity
         "rounds": 1,  # retrieve-write rounds with the same weights
         "recall": optional(float),  # on TPUs: find the top k approximately, with this expected share of them
         "temperature": 1.0,  # the scores of the retrieval are divided by it
-        "zero_init_write": False,  # the module starts as the identity
     }
 
 
@@ -121,6 +120,9 @@ def get_config() -> ConfigDict:
                     # What a block keeps for the backward pass: none = all | dots = matrix products | full = its input
                     # alone (least memory, a third more compute).
                     "remat": "none",
+                    # Attention of so many queries at a time; None = all. Saves memory, and on TPUs most of attention's
+                    # time, if there are several times as many tokens.
+                    "attention_chunk": optional(int),
                 },
                 "dinov2": {
                     "size": "small",  # small | base | large
@@ -129,6 +131,7 @@ def get_config() -> ConfigDict:
                     "num_heads": optional(int),
                     "drop_path": 0.0,
                     "remat": "none",
+                    "attention_chunk": optional(int),
                 },
                 "swin": {
                     "size": "tiny",  # tiny | small | base | large; width overrides it, a multiple of its first heads
@@ -217,13 +220,14 @@ def get_config() -> ConfigDict:
 
 # The full-size networks: backbone and its options. Windows of 12 and ViTs with a class token are what the weights
 # pretrained at 384 pixels have; AugReg's were trained with the tanh GELU.
+CHUNKED = {"attention_chunk": 128}  # of a thousand tokens and more
 SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "swin_t": ("swin", {"size": "tiny", "window_size": 7, "drop_path": 0.2}),
     "swin_b": ("swin", {"size": "base", "window_size": 12, "drop_path": 0.2}),
     "swin_l": ("swin", {"size": "large", "window_size": 12, "drop_path": 0.2}),
-    "vit_b": ("vit", {"size": "base", "class_token": True, "approximate_gelu": True, "drop_path": 0.15}),
-    "vit_l": ("vit", {"size": "large", "class_token": True, "approximate_gelu": True, "drop_path": 0.15}),
-    "dinov2_l": ("dinov2", {"size": "large", "drop_path": 0.15}),
+    "vit_b": ("vit", {"size": "base", "class_token": True, "approximate_gelu": True, "drop_path": 0.15, **CHUNKED}),
+    "vit_l": ("vit", {"size": "large", "class_token": True, "approximate_gelu": True, "drop_path": 0.15, **CHUNKED}),
+    "dinov2_l": ("dinov2", {"size": "large", "drop_path": 0.15, **CHUNKED}),
 }
 
 

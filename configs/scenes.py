@@ -22,7 +22,8 @@ def get_config(arg: str | None = None):
     config.channels = 32
     config.upsample = "subpixel"
     for name in ("kem", "skem", "within_tasks"):
-        config.interactions[name].update({"pre_norm": True})
+        # Without the gates what is written back costs edges, saliency and normals accuracy (docs/results.md).
+        config.interactions[name].update({"pre_norm": True, "task_gate": True})
     config.interactions.skem.etf_vertices = 32
     config.interactions.cross_attention.update({"pre_norm": True})
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4}
 BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
@@ -55,7 +55,6 @@ def traffic(program: str) -> Traffic:
     runs = _runs(computations, entry)
     exchanged: dict[str, float] = {}
     number: dict[str, int] = {}
-    memory = 0.0
     channels: dict[str, tuple[int, str, float]] = {}
     for name, times in runs.items():
         fused = name.startswith("all-reduce-scatter")  # how a TPU's compiler writes a reduce-scatter
@@ -70,9 +69,12 @@ def traffic(program: str) -> Traffic:
     for times, kind, sent in channels.values():
         exchanged[kind] = exchanged.get(kind, 0) + times * sent
         number[kind] = number.get(kind, 0) + times
-    for name, times in _runs(computations, entry, fusions=False).items():
-        memory += times * sum(_memory(x, computations[name], computations) for x in computations[name].values())
-    return Traffic(exchanged, number, memory)
+    return Traffic(exchanged, number, sum(_memory_by(computations, entry, lambda _: "").values()))
+
+
+def memory_by(program: str, label: Callable[[Instruction], str]) -> dict[str, float]:
+    """`Traffic.memory` by what ``label`` says of each operation."""
+    return _memory_by(*parse(program), label)
 
 
 def parse(program: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -88,6 +90,17 @@ def parse(program: str) -> tuple[dict[str, dict[str, Instruction]], str]:
         elif current is not None and (found := _instruction(line)) is not None:
             current[found.name] = found
     return computations, entry
+
+
+def _memory_by(
+    computations: dict[str, dict[str, Instruction]], entry: str, label: Callable[[Instruction], str]
+) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, times in _runs(computations, entry, fusions=False).items():
+        for instruction in computations[name].values():
+            key = label(instruction)
+            found[key] = found.get(key, 0.0) + times * _memory(instruction, computations[name], computations)
+    return found
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -187,6 +200,9 @@ def _memory(instruction: Instruction, around: dict[str, Instruction], computatio
         return 2 * _off_chip(instruction.shape)
     if instruction.opcode == "dynamic-update-slice":
         return 2 * _off_chip(around[instruction.operands[1]].shape) if len(instruction.operands) > 1 else 0
+    if instruction.opcode == "slice-start":  # operand, result, control: what is read is the size of the result
+        result = _SHAPE.findall(instruction.shape)[1]
+        return _size(*result) * (1 if "S(" in result[2] else 2)
     if instruction.opcode == "copy-start":
         return sum(_size(*shape) for shape in _SHAPE.findall(instruction.shape)[:2] if "S(" not in shape[2])
     written = _off_chip(instruction.shape)

@@ -417,10 +417,10 @@ def test_slots_start_orthogonal_and_queries_with_unit_variance():
     np.testing.assert_allclose(np.mean(queries[:width] ** 2), 1, atol=5 * np.sqrt(2 / width**2))
 
 
-def test_zero_init_write_starts_as_the_identity():
-    """And learns at once: W_vw has a gradient, though nothing behind it has one yet."""
+def test_task_gates_start_as_the_identity():
+    """And learn at once: each has a gradient, though nothing behind them has one yet."""
     features = make_features()
-    module = KEM(3, top_k=4, zero_init_write=True)
+    module = KEM(3, top_k=4, task_gate=True)
     variables = jit(module.init)(jax.random.key(0), features)
 
     def loss(params):
@@ -429,7 +429,8 @@ def test_zero_init_write_starts_as_the_identity():
 
     gradient, outputs = jit(jax.grad(loss, has_aux=True))(variables["params"])
     assert all(np.array_equal(outputs[name], features[name]) for name in features)
-    assert np.any(gradient["write"]["value"]["kernel"] != 0)
+    assert all(np.all(gradient[f"task_gate_{name}"] != 0) for name in features)
+    assert not np.any(gradient["write"]["value"]["kernel"])
 
 
 def test_top_k_of_all_tokens_is_plain_softmax_bitwise():

@@ -417,6 +417,7 @@ def test_top_k_on_eight_devices_in_float32(selecting_seed, selecting_curve):
 
 BACKBONES = {
     "vit": ViT(8, 8, 4, 2, 2.0, SIZE, class_token=True, dtype=jnp.float64),  # 17 tokens: they divide by nothing
+    "chunked": ViT(8, 8, 4, 2, 2.0, SIZE, class_token=True, attention_chunk=8, dtype=jnp.float64),
     "swin": Swin(8, (2, 2, 2, 2), (1, 1, 2, 2), window_size=3, dtype=jnp.float64),  # maps of 8, 4, 2 and 1 rows
 }
 

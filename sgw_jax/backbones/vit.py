@@ -35,6 +35,7 @@ class Block(nn.Module):
     layer_scale: float | None = None
     approximate_gelu: bool = False
     epsilon: float = 1e-6
+    attention_chunk: int | None = None
     train: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -42,7 +43,8 @@ class Block(nn.Module):
     def __call__(self, tokens: Float[Array, "batch tokens width"], rate: Array) -> tuple[Array, Array]:
         drop_path = DropPath(name="drop_path")
         normed = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm1")(tokens)
-        branch = self._scaled("scale1", SelfAttention(self.num_heads, dtype=self.dtype, name="attention")(normed))
+        attention = SelfAttention(self.num_heads, dtype=self.dtype, chunk=self.attention_chunk, name="attention")
+        branch = self._scaled("scale1", attention(normed))
         tokens = constrain_activations(tokens + drop_path(branch, rate, self.train))
         normed = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm2")(tokens)
         hidden = hidden_width(tokens.shape[-1], self.mlp_ratio)
@@ -79,6 +81,7 @@ class ViT(nn.Module):
       output: "pyramid", or "taps" for the maps themselves.
       drop_path: rate of the last layer, in [0, 1), linear from 0 at the first.
       remat: what a block keeps for the backward pass, see layers/remat.py.
+      attention_chunk: queries at a time, see `attention`; None is all.
 
     Call: (image (batch, H, W, 3), train) -> {stride: (batch, H / stride, W / stride, width)}; with ``output="taps"``
     {layer: (batch, floor(H / patch_size), floor(W / patch_size), width)}. A pyramid from patches whose size is no power
@@ -104,6 +107,7 @@ class ViT(nn.Module):
     output: Literal["pyramid", "taps"] = "pyramid"
     drop_path: float = 0.0
     remat: str = "none"
+    attention_chunk: int | None = None
     dtype: jnp.dtype = jnp.float32
 
     strides = (4, 8, 16, 32)
@@ -128,8 +132,8 @@ class ViT(nn.Module):
             length=self.depth,
         )
         dropping = train and self.drop_path > 0  # known when traced: at rate 0 no random number is drawn
-        options = (self.mlp_ratio, self.layer_scale, self.approximate_gelu, self.epsilon, dropping, self.dtype)
-        blocks = stack(self.num_heads, *options, name="blocks")
+        options = (self.mlp_ratio, self.layer_scale, self.approximate_gelu, self.epsilon, self.attention_chunk)
+        blocks = stack(self.num_heads, *options, dropping, self.dtype, name="blocks")
         _, outputs = blocks(tokens, jnp.linspace(0.0, self.drop_path, self.depth))
 
         taps = {}

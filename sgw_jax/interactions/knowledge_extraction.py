@@ -22,16 +22,13 @@ class _Projections(nn.Module):
     key: int
     value: int
     dtype: jnp.dtype
-    value_init: nn.initializers.Initializer | None = None
 
     @nn.compact
     def __call__(self, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-        default = nn.initializers.lecun_normal()
+        def project(name: str, width: int, inputs: Array) -> Array:
+            return nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)(inputs)
 
-        def project(name: str, width: int, inputs: Array, init: nn.initializers.Initializer = default) -> Array:
-            return nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=init, name=name)(inputs)
-
-        values = project("value", self.value, value, self.value_init or default)
+        values = project("value", self.value, value)
         return project("query", self.query, query), project("key", self.key, key), values
 
 
@@ -65,10 +62,11 @@ class KEM(nn.Module):
         frame of the same rank K - 1) or "learned" (a learned one); see projections.py. Needs ``etf_vertices``.
       pre_norm: LayerNorm on F before all of it (not on the residual) [ours, off in the paper].
       task_embedding: a learned vector per task added to the tokens that make keys and queries [ours, off].
-      task_gate: a learned scalar per task on F^, starting at 1 [ours, off].
+      task_gate: a learned scalar per task on F^, starting at 0, so that the module starts as the identity and a task
+        takes of the workspace what helps it (as ReZero, Bachlechner et al. 2021) [ours, off]. Without it an optimiser
+        whose steps do not shrink with the gradient (Adam, Muon) makes F^ large for all tasks alike.
       temperature: the scores of the retrieval are divided by it [ours, 1]. Among thousands of tokens the k best scores
         lie close together, so that at 1 a slot all but averages what it keeps.
-      zero_init_write: W_vw starts at zero, so that the module starts as the identity [ours, off].
       recall: None selects the k best exactly; a number in (0, 1] lets a TPU find them approximately, with this expected
         share of them (`jax.lax.approx_max_k`) [ours, None].
       placement: how batch and tokens are split over a mesh, see `Placement`. Each shard then finds its own k best
@@ -109,7 +107,6 @@ class KEM(nn.Module):
     task_embedding: bool = False
     task_gate: bool = False
     temperature: float = 1.0
-    zero_init_write: bool = False
     rounds: int = 1
     recall: float | None = None
     placement: Placement | None = None
@@ -139,11 +136,10 @@ class KEM(nn.Module):
                 f"{(tokens.shape[0], *initial.shape)}."
             )
         retrieve = _Projections(width, width, width, self.dtype, name="retrieve")
-        zeros = nn.initializers.zeros if self.zero_init_write else None
-        write = _Projections(width, width, channels, self.dtype, zeros, name="write")
+        write = _Projections(width, width, channels, self.dtype, name="write")
         norm = nn.LayerNorm(dtype=self.dtype, name="norm") if self.pre_norm else lambda x: x
         project = self._projection()
-        gate = self._per_task("task_gate", nn.initializers.ones, 1, layout)
+        gate = self._per_task("task_gate", nn.initializers.zeros, 1, layout)
 
         embedding = None
         for index in range(self.rounds):

@@ -17,7 +17,9 @@ def attention(
     """``softmax(q k^T / sqrt(dim)) v`` with scores and softmax in float32.
 
     With ``chunk`` the queries are taken ``chunk`` at a time and the scores of a chunk are recomputed in the backward
-    pass, so that no array of size queries x tokens ever exists; the result is the same up to rounding.
+    pass, so that no array of size queries x tokens ever exists; the result is the same up to rounding. On a TPU the
+    scores of a chunk stay on the chip: at 1009 tokens, 16 heads of 64 and 4 images a v5e's compiler moves 0.32 GB of
+    main memory with chunks of 128, forward and backward, and 1.75 GB without (benchmarks/attention.py).
 
     Raises:
       ValueError: chunk < 1.
@@ -29,9 +31,10 @@ def attention(
     batch, queries, heads, dim = query.shape
     padding = -queries % chunk
     padded = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    chunks = jnp.moveaxis(padded.reshape(batch, -1, chunk, heads, dim), 1, 0)
+    # Query q goes to chunk q mod n: of queries split over devices, each has its part of every chunk.
+    chunks = jnp.moveaxis(padded.reshape(batch, chunk, -1, heads, dim), 2, 0)
     outputs = jax.lax.map(jax.checkpoint(lambda part: _dense(part, key, value)), chunks)
-    return jnp.moveaxis(outputs, 0, 1).reshape(batch, queries + padding, heads, value.shape[-1])[:, :queries]
+    return jnp.moveaxis(outputs, 0, 2).reshape(batch, queries + padding, heads, value.shape[-1])[:, :queries]
 
 
 def _dense(query: Array, key: Array, value: Array) -> Array:
