@@ -25,6 +25,7 @@ from rich.console import Console
 from sgw_jax.build import Experiment, build
 from sgw_jax.config_files import read_config
 from sgw_jax.host_memory import keep_freed_memory
+from sgw_jax.plan import PARTS, part_of
 from sgw_jax.sharding import global_batch
 from sgw_jax.starting_state import initial_state
 from sgw_jax.train import compiled_steps, train
@@ -32,15 +33,7 @@ from sgw_jax.writers import write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WARM_UP, STEPS = 20, 10
-# Parts of the network and of the step, by the first pattern that an operation's path matches.
-PARTS = {
-    "backbone": "/backbone/",
-    "stems": "/stem",
-    "interaction": "/interaction",
-    "heads": "/(head|preliminary)_",
-    "losses": r"jvp\(",  # differentiated, but of no module
-    "optimiser, average": "",
-}
+LOSSES, UPDATE = "losses", "optimiser, average"
 KINDS = {
     "matrix products, convolutions": "dot|conv|ynn|onednn|gemm|cublas|cudnn",
     "copies, transposes": "^(copy|transpose|wrapped_transpose|bitcast_copy|concatenate|pad|slice)",
@@ -109,9 +102,9 @@ def paths(program: str) -> dict[str, str]:
     return dict(re.findall(r'^\s*(?:ROOT )?%([\w.\-]+) = .*op_name="([^"]*)"', program, re.MULTILINE))
 
 
-def first_match(patterns: dict[str, str], text: str) -> str:
-    """The name of the first pattern that is found."""
-    return next(name for name, pattern in patterns.items() if re.search(pattern, text))
+def kind_of(name: str) -> str:
+    """The first of `KINDS` that fits an operation."""
+    return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
 
 
 def measure(config: str, overrides: list[str], cache: Path) -> dict[str, Any]:
@@ -126,7 +119,9 @@ def measure(config: str, overrides: list[str], cache: Path) -> dict[str, Any]:
     path_of = paths(program)
     table: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(KINDS, 0.0))
     for name, time in times.items():
-        table[first_match(PARTS, path_of.get(name, ""))][first_match(KINDS, name)] += time / STEPS / 1e6
+        path = path_of.get(name, "")
+        # What is differentiated, but in no part of the network, is a loss.
+        table[part_of(path) or (LOSSES if "jvp(" in path else UPDATE)][kind_of(name)] += time / STEPS / 1e6
     span = (max(one.end for one in found) - min(one.start for one in found)) / STEPS / 1e6
     costly = sorted(times.items(), key=lambda item: -item[1])[:10]
     return {
@@ -134,7 +129,7 @@ def measure(config: str, overrides: list[str], cache: Path) -> dict[str, Any]:
         "ms": span,
         "idle_ms": idle / STEPS / 1e6,
         "operations": len(found) // STEPS,
-        "parts": {name: table[name] for name in PARTS},
+        "parts": {name: table[name] for name in (*PARTS, LOSSES, UPDATE) if name in table},
         "costliest": [{"name": n, "path": path_of.get(n, ""), "ms": t / STEPS / 1e6} for n, t in costly],
         "environment": environment(),
     }
@@ -142,10 +137,11 @@ def measure(config: str, overrides: list[str], cache: Path) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> list[str]:
     """Markdown: a label's row by part and by kind."""
-    lines = ["| | step ms | idle ms | " + " | ".join([*PARTS, *KINDS]) + " | operations |"]
-    lines.append("|---" * (len(PARTS) + len(KINDS) + 4) + "|")
+    names = list(dict.fromkeys(name for row in found.values() for name in row["parts"]))
+    lines = ["| | step ms | idle ms | " + " | ".join([*names, *KINDS]) + " | operations |"]
+    lines.append("|---" * (len(names) + len(KINDS) + 4) + "|")
     for label, row in found.items():
-        parts = [sum(kinds.values()) for kinds in row["parts"].values()]
+        parts = [sum(row["parts"].get(name, {}).values()) for name in names]
         kinds = [sum(part[kind] for part in row["parts"].values()) for kind in KINDS]
         cells = [f"{value:.1f}" for value in (row["ms"], row["idle_ms"], *parts, *kinds)]
         lines.append(f"| {label} | " + " | ".join([*cells, f"{row['operations']:,}"]) + " |")

@@ -29,6 +29,12 @@ class Instruction:
     attributes: str
     arguments: str  # the text between the parentheses
 
+    @property
+    def path(self) -> str:
+        """Where in the traced program it comes from: "jit(step)/jvp(Model)/backbone/..."; "" if unknown."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -73,8 +74,8 @@ def plan(model: MultiTaskModel, size: tuple[int, int]) -> Plan:
         tasks=tuple(task.name for task in tasks),
         interaction=_name(model.interaction),
         dtype=jnp.dtype(model.dtype).name,
-        parameters=_sums({name: _count(tree) for name, tree in params.items()}, params),
-        macs=_sums(multiply_accumulates(predict, params, constants, image), params),
+        parameters=_sums({name: _count(tree) for name, tree in params.items()}),
+        macs=_sums(multiply_accumulates(predict, params, constants, image)),
         training_macs=sum(multiply_accumulates(jax.grad(loss), *training).values()),
         kept_bytes=residual_bytes(loss, *training),
         largest=largest_arrays(predict, params, constants, image),
@@ -130,17 +131,16 @@ def _add_row(table: Table, part: str, parameters: int, macs: int, total: int) ->
     )
 
 
-def _sums(counts: dict[str, int], params: Any) -> dict[str, int]:
-    """Counts by module path, summed by `PARTS`."""
+def part_of(path: str) -> str | None:
+    """Which of `PARTS` an operation belongs to, by its path in a trace or a compiled program; None: none of them."""
+    found = re.search(r"(?:^|/)(backbone|stem|interaction|head|preliminary)\d*(?:_[^/]*)?(?:/|$)", path)
+    names = {"stem": "stems", "head": "heads", "preliminary": "preliminary heads"}
+    return names.get(found[1], found[1]) if found else None
 
-    def part(path: str) -> str:
-        name = next((name for name in path.split("/") if name in params), "backbone")
-        for prefix, found in (("stem", "stems"), ("head", "heads"), ("preliminary", "preliminary heads")):
-            if name.startswith(prefix):
-                return found
-        return "interaction" if name.startswith("interaction") else "backbone"
 
-    return dict.fromkeys(PARTS, 0) | by_part(counts, part)
+def _sums(counts: dict[str, int]) -> dict[str, int]:
+    """Counts by module path, summed by `PARTS`; what has no part, as the resize of the image, comes before them all."""
+    return dict.fromkeys(PARTS, 0) | by_part(counts, lambda path: part_of(path) or "backbone")
 
 
 def _count(tree: Any) -> int:

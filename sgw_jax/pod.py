@@ -13,8 +13,8 @@ from rich.table import Table
 from sgw_jax.build import Experiment
 from sgw_jax.chips import GIB, Chip, chip_of
 from sgw_jax.cost import multiply_accumulates
-from sgw_jax.hlo import traffic
-from sgw_jax.plan import target_shapes
+from sgw_jax.hlo import memory_by, traffic
+from sgw_jax.plan import part_of, target_shapes
 from sgw_jax.sharding import batch_sharding
 from sgw_jax.starting_state import abstract_state
 from sgw_jax.train import compiled_steps
@@ -30,7 +30,8 @@ class PodPlan:
     an argument's place. flops: of the step as it is, recomputation included, by matrix products and convolutions.
     useful: FLOPs that count towards MFU: the forward pass, and twice as many for the backward pass. exchanged, number,
     memory: see `Traffic`. needed: where the step does not fit, the bytes that the compiler asked for, and no other
-    figure of the program.
+    figure of the program. memory_by: memory by part of the network, "rest" for the losses, the optimiser and what the
+    compiler added.
     """
 
     device: str
@@ -45,6 +46,7 @@ class PodPlan:
     exchanged: dict[str, float] = dataclasses.field(default_factory=dict)
     number: dict[str, int] = dataclasses.field(default_factory=dict)
     memory: float = 0
+    memory_by: dict[str, float] = dataclasses.field(default_factory=dict)
     needed: float | None = None
 
     def seconds(self, chip: Chip) -> dict[str, float]:
@@ -130,7 +132,8 @@ def pod_plan(experiment: Experiment) -> PodPlan:
                 raise
             scale = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
             return dataclasses.replace(known, needed=float(needed[1]) * scale[needed[2]])
-    memory, moved = compiled.memory_analysis(), traffic(compiled.as_text())
+    memory, program = compiled.memory_analysis(), compiled.as_text()
+    moved = traffic(program)
     leaves = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return dataclasses.replace(
         known,
@@ -140,6 +143,7 @@ def pod_plan(experiment: Experiment) -> PodPlan:
         exchanged=moved.exchanged,
         number=moved.number,
         memory=moved.memory,
+        memory_by=memory_by(program, lambda instruction: part_of(instruction.path) or "rest"),
     )
 
 
@@ -171,6 +175,9 @@ def print_pod_plan(found: PodPlan, console: Console) -> None:
     console.print(
         f"{found.flops / 1e12:,.3f} TFLOPs and {found.memory / 1e9:,.2f} GB to and from memory a device and step."
     )
+    parts = sorted(found.memory_by.items(), key=lambda item: -item[1])
+    if parts:
+        console.print("Of the memory's: " + ", ".join(f"{name} {moved / 1e9:,.2f}" for name, moved in parts) + " GB.")
     if chip is None:
         console.print(f"There are no published figures of {found.device} here, hence no estimate of the time.")
         return

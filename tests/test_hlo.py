@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sgw_jax.hlo import group_size, parse, traffic
+from sgw_jax.hlo import group_size, memory_by, parse, traffic
 from sgw_jax.sharding import make_mesh
 
 MIB = 2**20
@@ -128,6 +128,23 @@ ENTRY %main (p: bf16[1024]) -> bf16[512] {
   ROOT %scattered = bf16[512]{0:T(512)(128)(2,1)} fusion(%p), kind=kCustom, calls=%all-reduce-scatter.1
 }
 """
+
+
+def test_memory_by_what_is_asked():
+    """The sum over the labels is the whole; a path is the traced program's."""
+    x = jnp.ones((512, 512))
+    program = compiled(lambda x: jnp.sort(x) @ x, x)
+    found = memory_by(program, lambda instruction: instruction.path.rpartition("/")[2])
+    assert sum(found.values()) == traffic(program).memory
+    assert found["dot_general"] >= 3 * x.nbytes
+    assert found["sort"] >= 2 * x.nbytes
+
+
+def test_a_slice_copied_to_the_chip_is_read_alone():
+    shapes = "((bf16[4,1024]{1,0}), bf16[1,1024]{1,0:S(1)}, s32[]{:S(2)})"
+    line = f"  ROOT %s = {shapes} slice-start(%p), slice={{[0:1], [0:1024]}}"
+    program = f"ENTRY %main (p: bf16[4,1024]) -> bf16[1,1024] {{\n  %p = bf16[4,1024]{{1,0}} parameter(0)\n{line}\n}}"
+    assert traffic(program).memory == 2048
 
 
 def test_how_a_tpu_writes_it():

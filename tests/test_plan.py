@@ -232,4 +232,4 @@ def test_the_command(tmp_path, capsys):
         assert part in " ".join(output.split())
     saved = json.loads((tmp_path / "plan.json").read_text())
     assert saved["macs_total"] == sum(saved["macs"].values())
-    assert saved["parameters_total"] == 961_776  # docs/results.md
+    assert saved["parameters_total"] == 961_782

@@ -89,7 +89,7 @@ def test_all_figures_are_printed(capsys):
     found = PodPlan(
         "TPU v5 lite", 4, {"data": 2, "fsdp": 2}, 16, flops=98.5e12, useful=59.1e12, arguments=2 * GIB,
         temporaries=3 * GIB, peak=5.5 * GIB, exchanged={"all-gather": 3e9, "all-reduce": 6e9},
-        number={"all-gather": 24, "all-reduce": 1200}, memory=81.9e9,
+        number={"all-gather": 24, "all-reduce": 1200}, memory=81.9e9, memory_by={"rest": 1.9e9, "backbone": 80e9},
     )  # fmt: skip
     print_pod_plan(found, Console(width=200))
     output = " ".join(capsys.readouterr().out.split())
@@ -100,6 +100,7 @@ def test_all_figures_are_printed(capsys):
         "peak │ 5.50 of 15.75",
         "all-reduce: 1,200 a step, 6,000.0 MB sent by a device. all-gather: 24 a step, 3,000.0 MB sent by a device.",
         "98.500 TFLOPs and 81.90 GB to and from memory a device and step.",
+        "Of the memory's: backbone 80.00, rest 1.90 GB.",
         "Estimate (roofline at the published peaks; ms): compute 500.00, memory 100.00, exchange 100.00.",
         "at least: 500.00 ms a step, 32 images/s, MFU 60%",
         "no overlap: 700.00 ms a step, 23 images/s, MFU 43%",
