@@ -61,6 +61,7 @@ def diagnose(
       selection_between_images: the same overlap between two images of a batch; a selection that ignores its input is
         stable under anything. None without top-k or where no batch has two images.
       update_ratio: mean over images of ||F^|| / ||F||, the norms over all tokens and channels.
+      task_gates: {task: the learned factor of its update}; empty without KEM's ``task_gate``.
       reads (L, T): share of slot l's retrieved attention that falls on tokens of task t; rows sum to 1.
       writes (T, L): mean attention of task t's tokens to slot l; rows sum to 1.
       flow (T, T): mean over images and heads of writes times reads, the composed map from token to token summed by
@@ -89,8 +90,14 @@ def diagnose(
     return {
         "tasks": [task.name for task in tasks],
         **_means(total["module"]),
+        "task_gates": _task_gates(variables["params"]["interaction"], tasks) if model.interaction.task_gate else {},
         "ablations": {name: _values(total["ablations"][name], tasks) for name in ABLATIONS},  # jit sorts keys
     }
+
+
+def _task_gates(params: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, float]:
+    # A single number is on every device.
+    return {task.name: float(jax.device_get(params[f"task_gate_{task.name}"])[0]) for task in tasks}
 
 
 def _make_step(model: nn.Module, tasks: Sequence[Task], mesh: Mesh) -> Callable[[Any, Batch, Any], dict[str, Any]]:

@@ -349,6 +349,16 @@ def _interaction(results: Values, found: Values, examples: Values | None, album:
         for key, name, meaning, healthy, alarm in DIAGNOSTICS
         for watch in (finite(found.get(key)) and alarm(found[key]),)
     ]
+    numbers += [
+        {
+            "name": f"Gate of {task}",
+            "text": number(gate, digits=3),
+            "meaning": "Learned factor of the update that the task takes from the slots, from 0 at the start.",
+            "healthy": "any; 0 takes nothing, the sign alone means nothing",
+            "watch": False,
+        }
+        for task, gate in (found.get("task_gates") or {}).items()
+    ]
     return {
         "numbers": numbers,
         "ablations": _ablations(results, found.get("ablations") or {}),

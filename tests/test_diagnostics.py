@@ -215,9 +215,11 @@ def test_selection_under_noise_and_between_images_by_sets(plain):
 
 
 def test_rounds_of_plain_softmax():
-    model = model_with(kem(rounds=2, top_k=None))
+    model = model_with(kem(rounds=2, top_k=None, task_gate=True))
     variables, batches = variables_of(model, seed=1), split(1)
     found = run(model, variables, batches)
+    gates = {task.name: variables["params"]["interaction"][f"task_gate_{task.name}"][0] for task in TASKS}
+    assert found["task_gates"] == pytest.approx(gates)
     check_against_reference(found, sown_by(model, variables, batches))
     for name in ("slot_diversity", "selection_stability", "selection_between_images"):
         assert found[name] is None
