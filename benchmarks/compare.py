@@ -61,7 +61,9 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "upgrad": ("none", {**BY_REPRESENTATION, "objective": "upgrad"}),
     "nash_mtl": ("none", {**BY_REPRESENTATION, "objective": "nash_mtl"}),
     "cagrad": ("none", {**BY_REPRESENTATION, "objective": "cagrad"}),
-    # One thing changed in KEM, or in sKEM.
+    # One thing changed in KEM, or in sKEM; the first two are the paper's, without the configuration's gates.
+    "kem_plain": ("kem", {"interactions.kem.task_gate": "false"}),
+    "skem_plain": ("skem", {"interactions.skem.task_gate": "false"}),
     "kem_k8": ("kem", {"interactions.kem.top_k": "8"}),
     "kem_k128": ("kem", {"interactions.kem.top_k": "128"}),
     "kem_slots4": ("kem", {"interactions.kem.num_slots": "4"}),

@@ -9,11 +9,18 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from compare import shown, spread
+
+from sgw_jax.build import build_tasks
+from sgw_jax.config_files import read_config
+from sgw_jax.metrics import delta_m
+
+KEPT = ("step", "split", "tasks", "metrics", "references", "diagnostics", "parameters", "environment", "speed")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (workdir / "results.json").exists():
             command = [sys.executable, "-m", "sgw_jax", "train", f"--config={arguments.config}", f"--workdir={workdir}"]
             subprocess.run([*command, f"--config.seed={seed}", *overrides], check=True)
-        results.append(json.loads((workdir / "results.json").read_text(encoding="utf-8")))
+        found = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+        results.append({key: value for key, value in found.items() if key in KEPT})
     print(table(results))
     for path in (arguments.out / "seeds.json", arguments.results):
         if path is not None:
@@ -52,6 +60,31 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         found = [result["diagnostics"][key] for result in results if result["diagnostics"]]
         if found and all(value is not None for value in found):
             lines.append(f"| | {key} | {np.mean(found):.3f} [{min(found):.3f}, {max(found):.3f}] | | |")
+    return "\n".join(lines)
+
+
+def side_by_side(runs: Mapping[str, Sequence[dict[str, Any]]], config: str = "scenes") -> str:
+    """Several configurations' headline metrics, and delta_m over the first with the same seed: mean and deviation."""
+    tasks = build_tasks(read_config(config, ()))
+    first = next(iter(runs.values()))
+    heads = [(task["name"], task["metric"], "↑" if task["higher_is_better"] else "↓") for task in first[0]["tasks"]]
+    lines = ["| | " + " | ".join(" ".join(head) for head in heads) + " | Δm % | by seed |"]
+    lines.append("|---" * (len(heads) + 3) + "|")
+    for name, results in runs.items():
+        cells = [shown(spread([found["metrics"][task][metric] for found in results])) for task, metric, _ in heads]
+        pairs = zip(results, first, strict=False)
+        gains = [delta_m(found["metrics"], other["metrics"], tasks) for found, other in pairs]
+        cells += ["", ""] if results is first else [shown(spread(gains)), ", ".join(f"{g:+.2f}" for g in gains)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gates(results: Sequence[dict[str, Any]]) -> str:
+    """The size of each task's gate: mean over the seeds and, in brackets, lowest and highest."""
+    found = [(result["diagnostics"] or {}).get("task_gates") or {} for result in results]
+    lines = ["| " + " | ".join(found[0]) + " |", "|---" * len(found[0]) + "|"]
+    sizes = [[abs(gate[task]) for gate in found] for task in found[0]]
+    lines.append("| " + " | ".join(f"{np.mean(s):.2f} [{min(s):.2f}, {max(s):.2f}]" for s in sizes) + " |")
     return "\n".join(lines)
 
 

@@ -1,27 +1,15 @@
 """The comparison's arithmetic: pairing by seed, signs, spread, and a page that holds the numbers."""
 
-import importlib.util
-from pathlib import Path
-
+import compare
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from sgw_jax.build import build
 from sgw_jax.config_files import read_config
 from sgw_jax.tasks import Depth, SemSeg
 
 TASKS = (SemSeg(), Depth())
-
-
-@pytest.fixture(scope="module")
-def compare():
-    path = Path(__file__).parent.parent / "benchmarks" / "compare.py"
-    spec = importlib.util.spec_from_file_location("benchmark_compare", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def run(miou, rmse, diagnostics=None):
@@ -43,7 +31,7 @@ FOUND = {
 }
 
 
-def test_gains_are_paired_by_seed(compare):
+def test_gains_are_paired_by_seed():
     summary = compare.summarise(FOUND, TASKS)
     none, kem = summary["methods"]
     np.testing.assert_allclose(none["over_none"]["values"], [0, 0])
@@ -57,7 +45,7 @@ def test_gains_are_paired_by_seed(compare):
     assert "update_ratio" not in kem["diagnostics"]
 
 
-def test_widened_has_as_many_parameters_as_kem(compare):
+def test_widened_has_as_many_parameters_as_kem():
     """To half a hidden unit, of 2 c + 1 parameters."""
 
     def count(interaction, width=None):
@@ -74,13 +62,20 @@ def test_widened_has_as_many_parameters_as_kem(compare):
     assert abs(found - wanted) <= (2 * kem.config.channels + 1) / 2
 
 
-def test_one_seed_has_no_spread(compare):
+def test_one_seed_has_no_spread():
     summary = compare.summarise({name: runs[:1] for name, runs in FOUND.items()}, TASKS)
     assert summary["methods"][1]["over_none"]["std"] is None
 
 
-def test_the_page_and_the_table_hold_the_numbers(compare):
-    facts = {"config": "scenes", "overrides": [], "steps": 5, "trunk_steps": 6, "seeds": 2, "device": "cpu"}
+def test_the_page_and_the_table_hold_the_numbers():
+    facts = {
+        "config": "scenes",
+        "overrides": [],
+        "steps": 5,
+        "trunk_steps": 6,
+        "seeds": 2,
+        "environment": {"device": "cpu"},
+    }
     summary = compare.summarise(FOUND, TASKS) | facts
     page, table = compare.page(summary), compare.markdown(summary)
     for text in (page, table):

@@ -1,12 +1,7 @@
 """The planted modules of benchmarks/noise.py read what the closed forms say."""
 
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import noise
+import pytest
 
 
 @pytest.mark.parametrize("margin", [4.0])

@@ -11,7 +11,8 @@ FILES = sorted([*ROOT.glob("sgw_jax/**/*.py"), *ROOT.glob("data_pipelines/**/*.p
 # A module imports only from layers below its own; within a layer, files of one family may import each other.
 # From the bottom up.
 LAYERS = [
-    "cost hlo chips layers etf selection sharding writers config_files host_memory host_threads stop_signal",
+    "cost hlo chips layers etf selection sharding writers config_files host_memory host_threads stop_signal "
+    "step_profile",
     "album charts",
     "projections neural_collapse layer_rates",
     "tasks optimizers multi_objective interactions backbones heads data_sets boundary",
