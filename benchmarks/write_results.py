@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import attention
 import backbones
 import compare
 import full_size
@@ -20,7 +21,9 @@ import noise_trained
 import objectives
 import products
 import pytorch
+import seeds
 import stability
+import where_time_goes
 
 from sgw_jax.writers import write_atomically
 
@@ -41,6 +44,7 @@ def render() -> str:
         loader=folder, undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True
     )
     modules = (
+        attention,
         backbones,
         compare,
         full_size,
@@ -50,7 +54,9 @@ def render() -> str:
         objectives,
         products,
         pytorch,
+        seeds,
         stability,
+        where_time_goes,
     )
     scripts = {module.__name__: module for module in modules}
     environment.filters["lines"] = "\n".join

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4}
 BYTES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "c128": 16}
@@ -215,25 +215,42 @@ def _memory(instruction: Instruction, around: dict[str, Instruction], computatio
     read = [_off_chip(around[name].shape) if name in around else 0.0 for name in instruction.operands]
     inner = next((computations[name] for name in _called(instruction.attributes) if name in computations), None)
     if instruction.opcode == "fusion" and inner is not None:
-        read, written = _sliced(inner, read, written)
+        parameters = {int(x.arguments): x.name for x in inner.values() if x.opcode == "parameter"}
+        for place, name in parameters.items():
+            if place < len(read):
+                updated = _updated(inner, name)
+                if updated is not None:  # in place: of a large result only the update is written
+                    written = max(written - read[place], 0) + min(read[place], updated)
+                    read[place] = 0
+                elif read[place]:
+                    read[place] = min(read[place], _read(inner, name, computations))
     return written + sum(read)
 
 
-def _sliced(inner: dict[str, Instruction], read: Sequence[float], written: float) -> tuple[list[float], float]:
-    """A fused operation that slices an operand reads the slice; one that updates a slice in place writes it alone."""
-    read = list(read)
-    parameters = {x.name: int(x.arguments) for x in inner.values() if x.opcode == "parameter"}
-    for name, place in parameters.items():
-        users = [x for x in inner.values() if name in x.operands]
-        if place >= len(read) or not users:
+def _read(inner: dict[str, Instruction], parameter: str, computations: dict[str, dict[str, Instruction]]) -> float:
+    """Bytes of a fused operation's parameter that are read: of one that is sliced, in it or deeper, the slices."""
+    total = 0.0
+    for user in inner.values():
+        if parameter not in user.operands:
             continue
-        if all(x.opcode in ("dynamic-slice", "gather") for x in users):
-            read[place] = min(read[place], sum(_off_chip(x.shape, on_chip=True) for x in users))
-        elif all(x.opcode == "dynamic-update-slice" and x.operands[0] == name for x in users):
-            changed = sum(_off_chip(inner[x.operands[1]].shape, on_chip=True) for x in users)
-            written = max(written - read[place], 0) + min(read[place], changed)
-            read[place] = 0
-    return read, written
+        if user.opcode in ("dynamic-slice", "gather"):
+            total += _off_chip(user.shape, on_chip=True)
+            continue
+        deeper = next((computations[name] for name in _called(user.attributes) if name in computations), {})
+        place = str(user.operands.index(parameter))
+        names = [x.name for x in deeper.values() if x.opcode == "parameter" and x.arguments == place]
+        if user.opcode != "fusion" or not names:
+            return math.inf
+        total += _read(deeper, names[0], computations)
+    return total or math.inf
+
+
+def _updated(inner: dict[str, Instruction], parameter: str) -> float | None:
+    """Bytes that a fused operation changes in a parameter which it otherwise passes on; None if it does not."""
+    users = [x for x in inner.values() if parameter in x.operands]
+    if not users or any(x.opcode != "dynamic-update-slice" or x.operands[0] != parameter for x in users):
+        return None
+    return sum(_off_chip(inner[x.operands[1]].shape, on_chip=True) for x in users)
 
 
 def _off_chip(shape: str, on_chip: bool = False) -> float:

@@ -147,6 +147,33 @@ def test_a_slice_copied_to_the_chip_is_read_alone():
     assert traffic(program).memory == 2048
 
 
+NESTED = """
+%deeper (a: f32[24,256], b: s32[]) -> f32[1,256] {
+  %a = f32[24,256]{1,0} parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %c = f32[1,256]{1,0} dynamic-slice(%a, %b, %b), dynamic_slice_sizes={1,256}
+}
+
+%fused (d: s32[], e: f32[24,256]) -> f32[1,256] {
+  %d = s32[] parameter(0)
+  %e = f32[24,256]{1,0} parameter(1)
+  %f = f32[1,256]{1,0} fusion(%e, %d), kind=kLoop, calls=%deeper
+  ROOT %g = f32[1,256]{1,0} negate(%f)
+}
+
+ENTRY %main (h: f32[24,256], i: s32[]) -> f32[1,256] {
+  %h = f32[24,256]{1,0} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  ROOT %j = f32[1,256]{1,0} fusion(%i, %h), kind=kOutput, calls=%fused
+}
+"""
+
+
+def test_a_slice_in_a_fusion_in_a_fusion_is_read_alone():
+    """As of a stack over layers, of which a step of the loop reads its own."""
+    assert traffic(NESTED).memory == 2 * 1024
+
+
 def test_how_a_tpu_writes_it():
     """A reduce-scatter as a fused all-reduce, a collective cut into pieces, loops without their number of turns, and
     on-chip buffers (S(1))."""
