@@ -5,7 +5,7 @@
 Every point is `python -m sgw_jax plan --topology=SLICE` at a fixed number of images a chip: memory, what is exchanged,
 and a roofline estimate. A point takes minutes of compilation; each is written as it is done to
 benchmarks/results/scaling.json, and those that are there are not done again. Prints the table. Estimates, not
-measurements: nothing runs.
+measurements: nothing runs. † marks rows that an earlier version compiled and counted.
 """
 
 import argparse
@@ -54,7 +54,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     lines = [head, "|" + "---|" * 11]
     for row in sorted(rows, key=lambda r: (r["system"], r["slice"].partition(":")[0], r["named_mesh"], r["chips"])):
         chip = CHIPS[row["slice"].partition(":")[0]]
-        start = f"| {row['system']} | {row['chips']} {chip.name.removeprefix('TPU ')} | {row['named_mesh']} "
+        mark = " †" if row.get("outdated") else ""
+        start = f"| {row['system']}{mark} | {row['chips']} {chip.name.removeprefix('TPU ')} | {row['named_mesh']} "
         if row["needed"]:
             lines.append(f"{start}| {row['batch_size']} | does not fit: {row['needed'] / GIB:.1f} GiB | | | | | | |")
             continue

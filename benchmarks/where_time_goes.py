@@ -148,6 +148,18 @@ def table(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def plan_table(found: dict[str, Any]) -> list[str]:
+    """Markdown: by label, the estimate of `python -m sgw_jax plan --topology=... --json=...` for a device and step."""
+    parts = list(dict.fromkeys(name for row in found.values() for name in row["memory_by"]))
+    lines = ["| | compute ms | memory ms | exchange ms | peak GiB | " + " | ".join(f"{p} GB" for p in parts) + " |"]
+    lines.append("|---" * (len(parts) + 5) + "|")
+    for label, row in found.items():
+        cells = [f"{1e3 * row['seconds'][part]:.0f}" for part in ("compute", "memory", "exchange")]
+        cells += [f"{row['peak'] / 2**30:.1f}", *(f"{row['memory_by'].get(part, 0) / 1e9:.1f}" for part in parts)]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def main() -> None:
     """Profiles and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
