@@ -55,7 +55,8 @@ class Side:
     def __init__(self, name: str) -> None:
         rows, size, options = MODELS[name]
         options = {"upsample": "bilinear", "backbones.vit.patch_embed": "patch", **options}
-        options |= {"data.size": ",".join(map(str, size))}
+        # The paper's KEM: gates start at 0, and the comparison of predictions would not see it.
+        options |= {"data.size": ",".join(map(str, size)), "interactions.kem.task_gate": "false"}
         flags = [f"--config.{key}={value}" for key, value in options.items()]
         config = read_config(f"scenes:interaction=kem,tasks={'+'.join(TASKS)}", flags)
         self.config, self.rows, self.size = config, rows, size
@@ -127,12 +128,12 @@ class Side:
         for key, value in ours.items():
             np.testing.assert_allclose(np.asarray(value), theirs[key].cpu().numpy(), rtol=1e-3, atol=1e-4)
         step, other = self.ours("training step"), self.theirs("training step", False)
-        for _ in range(3):  # the third loss has two updates behind it
+        # The third loss has two updates behind it, in which Adam makes whole steps of gradients that are rounding.
+        for tolerance in (1e-4, None, 1e-2):
             measured, found = step(), other()
-        for task in self.tasks:
-            np.testing.assert_allclose(
-                float(measured[f"loss/{task.name}"]), float(found[task.name].detach()), rtol=1e-3
-            )
+            for task in self.tasks if tolerance else ():
+                pair = float(measured[f"loss/{task.name}"]), float(found[task.name].detach())
+                np.testing.assert_allclose(*pair, rtol=tolerance)
 
 
 def _synchronised(torch: Any, value: Any) -> Any:

@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = [sys.executable, "-m", "sgw_jax", "train", f"--config={arguments.config}", f"--workdir={workdir}"]
             subprocess.run([*command, f"--config.seed={seed}", *overrides], check=True)
         found = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
-        results.append({key: value for key, value in found.items() if key in KEPT})
+        lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        (*_, last) = (line for line in lines if line.get("split") == "validation")
+        results.append({key: found[key] for key in KEPT} | {"validation_loss": last["loss"]})
     print(table(results))
     for path in (arguments.out / "seeds.json", arguments.results):
         if path is not None:
@@ -64,17 +66,19 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def side_by_side(runs: Mapping[str, Sequence[dict[str, Any]]], config: str = "scenes") -> str:
-    """Several configurations' headline metrics, and delta_m over the first with the same seed: mean and deviation."""
+    """Headline metrics of several configurations, delta_m over the first by seed, and the last validation loss."""
     tasks = build_tasks(read_config(config, ()))
     first = next(iter(runs.values()))
     heads = [(task["name"], task["metric"], "↑" if task["higher_is_better"] else "↓") for task in first[0]["tasks"]]
-    lines = ["| | " + " | ".join(" ".join(head) for head in heads) + " | Δm % | by seed |"]
-    lines.append("|---" * (len(heads) + 3) + "|")
+    lines = ["| | " + " | ".join(" ".join(head) for head in heads) + " | Δm % | by seed | validation loss | by seed |"]
+    lines.append("|---" * (len(heads) + 5) + "|")
     for name, results in runs.items():
         cells = [shown(spread([found["metrics"][task][metric] for found in results])) for task, metric, _ in heads]
         pairs = zip(results, first, strict=False)
         gains = [delta_m(found["metrics"], other["metrics"], tasks) for found, other in pairs]
         cells += ["", ""] if results is first else [shown(spread(gains)), ", ".join(f"{g:+.2f}" for g in gains)]
+        losses = [found["validation_loss"] for found in results]
+        cells += [shown(spread(losses), 4), ", ".join(f"{loss:.2f}" for loss in losses)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
