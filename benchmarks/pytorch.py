@@ -102,7 +102,7 @@ class Side:
         model = MultiTask(params, [task.name for task in self.tasks], heads, top_k).to(device)
         batch = {key: torch.from_numpy(value).to(device) for key, value in self.batch.items()}
         batch["semseg"] = batch["semseg"].long()
-        run = torch.compile(model) if compiled else model
+        run = torch.compile(model, dynamic=False) if compiled else model
         if what == "prediction":
 
             def predict() -> Any:
@@ -265,9 +265,11 @@ def main() -> None:
 
     device, peak = jax.devices()[0], matmul_peak()
     machine = environment(torch=torch.__version__, matmul_flops_per_second=peak)
-    rows = [row for name in arguments.models for row in measure(name, arguments.seconds, peak)]
-    found = {"environment": machine, "rows": rows, "kem": kem_alone(arguments.seconds / 6)}
     path = arguments.output or Path(__file__).resolve().parent / "results" / f"pytorch_{device.platform}.json"
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in known if row["model"] not in arguments.models]
+    rows += [row for name in arguments.models for row in measure(name, arguments.seconds, peak)]
+    found = {"environment": machine, "rows": rows, "kem": kem_alone(arguments.seconds / 6)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(found, indent=1))
     Console().print("\n".join(table(found)), soft_wrap=True)
