@@ -14,7 +14,7 @@ from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.vit import ViT
 from sgw_jax.cost import operations
 from sgw_jax.heads import TaskStem
-from sgw_jax.interactions import KEM, CrossTaskAttention
+from sgw_jax.interactions import KEM, CrossTaskAttention, NoInteraction
 from sgw_jax.layers.drop_path import DropPath
 from sgw_jax.layers.patch_embed import PatchEmbed
 from sgw_jax.layers.placement import Placement
@@ -427,9 +427,10 @@ BACKBONES = {
     [
         ("vit", KEM(3, top_k=5, placement=PLACEMENT, dtype=jnp.float64)),
         pytest.param("vit", CrossTaskAttention(query_chunk=16, dtype=jnp.float64), marks=pytest.mark.slow),
+        pytest.param("chunked", NoInteraction(), marks=pytest.mark.slow),
         pytest.param("swin", KEM(3, top_k=5, placement=PLACEMENT, dtype=jnp.float64), marks=pytest.mark.slow),
     ],
-    ids=["vit-kem", "vit-dense", "swin-kem"],
+    ids=["vit-kem", "vit-dense", "chunked", "swin-kem"],
 )
 def test_image_rows_over_devices(backbone, interaction):
     """The gradient of every parameter in float64, images split by rows over 4 devices, against one device."""
