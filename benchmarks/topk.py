@@ -72,7 +72,7 @@ def measure(tokens: int, dtype: Any, seconds: float) -> list[dict[str, Any]]:
             "tokens": tokens,
             "dtype": label,
             "way": name,
-            **{f"{p}_ms": 1e3 * found[name, p] for p in ("forward", "both")},
+            **{f"{p}_ms": 1e3 * found[name, p] for p in PASSES},
         }
         for name in ("roofline", *WAYS)
     ]

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from sgw_jax.build import Experiment, build
 from sgw_jax.config_files import read_config
+from sgw_jax.hlo import parse
 from sgw_jax.host_memory import keep_freed_memory
 from sgw_jax.plan import PARTS, part_of
 from sgw_jax.sharding import global_batch
@@ -97,11 +98,6 @@ def shared_time(found: Iterable[Interval]) -> tuple[dict[str, float], float]:
     return dict(times), idle
 
 
-def paths(program: str) -> dict[str, str]:
-    """{operation: its path in the model}."""
-    return dict(re.findall(r'^\s*(?:ROOT )?%([\w.\-]+) = .*op_name="([^"]*)"', program, re.MULTILINE))
-
-
 def kind_of(name: str) -> str:
     """The first of `KINDS` that fits an operation."""
     return next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
@@ -116,7 +112,7 @@ def measure(config: str, overrides: list[str], cache: Path) -> dict[str, Any]:
     data, program = profiled(experiment)
     found = intervals(data)
     times, idle = shared_time(found)
-    path_of = paths(program)
+    path_of = {one.name: one.path for block in parse(program)[0].values() for one in block.values()}
     table: dict[str, dict[str, float]] = defaultdict(lambda: dict.fromkeys(KINDS, 0.0))
     for name, time in times.items():
         path = path_of.get(name, "")

@@ -35,18 +35,8 @@ SPLITS = ("train", "validation", "test")
 
 # Keys that may differ between a run and its resumption: they change no number of the run on the same mesh.
 FREE_KEYS = (
-    *(
-        "log_every",
-        "keep",
-        "profile_after",
-        "profile_steps",
-        "mesh",
-        "data.workers",
-        "data.threads",
-        "data.root",
-        "data.format",
-        "boundary",
-    ),
+    *("log_every", "keep", "mesh", "data.workers", "data.threads", "data.root", "data.format", "boundary"),
+    *("profile_after", "profile_steps"),
     "backbone_weights",  # read at step 0 alone
 )
 

@@ -63,8 +63,8 @@ class KEM(nn.Module):
       pre_norm: LayerNorm on F before all of it (not on the residual) [ours, off in the paper].
       task_embedding: a learned vector per task added to the tokens that make keys and queries [ours, off].
       task_gate: a learned scalar per task on F^, starting at 0, so that the module starts as the identity and a task
-        takes of the workspace what helps it (as ReZero, Bachlechner et al. 2021) [ours, off]. Without it an optimiser
-        whose steps do not shrink with the gradient (Adam, Muon) makes F^ large for all tasks alike.
+        takes of the workspace what helps it (as ReZero, Bachlechner et al. 2021) [ours, off; measured in
+        docs/results.md].
       temperature: the scores of the retrieval are divided by it [ours, 1]. Among thousands of tokens the k best scores
         lie close together, so that at 1 a slot all but averages what it keeps.
       recall: None selects the k best exactly; a number in (0, 1] lets a TPU find them approximately, with this expected
