@@ -3,28 +3,28 @@
     python benchmarks/compare.py --config=scenes --out=runs/compare [--seeds=3] [--steps=200]
     python benchmarks/compare.py --out=runs/compare --methods none equal uncertainty upgrad nash_mtl cagrad
     python benchmarks/compare.py --out=runs/compare --tune 7e-4 1.5e-3 3e-3 --results=FILE
+    python benchmarks/compare.py --config=scenes:tasks=semseg+depth --out=runs/two --trunk=runs/compare/trunk
 
 A trunk without interaction is trained once; every run then goes on from it for the same number of steps, with the same
 data in the same order as the others of its seed. delta_m is taken against the single-task models of that seed, which
-went on from the same trunk. Scores are of the test split, by the average of the parameters after the last step: nothing
-is chosen by looking at a split. With --tune every method, single-task models too, first tries each of these learning
-rates with a seed of its own, and keeps the one of the lowest loss on the validation split: the same budget for all.
-Killed and run again, it goes on with the first run that is missing.
+went on from the same trunk (--no_singles leaves them out). Scores are of the test split, by the average of the
+parameters after the last step: nothing is chosen by looking at a split. With --tune every method, single-task models
+too, first tries each of these learning rates with a seed of its own, and keeps the one of the lowest loss on the
+validation split: the same budget for all. With --trunk the runs go on from another comparison's trunk, whose tasks may
+be more. Killed and run again, it goes on with the first run that is missing.
 """
 
 import argparse
 import io
 import json
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jinja2
 from absl import logging
+from comparison import SINGLE, markdown, page, summarise
 from measure import environment
 from rich.console import Console
 from rich.progress import Progress
@@ -33,10 +33,8 @@ from sgw_jax.build import Experiment, build
 from sgw_jax.config_files import read_config
 from sgw_jax.diagnostics import diagnose
 from sgw_jax.host_memory import keep_freed_memory
-from sgw_jax.metrics import delta_m
 from sgw_jax.results import count_parameters, without_nan
 from sgw_jax.sharding import replicated
-from sgw_jax.tasks.base import Task
 from sgw_jax.train import evaluate_split, train
 from sgw_jax.train_step import make_eval_step
 from sgw_jax.writers import write_atomically
@@ -44,6 +42,9 @@ from sgw_jax.writers import write_atomically
 TASKS = ("semseg", "depth", "normals", "edges", "saliency", "human_parts")
 UNWEIGHTED = {f"task_weights.{task}": "1" for task in TASKS}
 BY_REPRESENTATION = {**UNWEIGHTED, "gradients": "representation"}
+KEM_PLAIN = {"interactions.kem.task_gate": "false"}
+SKEM_PLAIN = {"interactions.skem.task_gate": "false"}
+WITHIN_PLAIN = {"interactions.within_tasks.task_gate": "false"}
 
 # What is compared: the interaction, and options over the configuration's; "widened" gets its MLP in `main`. The
 # objectives have no interaction and start from weights of 1: "none" is the sum with the configuration's tuned weights.
@@ -51,6 +52,7 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "none": ("none", {}),
     "widened": ("none", {}),
     "within_tasks": ("within_tasks", {}),
+    "within_plain": ("within_tasks", WITHIN_PLAIN),
     "cross_attention": ("cross_attention", {}),
     "shared_workspace": ("shared_workspace", {}),
     "kem": ("kem", {}),
@@ -61,31 +63,22 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "upgrad": ("none", {**BY_REPRESENTATION, "objective": "upgrad"}),
     "nash_mtl": ("none", {**BY_REPRESENTATION, "objective": "nash_mtl"}),
     "cagrad": ("none", {**BY_REPRESENTATION, "objective": "cagrad"}),
-    # One thing changed in KEM, or in sKEM; the first two are the paper's, without the configuration's gates.
-    "kem_plain": ("kem", {"interactions.kem.task_gate": "false"}),
-    "skem_plain": ("skem", {"interactions.skem.task_gate": "false"}),
-    "kem_k8": ("kem", {"interactions.kem.top_k": "8"}),
-    "kem_k128": ("kem", {"interactions.kem.top_k": "128"}),
-    "kem_slots4": ("kem", {"interactions.kem.num_slots": "4"}),
-    "kem_slots64": ("kem", {"interactions.kem.num_slots": "64"}),
-    "kem_heads4": ("kem", {"interactions.kem.num_heads": "4"}),
-    "kem_rounds2": ("kem", {"interactions.kem.rounds": "2"}),
-    "kem_scales": ("kem", {"scales": "16,8", "persist": "true"}),
-    "skem_vertices8": ("skem", {"interactions.skem.etf_vertices": "8"}),
-    "skem_selection": ("skem", {"interactions.skem.etf_for": "selection"}),
+    # The paper's, without the configuration's gates; and one thing changed in them.
+    "kem_plain": ("kem", KEM_PLAIN),
+    "skem_plain": ("skem", SKEM_PLAIN),
+    "kem_k8": ("kem", KEM_PLAIN | {"interactions.kem.top_k": "8"}),
+    "kem_k128": ("kem", KEM_PLAIN | {"interactions.kem.top_k": "128"}),
+    "kem_dense": ("kem", KEM_PLAIN | {"interactions.kem.top_k": "None"}),
+    "kem_slots4": ("kem", KEM_PLAIN | {"interactions.kem.num_slots": "4"}),
+    "kem_slots64": ("kem", KEM_PLAIN | {"interactions.kem.num_slots": "64"}),
+    "kem_heads4": ("kem", KEM_PLAIN | {"interactions.kem.num_heads": "4"}),
+    "kem_rounds2": ("kem", KEM_PLAIN | {"interactions.kem.rounds": "2"}),
+    "kem_scales": ("kem", KEM_PLAIN | {"scales": "16,8", "persist": "true"}),
+    "skem_vertices8": ("skem", SKEM_PLAIN | {"interactions.skem.etf_vertices": "8"}),
+    "skem_selection": ("skem", SKEM_PLAIN | {"interactions.skem.etf_for": "selection"}),
 }
 INTERACTIONS = ("none", "widened", "within_tasks", "cross_attention", "shared_workspace", "kem", "kem_sharp", "skem")
 TUNING_SEED = 500  # none of those that are compared
-SINGLE = "single_"  # prefix of the runs of one task
-NUMBERS = (
-    "slot_diversity",
-    "retrieve_entropy",
-    "write_entropy",
-    "readout_cosine",
-    "selection_stability",
-    "selection_between_images",
-    "update_ratio",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200, help="of every run from the trunk")
     parser.add_argument("--trunk_steps", type=int, default=600)
+    parser.add_argument("--trunk", type=Path, help="a trained trunk to go on from; without it one is trained")
+    parser.add_argument("--no_singles", action="store_true", help="no single-task models: gains over none alone")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(INTERACTIONS))
     parser.add_argument("--tune", nargs="+", default=[], help="learning rates to choose from on the validation split")
     parser.add_argument("--results", type=Path, help="where the numbers go too, for the page of results")
@@ -107,15 +102,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
 
     tasks = build_run(arguments, overrides, "none", {}, seed=0).tasks
-    trunk = build_run(arguments, overrides, "none", {}, seed=1000, steps=arguments.trunk_steps)
-    if not (arguments.out / "trunk" / "result.json").exists():
+    trunk = arguments.trunk or arguments.out / "trunk"
+    if arguments.trunk is None and not (trunk / "result.json").exists():
         console.print(f"The trunk: {arguments.trunk_steps} steps without interaction.")
-        run(trunk, arguments.out / "trunk", None)
+        run(build_run(arguments, overrides, "none", {}, seed=1000, steps=arguments.trunk_steps), trunk, None)
     cases: dict[str, tuple[str, dict[str, str]]] = {name: METHODS[name] for name in arguments.methods}
     if "widened" in cases:
         width = equal_mlp_width(build_run(arguments, overrides, "kem", {}, seed=0))
         cases["widened"] = ("none", {"interactions.none.mlp_width": str(width)})
-    cases |= {SINGLE + task.name: ("none", {"tasks": task.name}) for task in tasks}
+    if not arguments.no_singles:
+        cases |= {SINGLE + task.name: ("none", {"tasks": task.name}) for task in tasks}
     with Progress(console=console) as progress:
         bar = progress.add_task("runs", total=len(cases) * (arguments.seeds + len(arguments.tune)))
         rates = {}
@@ -126,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 workdir, flag = arguments.out / "tuning" / name / rate, {"optimizer.learning_rate": rate}
                 if not (workdir / "result.json").exists():
                     experiment = build_run(arguments, overrides, interaction, options | flag, TUNING_SEED, tuning=True)
-                    run(experiment, workdir, arguments.out / "trunk", "validation")
+                    run(experiment, workdir, trunk, "validation")
                 losses[rate] = json.loads((workdir / "result.json").read_text(encoding="utf-8"))["loss"]
                 progress.advance(bar)
             if losses:
@@ -138,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 workdir = arguments.out / name / f"seed{seed}"
                 if not (workdir / "result.json").exists():
                     experiment = build_run(arguments, overrides, interaction, options, seed)
-                    run(experiment, workdir, arguments.out / "trunk")
+                    run(experiment, workdir, trunk)
                 progress.advance(bar)
 
     found = {
@@ -222,107 +218,6 @@ def run(experiment: Experiment, workdir: Path, trunk: Path | None, split: str = 
         "diagnostics": diagnostics,
     }
     write_atomically(workdir / "result.json", json.dumps(without_nan(result), indent=1))
-
-
-def summarise(found: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Sequence[Task]) -> dict[str, Any]:
-    """Per method: each task's headline metric and delta_m, by seed; the gain over "none" of the same seed."""
-    singles = [
-        {task.name: found[SINGLE + task.name][seed]["metrics"][task.name] for task in tasks}
-        for seed in range(len(found[SINGLE + tasks[0].name]))
-    ]
-    rows = []
-    for name, runs in found.items():
-        if name.startswith(SINGLE):
-            continue
-        gains = [delta_m(run["metrics"], single, tasks) for run, single in zip(runs, singles, strict=True)]
-        over_none = [
-            delta_m(run["metrics"], base["metrics"], tasks)
-            for run, base in zip(runs, found.get("none", ()), strict=False)
-        ]
-        rows.append(
-            {
-                "name": name,
-                "parameters": runs[0]["parameters"],
-                "images_per_second": statistics.median(run["images_per_second"] for run in runs),
-                "delta_m": spread(gains),
-                "over_none": spread(over_none) if over_none else None,
-                "tasks": {
-                    task.name: spread([run["metrics"][task.name][task.metric] for run in runs]) for task in tasks
-                },
-                "diagnostics": diagnostics_of(runs, tasks),
-            }
-        )
-    single = {task.name: spread([values[task.name][task.metric] for values in singles]) for task in tasks}
-    heads = [
-        {
-            "name": task.name,
-            "metric": task.metric,
-            "unit": task.units.get(task.metric, ""),
-            "better": "↑" if task.higher_is_better else "↓",
-        }
-        for task in tasks
-    ]
-    return {"tasks": heads, "methods": rows, "single": single}
-
-
-def diagnostics_of(runs: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> dict[str, Any] | None:
-    """The module's numbers, and what delta_m loses when its read-out is zeroed or another image's."""
-    if any(run["diagnostics"] is None for run in runs):
-        return None
-    numbers = {
-        key: spread([run["diagnostics"][key] for run in runs])
-        for key in NUMBERS
-        if all(run["diagnostics"].get(key) is not None for run in runs)
-    }
-    for name in ("zeroed", "swapped"):
-        changed = [delta_m(run["diagnostics"]["ablations"][name]["metrics"], run["metrics"], tasks) for run in runs]
-        numbers[f"delta_m with the read-out {name}"] = spread(changed)
-    return numbers
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (None for one value) and the values."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": deviation, "values": list(values)}
-
-
-def shown(value: Mapping[str, Any] | None, digits: int = 3) -> str:
-    """mean ± standard deviation."""
-    if value is None:
-        return ""
-    deviation = "" if value["std"] is None else f" ± {value['std']:.2g}"
-    return f"{value['mean']:.{digits}g}{deviation}"
-
-
-def markdown(summary: Mapping[str, Any]) -> str:
-    """The summary as Markdown tables."""
-    heads = [f"{t['name']} {t['metric']} {t['unit']} {t['better']}" for t in summary["tasks"]]
-    lines = ["| method | parameters | images/s | " + " | ".join(heads) + " | Δm vs single % | Δm vs none % |"]
-    lines.append("|---" * (len(heads) + 5) + "|")
-    for row in summary["methods"]:
-        cells = [shown(row["tasks"][task["name"]]) for task in summary["tasks"]]
-        start = [row["name"], f"{row['parameters']:,}", f"{row['images_per_second']:.0f}"]
-        lines.append("| " + " | ".join([*start, *cells, shown(row["delta_m"]), shown(row["over_none"])]) + " |")
-    single = [shown(summary["single"][task["name"]]) for task in summary["tasks"]]
-    lines.append("| " + " | ".join(["single-task models", "", "", *single, "0", ""]) + " |")
-    measured = [row for row in summary["methods"] if row["diagnostics"]]
-    if measured:
-        lines += ["", "| | " + " | ".join(row["name"] for row in measured) + " |", "|---" * (len(measured) + 1) + "|"]
-        for key in measured[0]["diagnostics"]:
-            lines.append(f"| {key} | " + " | ".join(shown(row["diagnostics"].get(key)) for row in measured) + " |")
-    return "\n".join(lines)
-
-
-def page(summary: Mapping[str, Any]) -> str:
-    """The summary as one self-contained page."""
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    template = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template.filters["shown"] = shown
-    extent = max(
-        (abs(value) for row in summary["methods"] for value in (row["over_none"] or {"values": []})["values"]),
-        default=1,
-    )
-    return template.get_template("compare.html.jinja").render(**summary, extent=max(extent, 0.1))
 
 
 if __name__ == "__main__":

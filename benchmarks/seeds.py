@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compare import shown, spread
+from comparison import interval, shown, spread
 
 from sgw_jax.build import build_tasks
 from sgw_jax.config_files import read_config
@@ -76,7 +76,7 @@ def side_by_side(runs: Mapping[str, Sequence[dict[str, Any]]], config: str = "sc
         cells = [shown(spread([found["metrics"][task][metric] for found in results])) for task, metric, _ in heads]
         pairs = zip(results, first, strict=False)
         gains = [delta_m(found["metrics"], other["metrics"], tasks) for found, other in pairs]
-        cells += ["", ""] if results is first else [shown(spread(gains)), ", ".join(f"{g:+.2f}" for g in gains)]
+        cells += ["", ""] if results is first else [interval(spread(gains)), ", ".join(f"{g:+.2f}" for g in gains)]
         losses = [found["validation_loss"] for found in results]
         cells += [shown(spread(losses), 4), ", ".join(f"{loss:.2f}" for loss in losses)]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

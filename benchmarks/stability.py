@@ -28,7 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from compare import build_run, shown, spread
+from compare import build_run
+from comparison import shown, spread
 from measure import environment
 from rich.console import Console
 

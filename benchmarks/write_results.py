@@ -12,7 +12,7 @@ from typing import Any
 
 import attention
 import backbones
-import compare
+import comparison
 import full_size
 import interactions
 import jinja2
@@ -46,7 +46,7 @@ def render() -> str:
     modules = (
         attention,
         backbones,
-        compare,
+        comparison,
         full_size,
         interactions,
         noise,
