@@ -208,7 +208,7 @@ def measure(name: str, seconds: float, peak: float) -> list[dict[str, Any]]:
     shapes = jax.eval_shape(lambda: side.state.variables), jax.ShapeDtypeStruct((side.rows, *side.size, 3), jnp.float32)
     flops = 2 * sum(multiply_accumulates(side.model.apply, *shapes).values())
     rows = []
-    for what, times in (("training step", 3), ("prediction", 1)):
+    for what, times in (("prediction", 1), ("training step", 3)):
         calls = {"ours": side.ours(what), "eager": side.theirs(what, False), "compiled": side.theirs(what, True)}
         median = medians(in_turn(calls, seconds))
         row: dict[str, Any] = {"model": name, "what": what, "batch": side.rows, "seconds": median}

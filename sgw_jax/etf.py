@@ -75,13 +75,24 @@ class SimplexETF(nn.Module):
     seed: int = 0
     eps: float = 1e-12
 
-    @nn.compact
     def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch vertices"]:
+        return project(*self.factors(features))
+
+    @nn.compact
+    def factors(self, features: Float[Array, "*batch dim"]) -> tuple[Array, Float[Array, "dim vertices"]]:
+        """(``sqrt(d) f / ||f||``, M): their product is z. A linear map of z can take M into itself."""
         vertices = self.variable("constants", "vertices", self._vertices, features.shape[-1]).value
-        return jnp.matmul(direction(features, self.eps), vertices.astype(features.dtype))
+        return direction(features, self.eps), vertices
 
     def _vertices(self, dim: int) -> Float[Array, "dim vertices"]:
         return jnp.asarray(simplex_etf(self.num_vertices, dim, seed=self.seed), jnp.float32)
+
+
+def project(
+    directions: Float[Array, "*batch dim"], frame: Float[Array, "dim vertices"] | None
+) -> Float[Array, "*batch vertices"]:
+    """The product of a projection's factors, in the dtype of the first; None is the identity."""
+    return directions if frame is None else jnp.matmul(directions, frame.astype(directions.dtype))
 
 
 def direction(features: Float[Array, "*batch dim"], eps: float = 1e-12) -> Float[Array, "*batch dim"]:

@@ -6,11 +6,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sgw_jax.etf import SimplexETF, direction, orthonormal_frame
+from sgw_jax.etf import SimplexETF, direction, orthonormal_frame, project
 
 
 class Projection(Protocol):
-    """Makes a projection module of K vertices: features (..., d) -> (..., some width), entries of unit variance."""
+    """Makes a projection module of K vertices: features (..., d) -> (..., some width), entries of unit variance.
+
+    Its method ``factors`` returns (features' directions (..., d), a frame (d, some width) or None): the projection is
+    their product.
+    """
 
     def __call__(self, num_vertices: int, seed: int, *, name: str) -> nn.Module: ...
 
@@ -24,9 +28,12 @@ class Direction(nn.Module):
     num_vertices: int
     seed: int = 0
 
-    @nn.compact
     def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
-        return direction(features)
+        return project(*self.factors(features))
+
+    def factors(self, features: Float[Array, "*batch dim"]) -> tuple[Array, None]:
+        """(z, no frame)."""
+        return direction(features), None
 
 
 class OrthonormalFrame(nn.Module):
@@ -38,13 +45,17 @@ class OrthonormalFrame(nn.Module):
     num_vertices: int
     seed: int = 0
 
-    @nn.compact
     def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch rank"]:
+        return project(*self.factors(features))
+
+    @nn.compact
+    def factors(self, features: Float[Array, "*batch dim"]) -> tuple[Array, Float[Array, "dim rank"]]:
+        """(``sqrt(d) f / ||f||``, Q)."""
+
         def make(dim: int) -> Array:
             return jnp.asarray(orthonormal_frame(dim, self.num_vertices - 1, seed=self.seed), jnp.float32)
 
-        frame = self.variable("constants", "frame", make, features.shape[-1]).value
-        return jnp.matmul(direction(features), frame.astype(features.dtype))
+        return direction(features), self.variable("constants", "frame", make, features.shape[-1]).value
 
 
 class LearnedFrame(nn.Module):
@@ -53,13 +64,17 @@ class LearnedFrame(nn.Module):
     num_vertices: int
     seed: int = 0
 
-    @nn.compact
     def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch rank"]:
+        return project(*self.factors(features))
+
+    @nn.compact
+    def factors(self, features: Float[Array, "*batch dim"]) -> tuple[Array, Float[Array, "dim rank"]]:
+        """(``sqrt(d) f / ||f||``, W)."""
+
         def start(_: Array, shape: tuple[int, int]) -> Array:
             return jnp.asarray(orthonormal_frame(*shape, seed=self.seed), jnp.float32)
 
-        frame = self.param("kernel", start, (features.shape[-1], self.num_vertices - 1))
-        return jnp.matmul(direction(features), frame.astype(features.dtype))
+        return direction(features), self.param("kernel", start, (features.shape[-1], self.num_vertices - 1))
 
 
 PROJECTIONS: dict[str, Projection] = {

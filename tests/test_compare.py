@@ -1,6 +1,7 @@
 """The comparison's arithmetic: pairing by seed, signs, spread, and a page that holds the numbers."""
 
 import compare
+import comparison
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,7 @@ FOUND = {
 
 
 def test_gains_are_paired_by_seed():
-    summary = compare.summarise(FOUND, TASKS)
+    summary = comparison.summarise(FOUND, TASKS)
     none, kem = summary["methods"]
     np.testing.assert_allclose(none["over_none"]["values"], [0, 0])
     np.testing.assert_allclose(kem["over_none"]["values"], [10, 0])  # +10 % mIoU and -10 % error; then nothing
@@ -63,7 +64,7 @@ def test_widened_has_as_many_parameters_as_kem():
 
 
 def test_one_seed_has_no_spread():
-    summary = compare.summarise({name: runs[:1] for name, runs in FOUND.items()}, TASKS)
+    summary = comparison.summarise({name: runs[:1] for name, runs in FOUND.items()}, TASKS)
     assert summary["methods"][1]["over_none"]["std"] is None
 
 
@@ -76,8 +77,8 @@ def test_the_page_and_the_table_hold_the_numbers():
         "seeds": 2,
         "environment": {"device": "cpu"},
     }
-    summary = compare.summarise(FOUND, TASKS) | facts
-    page, table = compare.page(summary), compare.markdown(summary)
+    summary = comparison.summarise(FOUND, TASKS) | facts
+    page, table = comparison.page(summary), comparison.markdown(summary)
     for text in (page, table):
         assert "kem" in text
         assert "1,234" in text

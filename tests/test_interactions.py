@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from sgw_jax.cost import multiply_accumulates
 from sgw_jax.etf import orthonormal_frame, simplex_etf
 from sgw_jax.interactions import INTERACTIONS, KEM, CrossTaskAttention
 from sgw_jax.layers.attention import attention
@@ -124,6 +125,8 @@ CASES: dict[str, tuple[KEM, dict]] = {
     "plain": (KEM(3), RAGGED),
     "top-k, heads, wide slots": (KEM(4, num_heads=2, top_k=5, slot_dim=12), RAGGED),
     "more slots than their width": (KEM(7, num_heads=2, top_k=3, slot_dim=4), RAGGED),
+    "more slots, ETF": (KEM(7, num_heads=2, top_k=3, slot_dim=4, etf_vertices=5), RAGGED),
+    "more slots, softmax over all": (KEM(7, num_heads=4, top_k=None, slot_dim=4), RAGGED),
     "ETF for all": (KEM(3, num_heads=2, top_k=4, etf_vertices=9, etf_seed=3), RAGGED),
     "direction": (KEM(3, top_k=4, etf_vertices=9, projection="direction", temperature=0.5), RAGGED),
     "orthonormal": (KEM(3, top_k=4, etf_vertices=6, projection="orthonormal"), RAGGED),
@@ -282,6 +285,34 @@ def test_kem_matches_the_reference(case):
         np.testing.assert_allclose(slots, expected_slots, rtol=0, atol=1e-12)
         for name in shapes:
             np.testing.assert_allclose(outputs[name], expected[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("module", "folded"),
+    [
+        (KEM(4, top_k=5), True),
+        (KEM(4, num_heads=2, top_k=5, slot_dim=12), True),
+        (KEM(4, top_k=5, etf_vertices=5), True),
+        (KEM(4, top_k=5, etf_vertices=5, task_embedding=True), True),
+        (KEM(12, num_heads=4, top_k=5), False),
+        (KEM(12, num_heads=4, top_k=5, etf_vertices=5), False),
+    ],
+)
+def test_maps_are_applied_to_the_side_with_fewer_products(module, folded):
+    """By the products over tokens alone: h L C (scores), h L C (scores of writing) and L C (what is written), or
+    2 (C + L) d_e, C d_e (values) and L C. A frame takes none, unless task embeddings are added among its vertices."""
+    tokens, slots = 4096, module.num_slots
+    features = {"a": jax.ShapeDtypeStruct((1, tokens, CHANNELS), jnp.float32)}
+    variables = jax.eval_shape(module.init, jax.random.key(0), features)
+    width = module.slot_dim or CHANNELS
+    met = CHANNELS if module.etf_vertices is None or not module.task_embedding else module.etf_vertices
+    expected = slots * CHANNELS + (CHANNELS * met if module.task_embedding else 0)
+    if folded:
+        expected += 2 * module.num_heads * slots * met
+    else:
+        expected += 2 * width * (met + slots) + width * met
+    found = sum(multiply_accumulates(module.apply, variables, features).values()) / tokens
+    assert found == pytest.approx(expected, rel=0.1)  # what the slots cost among themselves is beside it
 
 
 @pytest.mark.parametrize("case", ["top-k, heads, wide slots", "all options"])

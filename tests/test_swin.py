@@ -111,6 +111,7 @@ def test_output_norms_can_be_left_out(params):
         ({"num_heads": (1, 0, 1, 1)}, "must be 4 positive"),
         ({"num_heads": (1, 3, 1, 1)}, "width of stage 2, 8, does not divide into its 3 heads"),
         ({"window_size": 0}, "window_size 0 must be at least 1"),
+        ({"attention_chunk": 0}, "attention_chunk 0 must be at least 1"),
         ({"drop_path": 1.0}, r"drop_path 1.0 must be in \[0, 1\)"),
     ],
 )
@@ -217,11 +218,12 @@ def reference(image, params, always_partition):
     return maps
 
 
-@pytest.mark.parametrize("always_partition", [True, False])
-def test_network_matches_numpy(image, params, always_partition):
-    """Also the scan: the second stage is two scanned pairs, here four blocks one after the other."""
+@pytest.mark.parametrize(("always_partition", "chunk"), [(True, None), (False, None), (True, 5)])
+def test_network_matches_numpy(image, params, always_partition, chunk):
+    """Also the scan: the second stage is two scanned pairs, here four blocks one after the other. In chunks of five
+    the windows of an image are 12 (three groups of 4), 4 with two heads (two of 2), then 1 at once."""
     params = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
-    model = TINY.clone(always_partition=always_partition, dtype=jnp.float64)
+    model = TINY.clone(always_partition=always_partition, attention_chunk=chunk, dtype=jnp.float64)
     image = image if always_partition else image[:1]
     with jax.enable_x64(True):
         found = jit(model.apply)({"params": params}, image.astype(np.float64))
@@ -288,15 +290,17 @@ def test_bfloat16_follows_float32_with_a_float32_softmax(pair):
     assert all("bf16" not in line for line in exponentials)
 
 
-def test_gradients_are_finite_and_remat_changes_nothing(pair):
+def test_gradients_are_finite_and_neither_remat_nor_chunks_change_them(pair):
+    """In chunks of six, three of the four windows are taken at a time: two groups of two. Of two at a time, and one
+    more window, the last group is padded: see the next test."""
     variables, grid = pair
 
     def loss(model, params, grid):
         return jnp.sum(jnp.sin(model.apply({"params": params}, grid, RATES)[0]))
 
     one, *others = (
-        jit(jax.value_and_grad(functools.partial(loss, PAIR.clone(remat=remat)), (0, 1)))(variables["params"], grid)
-        for remat in ("none", "full", "dots")
+        jit(jax.value_and_grad(functools.partial(loss, PAIR.clone(**changes)), (0, 1)))(variables["params"], grid)
+        for changes in ({}, {"remat": "full"}, {"remat": "dots"}, {"attention_chunk": 6})
     )
     rest = (jax.tree.leaves(other) for other in others)
     for (path, a), *b in zip(jax.tree_util.tree_leaves_with_path(one), *rest, strict=True):
@@ -306,6 +310,24 @@ def test_gradients_are_finite_and_remat_changes_nothing(pair):
         # A gradient sums over the 2 x 20 positions.
         for other in b:
             np.testing.assert_allclose(a, other, rtol=0, atol=40 * ROUNDING, err_msg=name)
+
+
+def test_padded_groups_of_windows_change_nothing(params):
+    """Nine windows by six, hence two groups of five, one of them padded: values and gradients, plain and shifted."""
+    first = jax.tree.map(lambda leaf: leaf[0].astype(np.float64), params["stage2"]["shifted"]["attention"])
+    grid = np.random.default_rng(3).normal(size=(2, 8, 7, 8))
+
+    def loss(params, grid, shifted, chunk):
+        attention = WindowAttention(2, 3, shifted, chunk=chunk, dtype=jnp.float64)
+        return jnp.sum(jnp.sin(attention.apply({"params": params}, grid)))
+
+    with jax.enable_x64(True):
+        for shifted in (False, True):
+            one, other = (
+                jit(jax.value_and_grad(functools.partial(loss, shifted=shifted, chunk=chunk), (0, 1)))(first, grid)
+                for chunk in (None, 12)
+            )
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11), one, other)
 
 
 def test_remat_reaches_every_block(image, params):

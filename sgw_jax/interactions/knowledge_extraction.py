@@ -1,13 +1,14 @@
 """KEM, the knowledge extraction module (and sKEM): slots retrieve from all tasks by top-k attention and write back."""
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sgw_jax.etf import project
 from sgw_jax.interactions.tokens import TokenLayout, concatenate_tasks, split_tasks
 from sgw_jax.layers.attention import split_heads
 from sgw_jax.layers.placement import Placement
@@ -15,21 +16,47 @@ from sgw_jax.layers.topk_attention import apply_weights, attention_scores, topk_
 from sgw_jax.projections import PROJECTIONS
 
 
-class _Projections(nn.Module):
-    """Query, key and value maps without biases; three 2-D kernels."""
+class _Kernel(nn.Module):
+    """The kernel of a linear map without bias, by the names and draws of nn.Dense."""
 
-    query: int
-    key: int
-    value: int
+    outputs: int
+
+    @nn.compact
+    def __call__(self, inputs: int) -> Float[Array, "inputs outputs"]:
+        return self.param("kernel", nn.initializers.lecun_normal(), (inputs, self.outputs))
+
+
+class _Maps(nn.Module):
+    """Query, key and value maps of an attention.
+
+    Call: the inputs of the three -> three kernels (inputs, heads, outputs / heads).
+    """
+
+    heads: int
+    outputs: tuple[int, int, int]
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array]:
-        def project(name: str, width: int, inputs: Array) -> Array:
-            return nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)(inputs)
+    def __call__(self, *inputs: "_Rows") -> tuple[Array, Array, Array]:
+        names = ("query", "key", "value")
+        query, key, value = (
+            split_heads(rows.through(_Kernel(outputs, name=name), self.dtype), self.heads)
+            for name, outputs, rows in zip(names, self.outputs, inputs, strict=True)
+        )
+        return query, key, value
 
-        values = project("value", self.value, value)
-        return project("query", self.query, query), project("key", self.key, key), values
+
+class _Rows(NamedTuple):
+    """What a map is applied to: ``values``, or ``values frame`` where there is a frame, which then joins the map."""
+
+    values: Float[Array, "batch rows channels"]
+    frame: Float[Array, "channels vertices"] | None = None
+
+    def through(self, kernel: _Kernel, dtype: jnp.dtype) -> Float[Array, "channels outputs"]:
+        """The map of the values."""
+        if self.frame is None:
+            return kernel(self.values.shape[-1]).astype(dtype)
+        return jnp.matmul(self.frame, kernel(self.frame.shape[-1])).astype(dtype)
 
 
 class KEM(nn.Module):
@@ -41,7 +68,12 @@ class KEM(nn.Module):
       2. write      F^ = softmax((F W_qw)(R^ W_kw)^T / sqrt(d)) (R^ W_vw)               [paper]
       3. broadcast  F <- F + F^, and each task takes its own tokens back                [paper; residual weight 1]
 
-    Cost O(L n_s d_e + n_s d_e^2): linear in the tokens, where dense cross-task attention is O(n_s^2 d_e).
+    Cost: linear in the tokens, where dense cross-task attention is O(n_s^2 d_e). The paper's order of products maps
+    every token three times, O(n_s C d_e + L n_s d_e). But what meets the tokens comes from a few slots, so that
+    W_kr, W_vr and W_qw can be applied to the slots' side instead: (R W_qr)(F W_kr)^T = (R W_qr W_kr^T) F^T, and so on.
+    The result is the same up to rounding, at O(h L n_s C), and no mapped copy of the tokens is made or kept for the
+    backward pass [ours]. Whichever takes fewer products is used: the latter unless h L is larger than about d_e + L.
+    In the same way sKEM's frame M meets the kernels, not the tokens.
     sKEM is KEM with ``etf_vertices`` set: F is projected onto a fixed simplex ETF before it enters W_kr, W_vr and
     W_qw, so that the choice of tokens is stable; the residual still adds to the un-projected F [paper].
 
@@ -135,20 +167,22 @@ class KEM(nn.Module):
                 f"KEM: the initial slots have shape {slots.shape}; they must have (batch, num_slots, slot_dim) = "
                 f"{(tokens.shape[0], *initial.shape)}."
             )
-        retrieve = _Projections(width, width, width, self.dtype, name="retrieve")
-        write = _Projections(width, width, channels, self.dtype, name="write")
+        retrieve = _Maps(self.num_heads, (width, width, width), self.dtype, name="retrieve")
+        write = _Maps(self.num_heads, (width, width, channels), self.dtype, name="write")
         norm = nn.LayerNorm(dtype=self.dtype, name="norm") if self.pre_norm else lambda x: x
-        project = self._projection()
-        gate = self._per_task("task_gate", nn.initializers.zeros, 1, layout)
+        projection = self._projection()
+        gate = self._per_task("task_gate", 1, layout) if self.task_gate else None
 
-        embedding = None
-        for index in range(self.rounds):
+        embedding: Array | None = None
+        for _ in range(self.rounds):
             normed = norm(tokens).astype(self.dtype)
-            projected = project(normed)
-            if index == 0:
-                embedding = self._per_task("task_embedding", nn.initializers.zeros, projected.shape[-1], layout)
-            chooser = projected if embedding is None else projected + embedding
-            source = normed if self.etf_for == "selection" else projected
+            chooser = projection(normed)
+            source = _Rows(normed) if self.etf_for == "selection" else chooser
+            if self.task_embedding:  # among the vertices, if there are any
+                projected = project(*chooser)
+                if embedding is None:
+                    embedding = self._per_task("task_embedding", projected.shape[-1], layout)
+                chooser = _Rows(projected + embedding)
             slots = self._retrieve(retrieve, slots, chooser, source, layout)
             update = self._write(write, chooser, slots, layout)
             update = update if gate is None else update * gate
@@ -158,16 +192,27 @@ class KEM(nn.Module):
         result = split_tasks(tokens, layout)
         return (result, slots) if return_slots else result
 
-    def _projection(self) -> Callable[[Array], Array]:
+    def _projection(self) -> Callable[[Array], _Rows]:
         if self.etf_vertices is None:
-            return lambda tokens: tokens
-        return PROJECTIONS[self.projection](self.etf_vertices, self.etf_seed, name=self.projection)
+            return _Rows
+        module = PROJECTIONS[self.projection](self.etf_vertices, self.etf_seed, name=self.projection)
+        return lambda tokens: _Rows(*module.factors(tokens))
 
-    def _retrieve(self, project: nn.Module, slots: Array, chooser: Array, source: Array, layout: TokenLayout) -> Array:
-        query, key, value = (split_heads(x, self.num_heads) for x in project(slots, chooser, source))
-        scale = 1 / (self.temperature * query.shape[-1] ** 0.5)
+    def _retrieve(self, maps: nn.Module, slots: Array, chooser: _Rows, source: _Rows, layout: TokenLayout) -> Array:
+        for_query, for_key, for_value = maps(_Rows(slots), chooser, source)
+        query = _by_head(slots, for_query)
+        folded = self._folds(for_key)
+        if folded:
+            query, key, value = _of_one_head(query, for_key), chooser.values[:, :, None], source.values[:, :, None]
+        else:
+            key, value = _by_head(chooser.values, for_key), _by_head(source.values, for_value)
+        scale = 1 / (self.temperature * for_query.shape[-1] ** 0.5)
         options = {"scale": scale, "recall": self.recall, "placement": self.placement, "located": layout.locate}
         readout, weights, index = topk_attention(query, key, value, self.top_k, **options)
+        if folded:
+            shape = (len(slots), self.num_heads, self.num_slots, -1)
+            readout = jnp.einsum("bhlc,chd->blhd", readout.reshape(shape), for_value)
+            weights, index = weights.reshape(shape), None if index is None else index.reshape(shape)
         readout = readout.reshape(*readout.shape[:2], -1)
         self._record("retrieve_weights", layout.by_index(weights, 3) if index is None else weights)
         if index is not None:
@@ -175,23 +220,32 @@ class KEM(nn.Module):
         self._record("readout", readout)
         return readout
 
-    def _write(self, project: nn.Module, chooser: Array, slots: Array, layout: TokenLayout) -> Array:
-        query, key, value = (split_heads(x, self.num_heads) for x in project(chooser, slots, slots))
-        weights = nn.softmax(attention_scores(query, key), axis=-1)
+    def _write(self, maps: nn.Module, chooser: _Rows, slots: Array, layout: TokenLayout) -> Array:
+        for_query, for_key, for_value = maps(chooser, _Rows(slots), _Rows(slots))
+        key, value = _by_head(slots, for_key), _by_head(slots, for_value)
+        scale = for_query.shape[-1] ** -0.5
+        if self._folds(for_query):
+            scores = attention_scores(chooser.values[:, :, None], _of_one_head(key, for_query), scale)
+            scores = scores.reshape(*scores.shape[::2], self.num_heads, self.num_slots).swapaxes(1, 2)
+        else:
+            scores = attention_scores(_by_head(chooser.values, for_query), key, scale)
+        weights = nn.softmax(scores, axis=-1)
         self._record("write_weights", layout.by_index(weights, 2))
         update = apply_weights(weights, value)
         return update.reshape(*update.shape[:2], -1)
 
-    def _per_task(
-        self, option: str, init: nn.initializers.Initializer, width: int, layout: TokenLayout
-    ) -> Array | None:
-        """A learned vector per task, repeated over the task's tokens; None if the option is off.
+    def _folds(self, kernel: Float[Array, "channels heads dim"]) -> bool:
+        """Whether a map of the tokens takes fewer products on the slots' side, their scores included."""
+        channels, _, dim = kernel.shape
+        return self.num_slots * channels <= dim * (channels + self.num_slots)
+
+    def _per_task(self, option: str, width: int, layout: TokenLayout) -> Float[Array, "tokens width"]:
+        """A learned vector per task, from 0, repeated over the task's tokens.
 
         A parameter per task name, not rows of one table: jit sorts the keys of a mapping, which must not swap rows.
         """
-        if not getattr(self, option):
-            return None
-        vectors = [self.param(f"{option}_{name}", init, (width,)).astype(self.dtype) for name in layout.names]
+        zeros = nn.initializers.zeros
+        vectors = [self.param(f"{option}_{name}", zeros, (width,)).astype(self.dtype) for name in layout.names]
         rows = zip(vectors, layout.part_lengths, strict=True)
         part = jnp.concatenate([jnp.broadcast_to(vector, (length, width)) for vector, length in rows])
         return jnp.tile(part, (layout.parts, 1))
@@ -225,6 +279,20 @@ class KEM(nn.Module):
         for name, size in (("slot_dim", width), ("the features' channels", channels)):
             if size % self.num_heads:
                 raise ValueError(f"KEM: {name} = {size} does not divide by num_heads = {self.num_heads}.")
+
+
+def _by_head(
+    inputs: Float[Array, "batch rows channels"], kernel: Float[Array, "channels heads dim"]
+) -> Float[Array, "batch rows heads dim"]:
+    return jnp.einsum("brc,chd->brhd", inputs.astype(kernel.dtype), kernel)
+
+
+def _of_one_head(
+    rows: Float[Array, "batch slots heads dim"], kernel: Float[Array, "channels heads dim"]
+) -> Float[Array, "batch heads*slots 1 channels"]:
+    """Every head's rows mapped back to the tokens' channels, as rows of one head over tokens that no map has seen."""
+    mapped = jnp.einsum("blhd,chd->bhlc", rows, kernel)
+    return mapped.reshape(len(rows), -1, 1, mapped.shape[-1])
 
 
 def _norm(tokens: Float[Array, "batch tokens width"]) -> Float[Array, " batch"]:

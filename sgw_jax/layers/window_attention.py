@@ -1,5 +1,8 @@
 """Attention within the windows of a map, plain or shifted, with a relative position bias."""
 
+import functools
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,15 +29,19 @@ class WindowAttention(nn.Module):
         like any other, as in the paper's detection code and Hugging Face's `SwinBackbone`. False: the window shrinks to
         the shorter side and is never shifted, as in the paper's classifier and Hugging Face's `SwinModel` (which fails
         unless that side equals the window; here the offsets that occur are read from the same table).
+      chunk: windows x heads of every image that are taken at a time, at least one window; None is all at once. The
+        scores of a group are recomputed in the backward pass, so that no more of them exist at a time; the result is
+        the same up to rounding. On a TPU they then stay on the chip, where all of them are written to memory and read.
 
     Raises:
-      ValueError: the width does not divide into num_heads; window_size < 1.
+      ValueError: the width does not divide into num_heads; window_size or chunk < 1.
     """
 
     num_heads: int
     window_size: int = 7
     shifted: bool = False
     always_partition: bool = True
+    chunk: int | None = None
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -44,19 +51,23 @@ class WindowAttention(nn.Module):
         batch, height, width, channels = grid.shape
         if channels % self.num_heads:
             raise ValueError(f"WindowAttention: width {channels} does not divide into num_heads = {self.num_heads}.")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"WindowAttention: chunk is {self.chunk}; it must be positive, or None for all windows.")
         window, shift = self._window_and_shift(height, width)
         padded = jnp.roll(pad_to_multiple(grid, window), (-shift, -shift), (1, 2))
         size = (padded.shape[1], padded.shape[2])
         tokens = to_windows(padded, window)
         projected = nn.Dense(3 * channels, dtype=self.dtype, name="query_key_value")(tokens)
-        query, key, value = (split_heads(part, self.num_heads) for part in jnp.split(projected, 3, axis=-1))
-
-        scores = attention_scores(query, key)
-        scores += self._position_bias(window).astype(scores.dtype)
-        scores = scores.reshape(batch, -1, *scores.shape[1:])  # (batch, windows, heads, queries, keys)
-        allowed = None if shift == 0 else together(size, window, shift)[:, None]
-        weights = jax.nn.softmax(scores, axis=-1, where=allowed).reshape(-1, *scores.shape[2:])
-        mixed = apply_weights(weights, value).reshape(tokens.shape)
+        heads = (split_heads(part, self.num_heads) for part in jnp.split(projected, 3, axis=-1))
+        query, key, value = (part.reshape(batch, -1, *part.shape[1:]) for part in heads)
+        bias = self._position_bias(window)
+        allowed = None if shift == 0 else together(size, window, shift)
+        attend = functools.partial(_attend, bias)
+        if self.chunk is None:
+            mixed = attend(query, key, value, allowed)
+        else:
+            mixed = _by_groups(attend, max(1, self.chunk // self.num_heads), query, key, value, allowed)
+        mixed = mixed.reshape(tokens.shape)
 
         output = jnp.roll(from_windows(mixed, window, size), (shift, shift), (1, 2))[:, :height, :width]
         return nn.Dense(channels, dtype=self.dtype, name="output")(output)  # padding needs no projection
@@ -74,6 +85,45 @@ class WindowAttention(nn.Module):
             "relative_position_bias_table", nn.initializers.truncated_normal(0.02), (offsets, self.num_heads)
         )
         return jnp.moveaxis(table[offset_index(window, self.window_size)], -1, 0)
+
+
+def _attend(
+    bias: Float[Array, "heads queries keys"],
+    query: Float[Array, "batch windows queries heads dim"],
+    key: Float[Array, "batch windows keys heads dim"],
+    value: Float[Array, "batch windows keys heads dim"],
+    allowed: Bool[Array, "windows queries keys"] | None,
+) -> Float[Array, "batch windows queries heads dim"]:
+    shape = query.shape
+    query, key, value = (part.reshape(-1, *part.shape[2:]) for part in (query, key, value))
+    scores = attention_scores(query, key)
+    scores += bias.astype(scores.dtype)
+    scores = scores.reshape(*shape[:2], *scores.shape[1:])  # (batch, windows, heads, queries, keys)
+    weights = jax.nn.softmax(scores, axis=-1, where=None if allowed is None else allowed[:, None])
+    return apply_weights(weights.reshape(-1, *weights.shape[2:]), value).reshape(shape)
+
+
+def _by_groups(
+    attend: Callable[..., Array], most: int, query: Array, key: Array, value: Array, allowed: Array | None
+) -> Array:
+    """``attend`` of at most so many windows of every image at a time, in groups as equal as can be."""
+    windows = query.shape[1]
+    groups = -(-windows // most)
+    if groups == 1:
+        return attend(query, key, value, allowed)
+    padding = -windows % groups
+    size = (windows + padding) // groups
+
+    def cut(part: Array, axis: int, fill: bool = False) -> Array:
+        widths = [(0, padding if index == axis else 0) for index in range(part.ndim)]
+        padded = jnp.pad(part, widths, constant_values=fill) if padding else part
+        # Window w goes to group w mod groups: of rows split over devices, each has its part of every group.
+        return jnp.moveaxis(padded.reshape(*part.shape[:axis], size, groups, *part.shape[axis + 1 :]), axis + 1, 0)
+
+    parts = [cut(part, 1) for part in (query, key, value)]
+    masks = None if allowed is None else cut(allowed, 0, fill=True)  # a row without a key has no softmax
+    outputs = jax.lax.map(jax.checkpoint(lambda part: attend(*part)), (*parts, masks))
+    return jnp.moveaxis(outputs, 0, 2).reshape(query.shape[0], windows + padding, *query.shape[2:])[:, :windows]
 
 
 def pad_to_multiple(grid: Float[Array, "batch height width channels"], multiple: int) -> Array:
