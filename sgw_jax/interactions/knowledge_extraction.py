@@ -29,7 +29,7 @@ class _Kernel(nn.Module):
 class _Maps(nn.Module):
     """Query, key and value maps of an attention.
 
-    Call: the inputs of the three -> three kernels (inputs, heads, outputs / heads).
+    Call: the widths of their inputs -> three kernels (inputs, heads, outputs / heads).
     """
 
     heads: int
@@ -37,26 +37,47 @@ class _Maps(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, *inputs: "_Rows") -> tuple[Array, Array, Array]:
-        names = ("query", "key", "value")
+    def __call__(self, *inputs: int) -> tuple[Array, Array, Array]:
         query, key, value = (
-            split_heads(rows.through(_Kernel(outputs, name=name), self.dtype), self.heads)
-            for name, outputs, rows in zip(names, self.outputs, inputs, strict=True)
+            split_heads(_Kernel(outputs, name=name)(width).astype(self.dtype), self.heads)
+            for name, outputs, width in zip(("query", "key", "value"), self.outputs, inputs, strict=True)
         )
         return query, key, value
 
 
-class _Rows(NamedTuple):
-    """What a map is applied to: ``values``, or ``values frame`` where there is a frame, which then joins the map."""
+class _Tokens(NamedTuple):
+    """Tokens as ``values``, or as ``values frame`` where there is a frame, and both sides of a map of them."""
 
-    values: Float[Array, "batch rows channels"]
+    values: Float[Array, "batch tokens channels"]
     frame: Float[Array, "channels vertices"] | None = None
 
-    def through(self, kernel: _Kernel, dtype: jnp.dtype) -> Float[Array, "channels outputs"]:
-        """The map of the values."""
-        if self.frame is None:
-            return kernel(self.values.shape[-1]).astype(dtype)
-        return jnp.matmul(self.frame, kernel(self.frame.shape[-1])).astype(dtype)
+    @property
+    def width(self) -> int:
+        return (self.values if self.frame is None else self.frame).shape[-1]
+
+    def mapped(self, kernel: Float[Array, "width heads dim"]) -> Float[Array, "batch tokens heads dim"]:
+        """The map of the tokens."""
+        return _by_head(project(self.values, self.frame), kernel)
+
+    def one_head(self) -> Float[Array, "batch tokens 1 channels"]:
+        """What `towards` and `of_sums` leave the tokens as."""
+        return self.values[:, :, None]
+
+    def towards(
+        self, rows: Float[Array, "batch slots heads dim"], kernel: Float[Array, "width heads dim"]
+    ) -> Float[Array, "batch heads*slots 1 channels"]:
+        """Rows whose products with `one_head` are those of the slots' ``rows`` with `mapped`."""
+        rows = jnp.einsum("blhd,khd->bhlk", rows, kernel)
+        # The frame follows the kernel instead of joining it: fewer products, and jax 0.10.2's CPU compiler makes wrong
+        # numbers of F (M W) in front of a softmax (test_full_size_widths_are_compiled_right).
+        rows = rows if self.frame is None else project(rows, self.frame.T)
+        return rows.reshape(len(rows), -1, 1, rows.shape[-1])
+
+    def of_sums(
+        self, sums: Float[Array, "batch heads slots channels"], kernel: Float[Array, "width heads dim"]
+    ) -> Float[Array, "batch slots heads dim"]:
+        """The map of weighted sums of `one_head`: what the same weights make of `mapped`."""
+        return jnp.einsum("bhlk,khd->blhd", project(sums, self.frame), kernel)
 
 
 class KEM(nn.Module):
@@ -177,12 +198,12 @@ class KEM(nn.Module):
         for _ in range(self.rounds):
             normed = norm(tokens).astype(self.dtype)
             chooser = projection(normed)
-            source = _Rows(normed) if self.etf_for == "selection" else chooser
+            source = _Tokens(normed) if self.etf_for == "selection" else chooser
             if self.task_embedding:  # among the vertices, if there are any
                 projected = project(*chooser)
                 if embedding is None:
                     embedding = self._per_task("task_embedding", projected.shape[-1], layout)
-                chooser = _Rows(projected + embedding)
+                chooser = _Tokens(projected + embedding)
             slots = self._retrieve(retrieve, slots, chooser, source, layout)
             update = self._write(write, chooser, slots, layout)
             update = update if gate is None else update * gate
@@ -192,26 +213,26 @@ class KEM(nn.Module):
         result = split_tasks(tokens, layout)
         return (result, slots) if return_slots else result
 
-    def _projection(self) -> Callable[[Array], _Rows]:
+    def _projection(self) -> Callable[[Array], _Tokens]:
         if self.etf_vertices is None:
-            return _Rows
+            return _Tokens
         module = PROJECTIONS[self.projection](self.etf_vertices, self.etf_seed, name=self.projection)
-        return lambda tokens: _Rows(*module.factors(tokens))
+        return lambda tokens: _Tokens(*module.factors(tokens))
 
-    def _retrieve(self, maps: nn.Module, slots: Array, chooser: _Rows, source: _Rows, layout: TokenLayout) -> Array:
-        for_query, for_key, for_value = maps(_Rows(slots), chooser, source)
+    def _retrieve(self, maps: nn.Module, slots: Array, chooser: _Tokens, source: _Tokens, layout: TokenLayout) -> Array:
+        for_query, for_key, for_value = maps(slots.shape[-1], chooser.width, source.width)
         query = _by_head(slots, for_query)
-        folded = self._folds(for_key)
+        folded = self._folds(chooser, for_key)
         if folded:
-            query, key, value = _of_one_head(query, for_key), chooser.values[:, :, None], source.values[:, :, None]
+            query, key, value = chooser.towards(query, for_key), chooser.one_head(), source.one_head()
         else:
-            key, value = _by_head(chooser.values, for_key), _by_head(source.values, for_value)
+            key, value = chooser.mapped(for_key), source.mapped(for_value)
         scale = 1 / (self.temperature * for_query.shape[-1] ** 0.5)
         options = {"scale": scale, "recall": self.recall, "placement": self.placement, "located": layout.locate}
         readout, weights, index = topk_attention(query, key, value, self.top_k, **options)
         if folded:
             shape = (len(slots), self.num_heads, self.num_slots, -1)
-            readout = jnp.einsum("bhlc,chd->blhd", readout.reshape(shape), for_value)
+            readout = source.of_sums(readout.reshape(shape), for_value)
             weights, index = weights.reshape(shape), None if index is None else index.reshape(shape)
         readout = readout.reshape(*readout.shape[:2], -1)
         self._record("retrieve_weights", layout.by_index(weights, 3) if index is None else weights)
@@ -220,24 +241,24 @@ class KEM(nn.Module):
         self._record("readout", readout)
         return readout
 
-    def _write(self, maps: nn.Module, chooser: _Rows, slots: Array, layout: TokenLayout) -> Array:
-        for_query, for_key, for_value = maps(chooser, _Rows(slots), _Rows(slots))
+    def _write(self, maps: nn.Module, chooser: _Tokens, slots: Array, layout: TokenLayout) -> Array:
+        for_query, for_key, for_value = maps(chooser.width, slots.shape[-1], slots.shape[-1])
         key, value = _by_head(slots, for_key), _by_head(slots, for_value)
         scale = for_query.shape[-1] ** -0.5
-        if self._folds(for_query):
-            scores = attention_scores(chooser.values[:, :, None], _of_one_head(key, for_query), scale)
+        if self._folds(chooser, for_query):
+            scores = attention_scores(chooser.one_head(), chooser.towards(key, for_query), scale)
             scores = scores.reshape(*scores.shape[::2], self.num_heads, self.num_slots).swapaxes(1, 2)
         else:
-            scores = attention_scores(_by_head(chooser.values, for_query), key, scale)
+            scores = attention_scores(chooser.mapped(for_query), key, scale)
         weights = nn.softmax(scores, axis=-1)
         self._record("write_weights", layout.by_index(weights, 2))
         update = apply_weights(weights, value)
         return update.reshape(*update.shape[:2], -1)
 
-    def _folds(self, kernel: Float[Array, "channels heads dim"]) -> bool:
+    def _folds(self, tokens: _Tokens, kernel: Float[Array, "width heads dim"]) -> bool:
         """Whether a map of the tokens takes fewer products on the slots' side, their scores included."""
-        channels, _, dim = kernel.shape
-        return self.num_slots * channels <= dim * (channels + self.num_slots)
+        width, _, dim = kernel.shape
+        return self.num_slots * tokens.values.shape[-1] <= dim * (width + self.num_slots)
 
     def _per_task(self, option: str, width: int, layout: TokenLayout) -> Float[Array, "tokens width"]:
         """A learned vector per task, from 0, repeated over the task's tokens.
@@ -285,14 +306,6 @@ def _by_head(
     inputs: Float[Array, "batch rows channels"], kernel: Float[Array, "channels heads dim"]
 ) -> Float[Array, "batch rows heads dim"]:
     return jnp.einsum("brc,chd->brhd", inputs.astype(kernel.dtype), kernel)
-
-
-def _of_one_head(
-    rows: Float[Array, "batch slots heads dim"], kernel: Float[Array, "channels heads dim"]
-) -> Float[Array, "batch heads*slots 1 channels"]:
-    """Every head's rows mapped back to the tokens' channels, as rows of one head over tokens that no map has seen."""
-    mapped = jnp.einsum("blhd,chd->bhlc", rows, kernel)
-    return mapped.reshape(len(rows), -1, 1, mapped.shape[-1])
 
 
 def _norm(tokens: Float[Array, "batch tokens width"]) -> Float[Array, " batch"]:
