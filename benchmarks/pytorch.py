@@ -5,9 +5,10 @@
 Needs the extra [parity]. "scenes" is the default configuration's network (ViT of width 96, KEM, three tasks, subpixel
 heads and convolutional stem replaced by bilinear heads and patches), "vit_s" ViT-S with 64 task channels. Losses and
 predictions of the two sides are compared first (1e-4 relative). Training step: forward, losses, backward, AdamW; calls
-take turns, medians are reported, ratios above 1 mean that ours is faster. Peak memory and the time to the first step
-(from the start of a process: imports, compilation) come from processes of their own; ours with an empty and then with a
-warm compilation cache. KEM is timed alone beside torch's dense attention over the same tokens.
+take turns in a process that does nothing else (training leaves a heap in which prediction is slower, ours more than
+theirs), medians are reported, ratios above 1 mean that ours is faster. Peak memory and the time to the first step (from
+the start of a process: imports, compilation) come from further processes; ours with an empty and then with a warm
+compilation cache. KEM is timed alone beside torch's dense attention over the same tokens.
 
 MFU: the step's FLOPs (counted from the trace of the forward pass, times three) over what a large float32 matrix product
 reaches in this process. Writes benchmarks/results/pytorch_DEVICE.json.
@@ -179,26 +180,35 @@ def kem_alone(seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def of_own_process(name: str, side: str, what: str, cache: str = "") -> dict[str, float]:
-    """{"first_call": seconds from the start of a process, "peak_MiB": of resident memory during a later call}."""
-    flags = [f"--models={name}", f"--child={side}", f"--what={what}", f"--cache={cache}", f"--started={time.time()}"]
+def of_own_process(name: str, child: str, what: str, *flags: str) -> dict[str, float]:
+    """What a `CHILDREN` returns in a new process."""
+    flags = (f"--models={name}", f"--child={child}", f"--what={what}", f"--started={time.time()}", *flags)
     done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def child(arguments: argparse.Namespace) -> None:
-    """What `of_own_process` runs."""
-    if arguments.cache:
-        jax.config.update("jax_compilation_cache_dir", arguments.cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    side = Side(arguments.models[0])
-    call = side.ours(arguments.what) if arguments.child == "ours" else side.theirs(arguments.what, False)
+def in_turns(side: Side, arguments: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a call of ours, of eager and of compiled PyTorch."""
+    what = arguments.what
+    calls = {"ours": side.ours(what), "eager": side.theirs(what, False), "compiled": side.theirs(what, True)}
+    return medians(in_turn(calls, arguments.seconds))
+
+
+def first_call(call: Callable[[], Any], arguments: argparse.Namespace) -> dict[str, float]:
+    """{"first_call": seconds from the start of the process, "peak_MiB": of resident memory during a later call}."""
     call()
     first = time.time() - arguments.started  # imports included
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here (Linux)
     call()
     peak = int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024  # type: ignore[index]
-    print(json.dumps({"first_call": first, "peak_MiB": peak}))
+    return {"first_call": first, "peak_MiB": peak}
+
+
+CHILDREN: dict[str, Callable[[Side, argparse.Namespace], dict[str, float]]] = {
+    "turns": in_turns,
+    "ours": lambda side, arguments: first_call(side.ours(arguments.what), arguments),
+    "theirs": lambda side, arguments: first_call(side.theirs(arguments.what, False), arguments),
+}
 
 
 def measure(name: str, seconds: float, peak: float) -> list[dict[str, Any]]:
@@ -208,15 +218,14 @@ def measure(name: str, seconds: float, peak: float) -> list[dict[str, Any]]:
     shapes = jax.eval_shape(lambda: side.state.variables), jax.ShapeDtypeStruct((side.rows, *side.size, 3), jnp.float32)
     flops = 2 * sum(multiply_accumulates(side.model.apply, *shapes).values())
     rows = []
-    for what, times in (("prediction", 1), ("training step", 3)):
-        calls = {"ours": side.ours(what), "eager": side.theirs(what, False), "compiled": side.theirs(what, True)}
-        median = medians(in_turn(calls, seconds))
+    for what, times in (("training step", 3), ("prediction", 1)):
+        median = of_own_process(name, "turns", what, f"--seconds={seconds}")
         row: dict[str, Any] = {"model": name, "what": what, "batch": side.rows, "seconds": median}
         row["mfu"] = times * flops / median["ours"] / peak
         if jax.devices()[0].platform == "cpu":
             with tempfile.TemporaryDirectory() as cache:
-                row["cold"] = of_own_process(name, "ours", what, cache)
-                row["warm"] = of_own_process(name, "ours", what, cache)
+                row["cold"] = of_own_process(name, "ours", what, f"--cache={cache}")
+                row["warm"] = of_own_process(name, "ours", what, f"--cache={cache}")
             row["torch"] = of_own_process(name, "theirs", what)
         rows.append(row)
     return rows
@@ -251,14 +260,17 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--seconds", type=float, default=30.0, help="per comparison")
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--child", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     parser.add_argument("--what", help=argparse.SUPPRESS)
     parser.add_argument("--cache", default="", help=argparse.SUPPRESS)
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     keep_freed_memory()
     if arguments.child:
-        child(arguments)
+        if arguments.cache:
+            jax.config.update("jax_compilation_cache_dir", arguments.cache)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        print(json.dumps(CHILDREN[arguments.child](Side(arguments.models[0]), arguments)))
         return
 
     import torch

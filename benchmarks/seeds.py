@@ -66,19 +66,36 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def side_by_side(runs: Mapping[str, Sequence[dict[str, Any]]], config: str = "scenes") -> str:
-    """Headline metrics of several configurations, delta_m over the first by seed, and the last validation loss."""
+    """Headline metrics of several configurations; delta_m and the last validation loss over the first, by seed."""
     tasks = build_tasks(read_config(config, ()))
     first = next(iter(runs.values()))
     heads = [(task["name"], task["metric"], "↑" if task["higher_is_better"] else "↓") for task in first[0]["tasks"]]
-    lines = ["| | " + " | ".join(" ".join(head) for head in heads) + " | Δm % | by seed | validation loss | by seed |"]
-    lines.append("|---" * (len(heads) + 5) + "|")
+    titles = [*(" ".join(head) for head in heads), "Δm %", "by seed", "validation loss", "over none", "by seed"]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for name, results in runs.items():
         cells = [shown(spread([found["metrics"][task][metric] for found in results])) for task, metric, _ in heads]
-        pairs = zip(results, first, strict=False)
-        gains = [delta_m(found["metrics"], other["metrics"], tasks) for found, other in pairs]
-        cells += ["", ""] if results is first else [interval(spread(gains)), ", ".join(f"{g:+.2f}" for g in gains)]
         losses = [found["validation_loss"] for found in results]
-        cells += [shown(spread(losses), 4), ", ".join(f"{loss:.2f}" for loss in losses)]
+        gains = [delta_m(one["metrics"], other["metrics"], tasks) for one, other in zip(results, first, strict=False)]
+        above = [loss - other["validation_loss"] for loss, other in zip(losses, first, strict=False)]
+        if results is first:
+            cells += ["", "", shown(spread(losses), 4), "", ""]
+        else:
+            cells += [interval(spread(gains)), ", ".join(f"{gain:+.2f}" for gain in gains)]
+            cells += [shown(spread(losses), 4), interval(spread(above)), ", ".join(f"{x:+.2f}" for x in above)]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def by_task(runs: Mapping[str, Sequence[dict[str, Any]]], config: str = "scenes") -> str:
+    """Each task's relative gain over the first configuration in %, above 0 is better, by pairs of the same seed."""
+    tasks = build_tasks(read_config(config, ()))
+    first, *others = runs.items()
+    lines = ["| | " + " | ".join(task.name for task in tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+    for name, results in others:
+        cells = []
+        for task in tasks:
+            pairs = zip(results, first[1], strict=False)
+            cells.append(interval(spread([delta_m(one["metrics"], other["metrics"], [task]) for one, other in pairs])))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -16,6 +16,7 @@ import comparison
 import full_size
 import interactions
 import jinja2
+import kem_products
 import noise
 import noise_trained
 import objectives
@@ -49,6 +50,7 @@ def render() -> str:
         comparison,
         full_size,
         interactions,
+        kem_products,
         noise,
         noise_trained,
         objectives,
