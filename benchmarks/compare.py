@@ -20,6 +20,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,9 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     tasks = build_run(arguments, overrides, "none", {}, seed=0).tasks
     trunk = arguments.trunk or arguments.out / "trunk"
-    if arguments.trunk is None and not (trunk / "result.json").exists():
-        console.print(f"The trunk: {arguments.trunk_steps} steps without interaction.")
-        run(build_run(arguments, overrides, "none", {}, seed=1000, steps=arguments.trunk_steps), trunk, None)
+    if arguments.trunk is None:
+        experiment = build_run(arguments, overrides, "none", {}, seed=1000, steps=arguments.trunk_steps)
+        if not done(experiment, trunk, None):
+            console.print(f"The trunk: {arguments.trunk_steps} steps without interaction.")
+            run(experiment, trunk, None)
+    elif not (trunk / "result.json").exists():
+        raise SystemExit(f"--trunk: {trunk} is no trunk of a comparison: it has no result.json.")
+    trunk_steps = json.loads((trunk / "result.json").read_text(encoding="utf-8"))["made_by"]["steps"]
     cases: dict[str, tuple[str, dict[str, str]]] = {name: METHODS[name] for name in arguments.methods}
     if "widened" in cases:
         width = equal_mlp_width(build_run(arguments, overrides, "kem", {}, seed=0))
@@ -120,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for rate in arguments.tune:
                 progress.update(bar, description=f"{name}, learning rate {rate}")
                 workdir, flag = arguments.out / "tuning" / name / rate, {"optimizer.learning_rate": rate}
-                if not (workdir / "result.json").exists():
-                    experiment = build_run(arguments, overrides, interaction, options | flag, TUNING_SEED, tuning=True)
+                experiment = build_run(arguments, overrides, interaction, options | flag, TUNING_SEED, tuning=True)
+                if not done(experiment, workdir, trunk):
                     run(experiment, workdir, trunk, "validation")
                 losses[rate] = json.loads((workdir / "result.json").read_text(encoding="utf-8"))["loss"]
                 progress.advance(bar)
@@ -132,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, (interaction, options) in cases.items():
                 progress.update(bar, description=f"{name}, seed {seed}")
                 workdir = arguments.out / name / f"seed{seed}"
-                if not (workdir / "result.json").exists():
-                    experiment = build_run(arguments, overrides, interaction, options, seed)
+                experiment = build_run(arguments, overrides, interaction, options, seed)
+                if not done(experiment, workdir, trunk):
                     run(experiment, workdir, trunk)
                 progress.advance(bar)
 
@@ -148,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "config": arguments.config,
         "overrides": overrides,
         "steps": arguments.steps,
-        "trunk_steps": arguments.trunk_steps,
+        "trunk_steps": trunk_steps,
         "seeds": arguments.seeds,
         "rates": rates,
         "environment": environment(),
@@ -196,6 +202,25 @@ def equal_mlp_width(kem: Experiment) -> int:
     return round((count - 3 * channels) / (2 * channels + 1))
 
 
+def made_by(experiment: Experiment, trunk: Path | None) -> dict[str, Any]:
+    """What a result depends on: the whole configuration, and the trunk."""
+    return {**json.loads(experiment.config.to_json_best_effort()), "trunk": None if trunk is None else str(trunk)}
+
+
+def done(experiment: Experiment, workdir: Path, trunk: Path | None) -> bool:
+    """Whether this run is complete already; exits if what is there was made by another configuration or trunk."""
+    path = workdir / "result.json"
+    if not path.exists():
+        return False
+    old, new = json.loads(path.read_text(encoding="utf-8")).get("made_by", {}), made_by(experiment, trunk)
+    other = [key for key in new if old.get(key) != new[key]]
+    if other:
+        raise SystemExit(
+            f"{path} was made with another {', '.join(other)}: give another --out, or delete {workdir} to run it anew."
+        )
+    return True
+
+
 def run(experiment: Experiment, workdir: Path, trunk: Path | None, split: str = "test") -> None:
     """Trains, evaluates on a split and writes result.json, the sign that the run is complete."""
     trained = train(experiment, workdir, Console(file=io.StringIO()), init_from=trunk)
@@ -210,6 +235,7 @@ def run(experiment: Experiment, workdir: Path, trunk: Path | None, split: str = 
         length, batches = len(experiment.data.sources[split]), experiment.data.evaluation(split)
         diagnostics = diagnose(model, variables, batches, experiment.mesh, tasks, length=length)
     result = {
+        "made_by": made_by(experiment, trunk),
         "metrics": found.metrics,
         "loss": found.loss,
         "losses": found.losses,

@@ -34,18 +34,20 @@ def summarise(found: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Sequence[
     for name, runs in found.items():
         if name.startswith(SINGLE):
             continue
-        gains = [delta_m(run["metrics"], single, tasks) for run, single in zip(runs, singles, strict=False)]
-        over_none = [
-            delta_m(run["metrics"], base["metrics"], tasks)
-            for run, base in zip(runs, found.get("none", ()), strict=False)
-        ]
+        none = [] if name == "none" else [run["metrics"] for run in found.get("none", ())]
+        others = {"delta_m": singles, "over_none": none}
+        gains = {
+            key: spread([delta_m(run["metrics"], other, tasks) for run, other in zip(runs, metrics, strict=True)])
+            if metrics
+            else None
+            for key, metrics in others.items()
+        }
         rows.append(
             {
                 "name": name,
                 "parameters": runs[0]["parameters"],
                 "images_per_second": statistics.median(run["images_per_second"] for run in runs),
-                "delta_m": spread(gains) if gains else None,
-                "over_none": spread(over_none) if over_none else None,
+                **gains,
                 "tasks": {
                     task.name: spread([run["metrics"][task.name][task.metric] for run in runs]) for task in tasks
                 },
@@ -116,8 +118,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     for row in summary["methods"]:
         cells = [shown(row["tasks"][task["name"]]) for task in summary["tasks"]]
         start = [row["name"], f"{row['parameters']:,}", f"{row['images_per_second']:.0f}"]
-        gain = "" if row["name"] == "none" else interval(row["over_none"])
-        lines.append("| " + " | ".join([*start, *cells, interval(row["delta_m"]), gain]) + " |")
+        lines.append("| " + " | ".join([*start, *cells, interval(row["delta_m"]), interval(row["over_none"])]) + " |")
     if summary["single"]:
         single = [shown(summary["single"][task["name"]]) for task in summary["tasks"]]
         lines.append("| " + " | ".join(["single-task models", "", "", *single, "0", ""]) + " |")
@@ -129,9 +130,9 @@ def markdown(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def gains(summaries: Sequence[Mapping[str, Any]]) -> str:
+def by_number_of_tasks(summaries: Sequence[Mapping[str, Any]]) -> str:
     """The gain over "none" alone: a row per method, a column per summary, headed by its number of tasks."""
-    names = [row["name"] for row in summaries[0]["methods"] if row["name"] != "none"]
+    names = dict.fromkeys(row["name"] for summary in summaries for row in summary["methods"] if row["name"] != "none")
     lines = ["| | " + " | ".join(f"{len(summary['tasks'])} tasks" for summary in summaries) + " |"]
     lines.append("|---" * (len(summaries) + 1) + "|")
     for name in names:

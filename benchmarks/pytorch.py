@@ -11,7 +11,7 @@ the start of a process: imports, compilation) come from further processes; ours 
 compilation cache. KEM is timed alone beside torch's dense attention over the same tokens.
 
 MFU: the step's FLOPs (counted from the trace of the forward pass, times three) over what a large float32 matrix product
-reaches in this process. Writes benchmarks/results/pytorch_DEVICE.json.
+reaches in the same process. Writes benchmarks/results/pytorch_DEVICE.json.
 """
 
 import argparse
@@ -183,15 +183,15 @@ def kem_alone(seconds: float) -> list[dict[str, Any]]:
 def of_own_process(name: str, child: str, what: str, *flags: str) -> dict[str, float]:
     """What a `CHILDREN` returns in a new process."""
     flags = (f"--models={name}", f"--child={child}", f"--what={what}", f"--started={time.time()}", *flags)
-    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, __file__, *flags], stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def in_turns(side: Side, arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a call of ours, of eager and of compiled PyTorch."""
-    what = arguments.what
+    """Seconds of a call of ours, of eager and of compiled PyTorch; "peak": FLOP/s of a large matrix product."""
+    what, peak = arguments.what, matmul_peak()
     calls = {"ours": side.ours(what), "eager": side.theirs(what, False), "compiled": side.theirs(what, True)}
-    return medians(in_turn(calls, arguments.seconds))
+    return {**medians(in_turn(calls, arguments.seconds)), "peak": peak}
 
 
 def first_call(call: Callable[[], Any], arguments: argparse.Namespace) -> dict[str, float]:
@@ -204,23 +204,30 @@ def first_call(call: Callable[[], Any], arguments: argparse.Namespace) -> dict[s
     return {"first_call": first, "peak_MiB": peak}
 
 
+def check(side: Side, arguments: argparse.Namespace) -> dict[str, float]:
+    """{"macs": of the forward pass}, after both sides were found to compute the same."""
+    side.check()
+    image = jax.ShapeDtypeStruct((side.rows, *side.size, 3), jnp.float32)
+    counted = multiply_accumulates(side.model.apply, jax.eval_shape(lambda: side.state.variables), image)
+    return {"macs": sum(counted.values())}
+
+
 CHILDREN: dict[str, Callable[[Side, argparse.Namespace], dict[str, float]]] = {
+    "check": check,
     "turns": in_turns,
     "ours": lambda side, arguments: first_call(side.ours(arguments.what), arguments),
     "theirs": lambda side, arguments: first_call(side.theirs(arguments.what, False), arguments),
 }
 
 
-def measure(name: str, seconds: float, peak: float) -> list[dict[str, Any]]:
+def measure(name: str, seconds: float) -> list[dict[str, Any]]:
     """A model's rows."""
-    side = Side(name)
-    side.check()
-    shapes = jax.eval_shape(lambda: side.state.variables), jax.ShapeDtypeStruct((side.rows, *side.size, 3), jnp.float32)
-    flops = 2 * sum(multiply_accumulates(side.model.apply, *shapes).values())
+    flops = 2 * of_own_process(name, "check", "")["macs"]
     rows = []
     for what, times in (("training step", 3), ("prediction", 1)):
         median = of_own_process(name, "turns", what, f"--seconds={seconds}")
-        row: dict[str, Any] = {"model": name, "what": what, "batch": side.rows, "seconds": median}
+        peak = median.pop("peak")
+        row: dict[str, Any] = {"model": name, "what": what, "batch": MODELS[name][0], "seconds": median, "peak": peak}
         row["mfu"] = times * flops / median["ours"] / peak
         if jax.devices()[0].platform == "cpu":
             with tempfile.TemporaryDirectory() as cache:
@@ -275,12 +282,13 @@ def main() -> None:
 
     import torch
 
-    device, peak = jax.devices()[0], matmul_peak()
-    machine = environment(torch=torch.__version__, matmul_flops_per_second=peak)
+    device = jax.devices()[0]
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU's memory
+    machine = environment(torch=torch.__version__)
     path = arguments.output or Path(__file__).resolve().parent / "results" / f"pytorch_{device.platform}.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [row for row in known if row["model"] not in arguments.models]
-    rows += [row for name in arguments.models for row in measure(name, arguments.seconds, peak)]
+    rows += [row for name in arguments.models for row in measure(name, arguments.seconds)]
     found = {"environment": machine, "rows": rows, "kem": kem_alone(arguments.seconds / 6)}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(found, indent=1))

@@ -56,8 +56,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         values = [result["metrics"][name][metric] for result in results]
         references = [results[0]["references"][kind][name][metric] for kind in ("linear", "constant")]
         unit = " ".join(filter(None, [metric, task["unit"], "↑" if task["higher_is_better"] else "↓"]))
-        spread = f"**{np.mean(values):.3g}** [{min(values):.3g}, {max(values):.3g}]"
-        lines.append(f"| {name} | {unit} | {spread} | {references[0]:.3g} | {references[1]:.3g} |")
+        values = f"**{np.mean(values):.3g}** [{min(values):.3g}, {max(values):.3g}]"
+        lines.append(f"| {name} | {unit} | {values} | {references[0]:.3g} | {references[1]:.3g} |")
     for key in ("slot_diversity", "retrieve_entropy", "write_entropy", "readout_cosine", "update_ratio"):
         found = [result["diagnostics"][key] for result in results if result["diagnostics"]]
         if found and all(value is not None for value in found):
@@ -75,8 +75,8 @@ def side_by_side(runs: Mapping[str, Sequence[dict[str, Any]]], config: str = "sc
     for name, results in runs.items():
         cells = [shown(spread([found["metrics"][task][metric] for found in results])) for task, metric, _ in heads]
         losses = [found["validation_loss"] for found in results]
-        gains = [delta_m(one["metrics"], other["metrics"], tasks) for one, other in zip(results, first, strict=False)]
-        above = [loss - other["validation_loss"] for loss, other in zip(losses, first, strict=False)]
+        gains = [delta_m(one["metrics"], other["metrics"], tasks) for one, other in zip(results, first, strict=True)]
+        above = [loss - other["validation_loss"] for loss, other in zip(losses, first, strict=True)]
         if results is first:
             cells += ["", "", shown(spread(losses), 4), "", ""]
         else:
@@ -94,7 +94,7 @@ def by_task(runs: Mapping[str, Sequence[dict[str, Any]]], config: str = "scenes"
     for name, results in others:
         cells = []
         for task in tasks:
-            pairs = zip(results, first[1], strict=False)
+            pairs = zip(results, first[1], strict=True)
             cells.append(interval(spread([delta_m(one["metrics"], other["metrics"], [task]) for one, other in pairs])))
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

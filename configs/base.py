@@ -140,7 +140,7 @@ def get_config() -> ConfigDict:
                     "always_partition": True,  # False: no shift on maps within one window, as in the classifier
                     "drop_path": 0.0,
                     "remat": "none",
-                    "attention_chunk": optional(int),  # windows x heads of an image at a time; None = all
+                    "window_chunk": optional(int),  # windows x heads of an image at a time; None = all
                 },
             },
             "interaction": "kem",  # none | cross_attention | kem | skem | shared_workspace | within_tasks
@@ -222,7 +222,7 @@ def get_config() -> ConfigDict:
 # The full-size networks: backbone and its options. Windows of 12 and ViTs with a class token are what the weights
 # pretrained at 384 pixels have; AugReg's were trained with the tanh GELU.
 CHUNKED = {"attention_chunk": 128}  # of a thousand tokens and more
-CHUNKED_WINDOWS = {"attention_chunk": 96}  # of 144 tokens: 8 MiB of scores an image
+CHUNKED_WINDOWS = {"window_chunk": 96}  # of 144 tokens: 8 MB of scores an image
 SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "swin_t": ("swin", {"size": "tiny", "window_size": 7, "drop_path": 0.2}),
     "swin_b": ("swin", {"size": "base", "window_size": 12, "drop_path": 0.2, **CHUNKED_WINDOWS}),

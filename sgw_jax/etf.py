@@ -80,7 +80,7 @@ class SimplexETF(nn.Module):
 
     @nn.compact
     def factors(self, features: Float[Array, "*batch dim"]) -> tuple[Array, Float[Array, "dim vertices"]]:
-        """(``sqrt(d) f / ||f||``, M): their product is z. A linear map of z can take M into itself."""
+        """(``sqrt(d) f / ||f||``, M): their product is z. A map of z can be applied without forming z."""
         vertices = self.variable("constants", "vertices", self._vertices, features.shape[-1]).value
         return direction(features, self.eps), vertices
 

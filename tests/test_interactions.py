@@ -173,8 +173,12 @@ def frame_of(module, variables, channels):
     return np.asarray(frame, np.float64)
 
 
-def reference(module, variables, features, slots=None):
-    """The method, one score at a time: outputs, slots, the least margin of a selection, and the largest number met."""
+def reference(module, variables, features, slots=None, record=None):
+    """The method, one score at a time: outputs, slots, the least margin of a selection, and the largest number met.
+    ``record`` gets {name: {(image, head, slot or token, entry): weight or index}} of the last round."""
+    record = (
+        {name: {} for name in ("retrieve_weights", "retrieve_index", "write_weights")} if record is None else record
+    )
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
     retrieve, write = (
         {name: params[part][name]["kernel"] for name in ("query", "key", "value")} for part in ("retrieve", "write")
@@ -212,17 +216,22 @@ def reference(module, variables, features, slots=None):
                 if len(kept) < len(order):
                     margin = min(margin, scores[kept[-1]] - scores[order[len(kept)]])
                 weights = softmax([scores[i] for i in kept])
+                head = heads.index(cut)
+                for entry, (i, weight) in enumerate(zip(kept, weights, strict=True)):
+                    record["retrieve_index"][b, head, slot, entry] = i
+                    record["retrieve_weights"][b, head, slot, entry] = weight
                 values = [(normed[i] @ retrieve["value"])[cut] for i in kept]
                 found[slot, cut] = sum(w * value for w, value in zip(weights, values, strict=True))
                 largest = max(largest, np.abs(scores).max(), np.abs(query).max())
             state = found
             updated = []
-            for row, task, z in zip(stream, owner, chooser, strict=True):
+            for token, (row, task, z) in enumerate(zip(stream, owner, chooser, strict=True)):
                 update = np.zeros(channels)
-                for cut, out in zip(heads, wide, strict=True):
+                for head, (cut, out) in enumerate(zip(heads, wide, strict=True)):
                     query = (z @ write["query"])[cut]
                     scores = [query @ (slot @ write["key"])[cut] * scale for slot in state]
                     weights = softmax(scores)
+                    record["write_weights"] |= {(b, head, token, i): weight for i, weight in enumerate(weights)}
                     update[out] = sum(w * (slot @ write["value"])[out] for w, slot in zip(weights, state, strict=True))
                     largest = max(largest, np.abs(scores).max())
                 updated.append(row + update * (params[f"task_gate_{task}"] if module.task_gate else 1))
@@ -296,9 +305,16 @@ def test_kem_matches_the_reference(case):
         (KEM(4, top_k=5, etf_vertices=5), 4 * CHANNELS * 3),
         # Task embeddings are added among the vertices: one projection of the tokens, scores of five numbers.
         (KEM(4, top_k=5, etf_vertices=5, task_embedding=True), CHANNELS * 5 + 4 * 5 * 2 + 4 * CHANNELS),
-        # Too many slots and heads: keys, queries and values of every token (projected for each; compiled, once).
-        (KEM(12, num_heads=4, top_k=5), 3 * CHANNELS**2 + 3 * 12 * CHANNELS),
-        (KEM(12, num_heads=4, top_k=5, etf_vertices=5), 3 * (CHANNELS * 5 + 5 * CHANNELS) + 3 * 12 * CHANNELS),
+        # Too many slots and heads: keys, queries and values of every token, which is projected once.
+        (KEM(12, num_heads=2, top_k=5), 2 * 2 * 12 * CHANNELS + 12 * CHANNELS),  # as many either way
+        (KEM(13, num_heads=2, top_k=5), 3 * CHANNELS**2 + 3 * 13 * CHANNELS),
+        (KEM(9, num_heads=2), 3 * CHANNELS**2 + 4 * 9 * CHANNELS),  # with what is retrieved from all tokens
+        (KEM(8, num_heads=2), 3 * 2 * 8 * CHANNELS + 8 * CHANNELS),
+        (KEM(12, num_heads=4, top_k=5, etf_vertices=5), CHANNELS * 5 + 3 * 5 * CHANNELS + 3 * 12 * CHANNELS),
+        (
+            KEM(12, num_heads=4, top_k=5, etf_vertices=5, etf_for="selection"),
+            CHANNELS * 5 + (2 * 5 + CHANNELS) * CHANNELS + 3 * 12 * CHANNELS,
+        ),
     ],
 )
 def test_maps_are_applied_to_the_side_with_fewer_products(module, expected):
@@ -313,25 +329,43 @@ def test_maps_are_applied_to_the_side_with_fewer_products(module, expected):
 @pytest.mark.parametrize(
     "module",
     [
-        KEM(32),
+        KEM(32, top_k=8),
         KEM(32, etf_vertices=128),
+        KEM(32, top_k=8, etf_vertices=128, etf_for="selection"),
         KEM(64, num_heads=8, etf_vertices=128),
         KEM(32, etf_vertices=128, task_embedding=True),
     ],
-    ids=["kem", "skem", "skem-unfolded", "skem-embedded"],
+    ids=["kem", "skem", "selection", "unfolded", "embedded"],
 )
 def test_full_size_widths_are_compiled_right(module):
-    """Float32 with all of the compiler's fusions beside float64. jax 0.10.2's CPU compiler makes wrong numbers, off by
-    as much as they are large, of softmax(F (M W) q^T) v at these widths, hence the order of our products."""
+    """Outputs and gradients in float32, with all of the compiler's fusions, beside float64. jax 0.10.2's CPU compiler
+    makes wrong numbers, off by as much as they are large, of softmax(F (M W) q^T) v at these widths, hence the order of
+    our products."""
     rng = np.random.default_rng(0)
     features = {name: rng.normal(size=(2, 24, 192)).astype(np.float32) for name in "ab"}
     variables = module.init(jax.random.key(0), features)
-    found = jax.jit(module.apply)(variables, features)
+
+    def slopes(module, variables, features):
+        def loss(params, features):
+            outputs = module.apply({**variables, "params": params}, features)
+            return sum(jnp.sum(jnp.sin(x)) for x in outputs.values()), outputs
+
+        return jax.grad(loss, (0, 1), has_aux=True)(variables["params"], features)
+
+    found = jax.jit(slopes, static_argnums=0)(module, variables, features)
     with jax.enable_x64(True):
-        wide = jax.jit(module.clone(dtype=jnp.float64).apply)(as_float64(variables), as_float64(features))
-    for name, expected in wide.items():
-        # Chains of five products, sums of at most 192 terms of numbers of at most a few units.
-        np.testing.assert_allclose(found[name], expected, rtol=0, atol=5 * 192 * EPS32 * np.abs(expected).max())
+        wide = module.clone(dtype=jnp.float64)
+        expected = jax.jit(slopes, static_argnums=0)(wide, as_float64(variables), as_float64(features))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        # Chains of ten products (five forward), sums of at most 192 terms of numbers of at most a few units.
+        np.testing.assert_allclose(one, other, rtol=0, atol=10 * 192 * EPS32 * np.abs(other).max())
+
+
+def test_parameters_are_float32_in_a_float64_program():
+    module = KEM(3, top_k=4, etf_vertices=5, task_embedding=True, task_gate=True, dtype=jnp.float64)
+    with jax.enable_x64(True):
+        variables = module.init(jax.random.key(0), as_float64(make_features()))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
 
 
 @pytest.mark.parametrize("case", ["top-k, heads, wide slots", "all options"])
@@ -362,6 +396,22 @@ def test_kem_gradients_match_finite_differences(case):
             )
             along = sum(np.sum(g * u) for g, u in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
             np.testing.assert_allclose((ahead - behind) / (2 * h), along, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", ["top-k, heads, wide slots", "more slots than their width", "all options"])
+def test_what_is_recorded_matches_the_reference(case):
+    """Weights and indices by head, slot and token, with maps on either side."""
+    module, shapes = CASES[case]
+    features, variables, _, _ = clear_case(case)
+    expected = {name: {} for name in ("retrieve_weights", "retrieve_index", "write_weights")}
+    reference(module, variables, features, record=expected)
+    ordered = {name: features[name] for name in shapes}
+    _, sown = module.apply(variables, ordered, mutable=["diagnostics"])
+    for name, entries in expected.items():
+        found = np.asarray(sown["diagnostics"][name][-1])
+        assert found.size == len(entries), name
+        for place, value in entries.items():
+            np.testing.assert_allclose(found[place], value, rtol=0, atol=1e-4, err_msg=f"{name} {place}")
 
 
 def test_initial_slots_replace_the_learned_ones():

@@ -7,13 +7,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sgw_jax.backbones import BACKBONES
 from sgw_jax.backbones.swin import SIZES, BlockPair, PatchMerging, Swin, swin
 from sgw_jax.interactions import KEM
 from sgw_jax.layers.drop_path import DropPath
-from sgw_jax.layers.window_attention import WindowAttention, from_windows, offset_index, to_windows, together
+from sgw_jax.layers.window_attention import (
+    WindowAttention,
+    from_windows,
+    group_size,
+    offset_index,
+    to_windows,
+    together,
+)
 from sgw_jax.model import MultiTaskModel
+from sgw_jax.sharding import make_mesh
 from sgw_jax.tasks import Depth, Normals
 
 EPS32 = float(np.finfo(np.float32).eps)
@@ -111,7 +120,7 @@ def test_output_norms_can_be_left_out(params):
         ({"num_heads": (1, 0, 1, 1)}, "must be 4 positive"),
         ({"num_heads": (1, 3, 1, 1)}, "width of stage 2, 8, does not divide into its 3 heads"),
         ({"window_size": 0}, "window_size 0 must be at least 1"),
-        ({"attention_chunk": 0}, "attention_chunk 0 must be at least 1"),
+        ({"window_chunk": 0}, "window_chunk 0 must be at least 1"),
         ({"drop_path": 1.0}, r"drop_path 1.0 must be in \[0, 1\)"),
     ],
 )
@@ -223,7 +232,7 @@ def test_network_matches_numpy(image, params, always_partition, chunk):
     """Also the scan: the second stage is two scanned pairs, here four blocks one after the other. In chunks of five
     the windows of an image are 12 (three groups of 4), 4 with two heads (two of 2), then 1 at once."""
     params = jax.tree.map(lambda leaf: leaf.astype(np.float64), params)
-    model = TINY.clone(always_partition=always_partition, attention_chunk=chunk, dtype=jnp.float64)
+    model = TINY.clone(always_partition=always_partition, window_chunk=chunk, dtype=jnp.float64)
     image = image if always_partition else image[:1]
     with jax.enable_x64(True):
         found = jit(model.apply)({"params": params}, image.astype(np.float64))
@@ -291,8 +300,7 @@ def test_bfloat16_follows_float32_with_a_float32_softmax(pair):
 
 
 def test_gradients_are_finite_and_neither_remat_nor_chunks_change_them(pair):
-    """In chunks of six, three of the four windows are taken at a time: two groups of two. Of two at a time, and one
-    more window, the last group is padded: see the next test."""
+    """In chunks of four, two of the four windows are taken at a time."""
     variables, grid = pair
 
     def loss(model, params, grid):
@@ -300,7 +308,7 @@ def test_gradients_are_finite_and_neither_remat_nor_chunks_change_them(pair):
 
     one, *others = (
         jit(jax.value_and_grad(functools.partial(loss, PAIR.clone(**changes)), (0, 1)))(variables["params"], grid)
-        for changes in ({}, {"remat": "full"}, {"remat": "dots"}, {"attention_chunk": 6})
+        for changes in ({}, {"remat": "full"}, {"remat": "dots"}, {"window_chunk": 4})
     )
     rest = (jax.tree.leaves(other) for other in others)
     for (path, a), *b in zip(jax.tree_util.tree_leaves_with_path(one), *rest, strict=True):
@@ -313,9 +321,9 @@ def test_gradients_are_finite_and_neither_remat_nor_chunks_change_them(pair):
 
 
 def test_padded_groups_of_windows_change_nothing(params):
-    """Nine windows by six, hence two groups of five, one of them padded: values and gradients, plain and shifted."""
+    """Seven windows by six, hence two groups of four, one of them padded: values and gradients, plain and shifted."""
     first = jax.tree.map(lambda leaf: leaf[0].astype(np.float64), params["stage2"]["shifted"]["attention"])
-    grid = np.random.default_rng(3).normal(size=(2, 8, 7, 8))
+    grid = np.random.default_rng(3).normal(size=(2, 2, 20, 8))
 
     def loss(params, grid, shifted, chunk):
         attention = WindowAttention(2, 3, shifted, chunk=chunk, dtype=jnp.float64)
@@ -328,6 +336,33 @@ def test_padded_groups_of_windows_change_nothing(params):
                 for chunk in (None, 12)
             )
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11), one, other)
+
+
+@pytest.mark.parametrize(
+    ("windows", "most", "size"), [(120, 16, 15), (30, 8, 6), (9, 4, 3), (7, 6, 4), (4, 2, 2), (3, 9, 3)]
+)
+def test_groups_of_windows_divide_them_where_that_costs_little(windows, most, size):
+    """Swin-L's four stages at 448 x 576, then a prime number, which is padded, and all at once."""
+    assert group_size(windows, most) == size
+
+
+def test_groups_of_windows_exchange_nothing():
+    """Of a batch over devices, a group's gradients stay where they are; the parameters' are summed once, behind."""
+    attention = WindowAttention(2, 3, True, chunk=4)
+    mesh = make_mesh({"data": 8})
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    grid = jax.ShapeDtypeStruct((8, 6, 12, 8), jnp.float32, sharding=split)
+    params = jax.eval_shape(attention.init, jax.random.key(0), grid)
+
+    def loss(params, grid):
+        return jnp.sum(jnp.sin(attention.apply(params, grid)))
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(jax.grad(loss)).lower(params, grid).compile().as_text()
+    sums = [line for line in program.splitlines() if " all-reduce(" in line or " all-reduce-start(" in line]
+    assert sums
+    assert not [line for line in sums if "while/body" in line]
+    assert not [word for word in ("all-gather(", "all-to-all(", "collective-permute(") if word in program]
 
 
 def test_remat_reaches_every_block(image, params):

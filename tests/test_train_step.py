@@ -419,7 +419,7 @@ BACKBONES = {
     "vit": ViT(8, 8, 4, 2, 2.0, SIZE, class_token=True, dtype=jnp.float64),  # 17 tokens: they divide by nothing
     "chunked": ViT(8, 8, 4, 2, 2.0, SIZE, class_token=True, attention_chunk=8, dtype=jnp.float64),
     "swin": Swin(8, (2, 2, 2, 2), (1, 1, 2, 2), window_size=3, dtype=jnp.float64),  # maps of 8, 4, 2 and 1 rows
-    "windows": Swin(8, (2, 2, 2, 2), (1, 1, 2, 2), window_size=3, attention_chunk=4, dtype=jnp.float64),
+    "windows": Swin(8, (2, 2, 2, 2), (1, 1, 2, 2), window_size=3, window_chunk=4, dtype=jnp.float64),
 }
 
 

@@ -27,15 +27,22 @@ class SwinBlock(nn.Module):
     shifted: bool = False
     always_partition: bool = True
     mlp_ratio: float = 4.0
-    attention_chunk: int | None = None
+    window_chunk: int | None = None
     train: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, grid: Float[Array, "batch height width channels"], rate: Array) -> Array:
         drop_path = DropPath(name="drop_path")
-        options = (self.window_size, self.shifted, self.always_partition, self.attention_chunk)
-        attention = WindowAttention(self.num_heads, *options, dtype=self.dtype, name="attention")
+        attention = WindowAttention(
+            self.num_heads,
+            window_size=self.window_size,
+            shifted=self.shifted,
+            always_partition=self.always_partition,
+            chunk=self.window_chunk,
+            dtype=self.dtype,
+            name="attention",
+        )
         branch = attention(nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="norm1")(grid))
         grid = constrain_activations(grid + drop_path(branch, rate, self.train))
         normed = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="norm2")(grid)
@@ -53,7 +60,7 @@ class BlockPair(nn.Module):
     window_size: int = 7
     always_partition: bool = True
     mlp_ratio: float = 4.0
-    attention_chunk: int | None = None
+    window_chunk: int | None = None
     remat: str = "none"
     train: bool = False
     dtype: jnp.dtype = jnp.float32
@@ -62,16 +69,16 @@ class BlockPair(nn.Module):
     def __call__(self, grid: Float[Array, "batch height width channels"], rates: Float[Array, "2"]):
         block = rematerialised(SwinBlock, self.remat)
         for index, name in enumerate(("regular", "shifted")):
-            options = (
-                self.window_size,
-                name == "shifted",
-                self.always_partition,
-                self.mlp_ratio,
-                self.attention_chunk,
-                self.train,
-                self.dtype,
-            )
-            grid = block(self.num_heads, *options, name=name)(grid, rates[index])
+            options = {
+                "window_size": self.window_size,
+                "shifted": name == "shifted",
+                "always_partition": self.always_partition,
+                "mlp_ratio": self.mlp_ratio,
+                "window_chunk": self.window_chunk,
+                "train": self.train,
+                "dtype": self.dtype,
+            }
+            grid = block(self.num_heads, **options, name=name)(grid, rates[index])
         return grid, None
 
 
@@ -109,7 +116,7 @@ class Swin(nn.Module):
       always_partition: False shrinks the window to maps no larger than it, see `WindowAttention`. It matters where the
         image's shorter side is at most 32 window_size = 224 pixels.
       drop_path: rate of the last block, in [0, 1), linear from 0 at the first block of the first stage.
-      attention_chunk: windows x heads of an image at a time, see `WindowAttention`; None is all.
+      window_chunk: windows x heads of an image at a time, see `WindowAttention`; None is all.
       output_norms: a layer norm per map (`norm_stage1` to `norm_stage4`).
       remat: what a block keeps for the backward pass, see layers/remat.py.
 
@@ -128,7 +135,7 @@ class Swin(nn.Module):
     always_partition: bool = True
     drop_path: float = 0.0
     output_norms: bool = True
-    attention_chunk: int | None = None
+    window_chunk: int | None = None
     remat: str = "none"
     dtype: jnp.dtype = jnp.float32
 
@@ -155,8 +162,17 @@ class Swin(nn.Module):
                 split_rngs={"params": True, "drop_path": True},
                 length=depth // 2,
             )
-            options = (self.window_size, self.always_partition, self.mlp_ratio, self.attention_chunk, self.remat)
-            pairs = stack(self.num_heads[stage], *options, dropping, self.dtype, name=f"stage{stage + 1}")
+            pairs = stack(
+                self.num_heads[stage],
+                window_size=self.window_size,
+                always_partition=self.always_partition,
+                mlp_ratio=self.mlp_ratio,
+                window_chunk=self.window_chunk,
+                remat=self.remat,
+                train=dropping,
+                dtype=self.dtype,
+                name=f"stage{stage + 1}",
+            )
             grid, _ = pairs(grid, rates[first : first + depth].reshape(-1, 2))
             normed = self._norm(f"norm_stage{stage + 1}")(grid) if self.output_norms else grid
             maps[stride] = constrain_activations(normed)
@@ -182,8 +198,8 @@ class Swin(nn.Module):
                 )
         if self.window_size < 1:
             raise ValueError(f"Swin: window_size {self.window_size} must be at least 1.")
-        if self.attention_chunk is not None and self.attention_chunk < 1:
-            raise ValueError(f"Swin: attention_chunk {self.attention_chunk} must be at least 1, or None for all.")
+        if self.window_chunk is not None and self.window_chunk < 1:
+            raise ValueError(f"Swin: window_chunk {self.window_chunk} must be at least 1, or None for all.")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"Swin: drop_path {self.drop_path} must be in [0, 1).")
 

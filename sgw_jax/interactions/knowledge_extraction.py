@@ -23,7 +23,7 @@ class _Kernel(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: int) -> Float[Array, "inputs outputs"]:
-        return self.param("kernel", nn.initializers.lecun_normal(), (inputs, self.outputs))
+        return self.param("kernel", nn.initializers.lecun_normal(), (inputs, self.outputs), jnp.float32)
 
 
 class _Maps(nn.Module):
@@ -46,7 +46,7 @@ class _Maps(nn.Module):
 
 
 class _Tokens(NamedTuple):
-    """Tokens as ``values``, or as ``values frame`` where there is a frame, and both sides of a map of them."""
+    """Tokens as ``values``, or as ``values frame`` where there is a frame."""
 
     values: Float[Array, "batch tokens channels"]
     frame: Float[Array, "channels vertices"] | None = None
@@ -55,28 +55,24 @@ class _Tokens(NamedTuple):
     def width(self) -> int:
         return (self.values if self.frame is None else self.frame).shape[-1]
 
-    def mapped(self, kernel: Float[Array, "width heads dim"]) -> Float[Array, "batch tokens heads dim"]:
-        """The map of the tokens."""
-        return _by_head(project(self.values, self.frame), kernel)
-
-    def one_head(self) -> Float[Array, "batch tokens 1 channels"]:
-        """What `towards` and `of_sums` leave the tokens as."""
+    def as_one_head(self) -> Float[Array, "batch tokens 1 channels"]:
+        """The values alone: frame and map are left to `pulled_back` and `map_of_sums`."""
         return self.values[:, :, None]
 
-    def towards(
+    def pulled_back(
         self, rows: Float[Array, "batch slots heads dim"], kernel: Float[Array, "width heads dim"]
     ) -> Float[Array, "batch heads*slots 1 channels"]:
-        """Rows whose products with `one_head` are those of the slots' ``rows`` with `mapped`."""
+        """Rows whose products with `as_one_head` are those of ``rows`` with the map of the tokens."""
         rows = jnp.einsum("blhd,khd->bhlk", rows, kernel)
         # The frame follows the kernel instead of joining it: fewer products, and jax 0.10.2's CPU compiler makes wrong
         # numbers of F (M W) in front of a softmax (test_full_size_widths_are_compiled_right).
         rows = rows if self.frame is None else project(rows, self.frame.T)
         return rows.reshape(len(rows), -1, 1, rows.shape[-1])
 
-    def of_sums(
+    def map_of_sums(
         self, sums: Float[Array, "batch heads slots channels"], kernel: Float[Array, "width heads dim"]
     ) -> Float[Array, "batch slots heads dim"]:
-        """The map of weighted sums of `one_head`: what the same weights make of `mapped`."""
+        """Of weighted sums of `as_one_head`: what the same weights make of the map of the tokens."""
         return jnp.einsum("bhlk,khd->blhd", project(sums, self.frame), kernel)
 
 
@@ -93,8 +89,8 @@ class KEM(nn.Module):
     every token three times, O(n_s C d_e + L n_s d_e). But what meets the tokens comes from a few slots, so that
     W_kr, W_vr and W_qw can be applied to the slots' side instead: (R W_qr)(F W_kr)^T = (R W_qr W_kr^T) F^T, and so on.
     The result is the same up to rounding, at O(h L n_s C), and no mapped copy of the tokens is made or kept for the
-    backward pass [ours]. Whichever takes fewer products is used: the latter unless h L is larger than about d_e + L.
-    In the same way sKEM's frame M meets the kernels, not the tokens.
+    backward pass [ours]. sKEM's frame M follows the maps to the slots' side; only task embeddings, which are added
+    among its vertices, need projected tokens. Whichever takes fewer products is used: this, unless h is large.
     sKEM is KEM with ``etf_vertices`` set: F is projected onto a fixed simplex ETF before it enters W_kr, W_vr and
     W_qw, so that the choice of tokens is stable; the residual still adds to the un-projected F [paper].
 
@@ -197,15 +193,16 @@ class KEM(nn.Module):
         embedding: Array | None = None
         for _ in range(self.rounds):
             normed = norm(tokens).astype(self.dtype)
-            chooser = projection(normed)
+            found = projection(normed)
+            folded = self._folds(found, width)
+            chooser = found if folded and not self.task_embedding else _Tokens(project(*found))
             source = _Tokens(normed) if self.etf_for == "selection" else chooser
             if self.task_embedding:  # among the vertices, if there are any
-                projected = project(*chooser)
                 if embedding is None:
-                    embedding = self._per_task("task_embedding", projected.shape[-1], layout)
-                chooser = _Tokens(projected + embedding)
-            slots = self._retrieve(retrieve, slots, chooser, source, layout)
-            update = self._write(write, chooser, slots, layout)
+                    embedding = self._per_task("task_embedding", chooser.width, layout)
+                chooser = _Tokens(chooser.values + embedding)
+            slots = self._retrieve(retrieve, slots, chooser, source, folded, layout)
+            update = self._write(write, chooser, slots, folded, layout)
             update = update if gate is None else update * gate
             self._record("update_ratio", _norm(update) / _norm(tokens))
             tokens = tokens + update.astype(tokens.dtype)
@@ -219,20 +216,32 @@ class KEM(nn.Module):
         module = PROJECTIONS[self.projection](self.etf_vertices, self.etf_seed, name=self.projection)
         return lambda tokens: _Tokens(*module.factors(tokens))
 
-    def _retrieve(self, maps: nn.Module, slots: Array, chooser: _Tokens, source: _Tokens, layout: TokenLayout) -> Array:
+    def _folds(self, tokens: _Tokens, width: int) -> bool:
+        """Whether a round takes fewer products for a token with its maps on the slots' side; d_e is ``width``."""
+        channels, mapped, rows = tokens.values.shape[-1], tokens.width, self.num_heads * self.num_slots
+        sums = 2 if self.top_k is not None else 3  # over all tokens: the scores of both steps, and what is retrieved
+        folded = sums * rows * (mapped if self.task_embedding else channels)
+        sources = channels if self.etf_for == "selection" else mapped
+        unfolded = (2 * mapped + sources + sums * self.num_slots) * width
+        if tokens.frame is not None and not self.task_embedding:
+            unfolded += channels * mapped
+        return folded <= unfolded
+
+    def _retrieve(
+        self, maps: _Maps, slots: Array, chooser: _Tokens, source: _Tokens, folded: bool, layout: TokenLayout
+    ) -> Array:
         for_query, for_key, for_value = maps(slots.shape[-1], chooser.width, source.width)
         query = _by_head(slots, for_query)
-        folded = self._folds(chooser, for_key)
         if folded:
-            query, key, value = chooser.towards(query, for_key), chooser.one_head(), source.one_head()
+            query, key, value = chooser.pulled_back(query, for_key), chooser.as_one_head(), source.as_one_head()
         else:
-            key, value = chooser.mapped(for_key), source.mapped(for_value)
+            key, value = _by_head(chooser.values, for_key), _by_head(source.values, for_value)
         scale = 1 / (self.temperature * for_query.shape[-1] ** 0.5)
         options = {"scale": scale, "recall": self.recall, "placement": self.placement, "located": layout.locate}
         readout, weights, index = topk_attention(query, key, value, self.top_k, **options)
         if folded:
             shape = (len(slots), self.num_heads, self.num_slots, -1)
-            readout = source.of_sums(readout.reshape(shape), for_value)
+            readout = source.map_of_sums(readout.reshape(shape), for_value)
             weights, index = weights.reshape(shape), None if index is None else index.reshape(shape)
         readout = readout.reshape(*readout.shape[:2], -1)
         self._record("retrieve_weights", layout.by_index(weights, 3) if index is None else weights)
@@ -241,24 +250,19 @@ class KEM(nn.Module):
         self._record("readout", readout)
         return readout
 
-    def _write(self, maps: nn.Module, chooser: _Tokens, slots: Array, layout: TokenLayout) -> Array:
+    def _write(self, maps: _Maps, chooser: _Tokens, slots: Array, folded: bool, layout: TokenLayout) -> Array:
         for_query, for_key, for_value = maps(chooser.width, slots.shape[-1], slots.shape[-1])
         key, value = _by_head(slots, for_key), _by_head(slots, for_value)
         scale = for_query.shape[-1] ** -0.5
-        if self._folds(chooser, for_query):
-            scores = attention_scores(chooser.one_head(), chooser.towards(key, for_query), scale)
+        if folded:
+            scores = attention_scores(chooser.as_one_head(), chooser.pulled_back(key, for_query), scale)
             scores = scores.reshape(*scores.shape[::2], self.num_heads, self.num_slots).swapaxes(1, 2)
         else:
-            scores = attention_scores(chooser.mapped(for_query), key, scale)
+            scores = attention_scores(_by_head(chooser.values, for_query), key, scale)
         weights = nn.softmax(scores, axis=-1)
         self._record("write_weights", layout.by_index(weights, 2))
         update = apply_weights(weights, value)
         return update.reshape(*update.shape[:2], -1)
-
-    def _folds(self, tokens: _Tokens, kernel: Float[Array, "width heads dim"]) -> bool:
-        """Whether a map of the tokens takes fewer products on the slots' side, their scores included."""
-        width, _, dim = kernel.shape
-        return self.num_slots * tokens.values.shape[-1] <= dim * (width + self.num_slots)
 
     def _per_task(self, option: str, width: int, layout: TokenLayout) -> Float[Array, "tokens width"]:
         """A learned vector per task, from 0, repeated over the task's tokens.
@@ -266,7 +270,9 @@ class KEM(nn.Module):
         A parameter per task name, not rows of one table: jit sorts the keys of a mapping, which must not swap rows.
         """
         zeros = nn.initializers.zeros
-        vectors = [self.param(f"{option}_{name}", zeros, (width,)).astype(self.dtype) for name in layout.names]
+        vectors = [
+            self.param(f"{option}_{name}", zeros, (width,), jnp.float32).astype(self.dtype) for name in layout.names
+        ]
         rows = zip(vectors, layout.part_lengths, strict=True)
         part = jnp.concatenate([jnp.broadcast_to(vector, (length, width)) for vector, length in rows])
         return jnp.tile(part, (layout.parts, 1))

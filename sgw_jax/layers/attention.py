@@ -1,5 +1,7 @@
 """Dense multi-head attention, optionally query-chunked so that memory is O(tokens x chunk)."""
 
+from collections.abc import Callable, Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,15 +28,29 @@ def attention(
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"attention: chunk is {chunk}; it must be positive, or None for all queries at once.")
-    if chunk is None or query.shape[1] <= chunk:
-        return _dense(query, key, value)
-    batch, queries, heads, dim = query.shape
-    padding = -queries % chunk
-    padded = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    # Query q goes to chunk q mod n: of queries split over devices, each has its part of every chunk.
-    chunks = jnp.moveaxis(padded.reshape(batch, chunk, -1, heads, dim), 2, 0)
-    outputs = jax.lax.map(jax.checkpoint(lambda part: _dense(part, key, value)), chunks)
-    return jnp.moveaxis(outputs, 0, 2).reshape(batch, queries + padding, heads, value.shape[-1])[:, :queries]
+    return in_groups(lambda part: _dense(part, key, value), (query,), query.shape[1] if chunk is None else chunk)
+
+
+def in_groups(function: Callable[..., Array], parts: Sequence[Array], size: int) -> Array:
+    """``function(*parts)``, ``size`` entries of the parts' second axis at a time, recomputed in the backward pass.
+
+    The function must treat the entries independently and keep the axis. The last group is filled up with copies of the
+    last entry, whose results are dropped. If one group holds all, it is called as it is.
+    """
+    count = parts[0].shape[1]
+    if count <= size:
+        return function(*parts)
+    padding = -count % size
+
+    def cut(part: Array) -> Array:
+        widths = [(0, padding if axis == 1 else 0) for axis in range(part.ndim)]
+        padded = jnp.pad(part, widths, mode="edge") if padding else part
+        # Entry i goes to group i mod n: of entries split over devices, each has its part of every group.
+        return jnp.moveaxis(padded.reshape(len(part), size, -1, *part.shape[2:]), 2, 0)
+
+    outputs = jax.lax.map(jax.checkpoint(lambda group: function(*group)), tuple(cut(part) for part in parts))
+    merged = jnp.moveaxis(outputs, 0, 2)
+    return merged.reshape(len(merged), count + padding, *merged.shape[3:])[:, :count]
 
 
 def _dense(query: Array, key: Array, value: Array) -> Array:

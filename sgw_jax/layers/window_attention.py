@@ -1,7 +1,6 @@
 """Attention within the windows of a map, plain or shifted, with a relative position bias."""
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sgw_jax.layers.attention import split_heads
+from sgw_jax.layers.attention import in_groups, split_heads
 from sgw_jax.layers.topk_attention import apply_weights, attention_scores
 
 
@@ -29,9 +28,10 @@ class WindowAttention(nn.Module):
         like any other, as in the paper's detection code and Hugging Face's `SwinBackbone`. False: the window shrinks to
         the shorter side and is never shifted, as in the paper's classifier and Hugging Face's `SwinModel` (which fails
         unless that side equals the window; here the offsets that occur are read from the same table).
-      chunk: windows x heads of every image that are taken at a time, at least one window; None is all at once. The
-        scores of a group are recomputed in the backward pass, so that no more of them exist at a time; the result is
-        the same up to rounding. On a TPU they then stay on the chip, where all of them are written to memory and read.
+      chunk: windows x heads of every image that are taken at a time, at least one window; None is all at once. If they
+        are not all the windows there are, a group's scores are recomputed in the backward pass, so that no more of them
+        exist at a time; the result is the same up to rounding. On a TPU they then stay on the chip, where all of them
+        would be written to memory and read.
 
     Raises:
       ValueError: the width does not divide into num_heads; window_size or chunk < 1.
@@ -60,14 +60,13 @@ class WindowAttention(nn.Module):
         projected = nn.Dense(3 * channels, dtype=self.dtype, name="query_key_value")(tokens)
         heads = (split_heads(part, self.num_heads) for part in jnp.split(projected, 3, axis=-1))
         query, key, value = (part.reshape(batch, -1, *part.shape[1:]) for part in heads)
-        bias = self._position_bias(window)
-        allowed = None if shift == 0 else together(size, window, shift)
+        # A bias per image: its gradient is then summed over the batch once, behind the groups, not in each of them.
+        bias = jnp.broadcast_to(self._position_bias(window), (batch, self.num_heads, window**2, window**2))
         attend = functools.partial(_attend, bias)
-        if self.chunk is None:
-            mixed = attend(query, key, value, allowed)
-        else:
-            mixed = _by_groups(attend, max(1, self.chunk // self.num_heads), query, key, value, allowed)
-        mixed = mixed.reshape(tokens.shape)
+        parts = (query, key, value) if shift == 0 else (query, key, value, together(size, window, shift)[None])
+        windows = query.shape[1]
+        chunk = windows if self.chunk is None else group_size(windows, max(1, self.chunk // self.num_heads))
+        mixed = in_groups(attend, parts, chunk).reshape(tokens.shape)
 
         output = jnp.roll(from_windows(mixed, window, size), (shift, shift), (1, 2))[:, :height, :width]
         return nn.Dense(channels, dtype=self.dtype, name="output")(output)  # padding needs no projection
@@ -88,42 +87,26 @@ class WindowAttention(nn.Module):
 
 
 def _attend(
-    bias: Float[Array, "heads queries keys"],
+    bias: Float[Array, "batch heads queries keys"],
     query: Float[Array, "batch windows queries heads dim"],
     key: Float[Array, "batch windows keys heads dim"],
     value: Float[Array, "batch windows keys heads dim"],
-    allowed: Bool[Array, "windows queries keys"] | None,
+    allowed: Bool[Array, "1 windows queries keys"] | None = None,
 ) -> Float[Array, "batch windows queries heads dim"]:
     shape = query.shape
     query, key, value = (part.reshape(-1, *part.shape[2:]) for part in (query, key, value))
     scores = attention_scores(query, key)
-    scores += bias.astype(scores.dtype)
     scores = scores.reshape(*shape[:2], *scores.shape[1:])  # (batch, windows, heads, queries, keys)
-    weights = jax.nn.softmax(scores, axis=-1, where=None if allowed is None else allowed[:, None])
+    scores += bias[:, None].astype(scores.dtype)
+    weights = jax.nn.softmax(scores, axis=-1, where=None if allowed is None else allowed[:, :, None])
     return apply_weights(weights.reshape(-1, *weights.shape[2:]), value).reshape(shape)
 
 
-def _by_groups(
-    attend: Callable[..., Array], most: int, query: Array, key: Array, value: Array, allowed: Array | None
-) -> Array:
-    """``attend`` of at most so many windows of every image at a time, in groups as equal as can be."""
-    windows = query.shape[1]
+def group_size(windows: int, most: int) -> int:
+    """At most so many: a divisor of the windows, unless all of them are less than half of what is allowed."""
+    divisor = max(size for size in range(1, min(windows, most) + 1) if windows % size == 0)
     groups = -(-windows // most)
-    if groups == 1:
-        return attend(query, key, value, allowed)
-    padding = -windows % groups
-    size = (windows + padding) // groups
-
-    def cut(part: Array, axis: int, fill: bool = False) -> Array:
-        widths = [(0, padding if index == axis else 0) for index in range(part.ndim)]
-        padded = jnp.pad(part, widths, constant_values=fill) if padding else part
-        # Window w goes to group w mod groups: of rows split over devices, each has its part of every group.
-        return jnp.moveaxis(padded.reshape(*part.shape[:axis], size, groups, *part.shape[axis + 1 :]), axis + 1, 0)
-
-    parts = [cut(part, 1) for part in (query, key, value)]
-    masks = None if allowed is None else cut(allowed, 0, fill=True)  # a row without a key has no softmax
-    outputs = jax.lax.map(jax.checkpoint(lambda part: attend(*part)), (*parts, masks))
-    return jnp.moveaxis(outputs, 0, 2).reshape(query.shape[0], windows + padding, *query.shape[2:])[:, :windows]
+    return divisor if 2 * divisor >= min(windows, most) else -(-windows // groups)
 
 
 def pad_to_multiple(grid: Float[Array, "batch height width channels"], multiple: int) -> Array:
