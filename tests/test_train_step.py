@@ -402,17 +402,19 @@ def test_top_k_on_eight_devices(selecting_seed, selecting_curve):
 
 def test_top_k_on_eight_devices_in_float32(selecting_seed, selecting_curve):
     """One step: the margin ensures that all select the same. These large random parameters make gradients of cancelled
-    sums, of which one device itself is 6e-5 off; no mesh may be off by more than twice what one device is."""
+    sums, of which one device itself is up to 6e-5 off, relative to the largest entry of a gradient (or a thousandth of
+    the largest of all): the rounding of this network. No mesh may be off by more than twice that; single gradients
+    happen to be closer on one device or the other."""
     losses, expected = selecting_curve
     meshes = [make_mesh({"data": 1}, jax.devices()[:1]), *map(make_mesh, MESHES[1:])]
-    distances = []
+    largest = max(np.abs(value).max() for value in expected.values())
+    scales = {name: max(np.abs(value).max(), 1e-3 * largest) for name, value in expected.items()}
+    worst = []
     for found, gradient in train_selecting(selecting_seed, np.float32, 1, meshes):
         np.testing.assert_allclose(found, losses[:1], rtol=1e-5)
-        distances.append({name: np.abs(gradient[name] - value).max() for name, value in expected.items()})
-    largest = max(np.abs(value).max() for value in expected.values())
-    for name, value in expected.items():
-        allowed = max(2 * distances[0][name], 1e-5 * max(np.abs(value).max(), 1e-3 * largest))
-        assert max(found[name] for found in distances) <= allowed, name
+        worst.append(max((np.abs(gradient[name] - expected[name]).max() / scales[name], name) for name in expected))
+    assert worst[0] < (1e-4,), worst[0]
+    assert max(worst)[0] <= 2 * worst[0][0], worst
 
 
 BACKBONES = {
