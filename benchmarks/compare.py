@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(experiment, trunk, None)
     elif not (trunk / "result.json").exists():
         raise SystemExit(f"--trunk: {trunk} is no trunk of a comparison: it has no result.json.")
-    trunk_steps = json.loads((trunk / "result.json").read_text(encoding="utf-8"))["made_by"]["steps"]
+    trunk_steps = read_result(trunk)["made_by"]["steps"]
     cases: dict[str, tuple[str, dict[str, str]]] = {name: METHODS[name] for name in arguments.methods}
     if "widened" in cases:
         width = equal_mlp_width(build_run(arguments, overrides, "kem", {}, seed=0))
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 experiment = build_run(arguments, overrides, interaction, options | flag, TUNING_SEED, tuning=True)
                 if not done(experiment, workdir, trunk):
                     run(experiment, workdir, trunk, "validation")
-                losses[rate] = json.loads((workdir / "result.json").read_text(encoding="utf-8"))["loss"]
+                losses[rate] = read_result(workdir)["loss"]
                 progress.advance(bar)
             if losses:
                 rates[name] = {"chosen": min(losses, key=losses.__getitem__), "validation_loss": losses}
@@ -144,11 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress.advance(bar)
 
     found = {
-        name: [
-            json.loads((arguments.out / name / f"seed{seed}" / "result.json").read_text(encoding="utf-8"))
-            for seed in range(arguments.seeds)
-        ]
-        for name in cases
+        name: [read_result(arguments.out / name / f"seed{seed}") for seed in range(arguments.seeds)] for name in cases
     }
     summary = summarise(found, tasks) | {
         "config": arguments.config,
@@ -159,7 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rates": rates,
         "environment": environment(),
     }
-    everything = json.dumps(without_nan({**summary, "runs": found}), indent=1)
+    runs = {name: [{k: v for k, v in r.items() if k != "made_by"} for r in results] for name, results in found.items()}
+    everything = json.dumps(without_nan({**summary, "runs": runs}), indent=1)
     for path in (arguments.out / "compare.json", arguments.results):
         if path is not None:
             write_atomically(path, everything)
@@ -203,8 +200,13 @@ def equal_mlp_width(kem: Experiment) -> int:
 
 
 def made_by(experiment: Experiment, trunk: Path | None) -> dict[str, Any]:
-    """What a result depends on: the whole configuration, and the trunk."""
-    return {**json.loads(experiment.config.to_json_best_effort()), "trunk": None if trunk is None else str(trunk)}
+    """What a result depends on: its configuration and its trunk's, wherever that lies."""
+    return {**json.loads(experiment.config.to_json_best_effort()), "trunk": trunk and read_result(trunk)["made_by"]}
+
+
+def read_result(workdir: Path) -> dict[str, Any]:
+    """A complete run's result.json."""
+    return json.loads((workdir / "result.json").read_text(encoding="utf-8"))
 
 
 def done(experiment: Experiment, workdir: Path, trunk: Path | None) -> bool:
@@ -212,7 +214,7 @@ def done(experiment: Experiment, workdir: Path, trunk: Path | None) -> bool:
     path = workdir / "result.json"
     if not path.exists():
         return False
-    old, new = json.loads(path.read_text(encoding="utf-8")).get("made_by", {}), made_by(experiment, trunk)
+    old, new = read_result(workdir).get("made_by", {}), made_by(experiment, trunk)
     other = [key for key in new if old.get(key) != new[key]]
     if other:
         raise SystemExit(

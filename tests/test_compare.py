@@ -1,10 +1,13 @@
 """The comparison's arithmetic: pairing by seed, signs, spread, and a page that holds the numbers."""
 
+import json
+
 import compare
 import comparison
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import seeds
 
 from sgw_jax.build import build
@@ -67,6 +70,30 @@ def test_widened_has_as_many_parameters_as_kem():
 def test_one_seed_has_no_spread():
     summary = comparison.summarise({name: runs[:1] for name, runs in FOUND.items()}, TASKS)
     assert summary["methods"][1]["over_none"]["std"] is None
+
+
+def test_a_result_of_another_configuration_is_refused(tmp_path):
+    """Found by its seed, and by that of the trunk; the same ones are complete."""
+
+    def experiment(seed):
+        config = read_config("scenes", [f"--config.seed={seed}"])
+        config.mesh.data = -1
+        return build(config, "unused")
+
+    def write(workdir, seed, trunk=None):
+        workdir.mkdir()
+        made = compare.made_by(experiment(seed), trunk)
+        (workdir / "result.json").write_text(json.dumps({"made_by": made}), encoding="utf-8")
+        return workdir
+
+    trunk, other = write(tmp_path / "trunk", 5), write(tmp_path / "other", 6)
+    workdir = write(tmp_path / "run", 7, trunk)
+    assert not compare.done(experiment(7), tmp_path / "none", trunk)
+    assert compare.done(experiment(7), workdir, trunk)
+    with pytest.raises(SystemExit, match=r"made with another seed: give another --out"):
+        compare.done(experiment(8), workdir, trunk)
+    with pytest.raises(SystemExit, match="made with another trunk"):
+        compare.done(experiment(7), workdir, other)
 
 
 def test_confidence_intervals_are_students():

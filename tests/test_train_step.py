@@ -402,7 +402,7 @@ def test_top_k_on_eight_devices(selecting_seed, selecting_curve):
 
 def test_top_k_on_eight_devices_in_float32(selecting_seed, selecting_curve):
     """One step: the margin ensures that all select the same. These large random parameters make gradients of cancelled
-    sums, of which one device itself is up to 6e-5 off, relative to the largest entry of a gradient (or a thousandth of
+    sums, of which one device itself is 4e-5 off, relative to the largest entry of a gradient (or a thousandth of
     the largest of all): the rounding of this network. No mesh may be off by more than twice that; single gradients
     happen to be closer on one device or the other."""
     losses, expected = selecting_curve

@@ -61,7 +61,7 @@ class WindowAttention(nn.Module):
         heads = (split_heads(part, self.num_heads) for part in jnp.split(projected, 3, axis=-1))
         query, key, value = (part.reshape(batch, -1, *part.shape[1:]) for part in heads)
         # Over devices its gradient is summed in every group. A bias per image would be summed once, behind them, but a
-        # TPU's compiler then writes more of the backward pass to memory (1.8 times as much in Swin-L's first stage).
+        # TPU's compiler then writes more of the backward pass to memory.
         attend = functools.partial(_attend, self._position_bias(window))
         parts = (query, key, value) if shift == 0 else (query, key, value, together(size, window, shift)[None])
         windows = query.shape[1]
