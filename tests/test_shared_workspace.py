@@ -153,6 +153,17 @@ def test_parameters_have_the_checkpoints_shapes(case):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=module.rounds * 8 * 10 * 100 * EPS32)
 
 
+def test_the_authors_checkpoint_without_gates_still_holds_the_gates_biases():
+    weights = make_state_dict(CASES["no gate, rounds and layers"])
+    expected = shared_workspace_params(weights)
+    biases = {"input_bias": np.float32(1), "forget_bias": np.float32(0)}
+    found = shared_workspace_params(weights | biases)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    with pytest.raises(ValueError, match=r"shape of input_bias: \(1,\), expected \(\)"):
+        shared_workspace_params(weights | biases | {"input_bias": np.ones(1, np.float32)})
+
+
 def test_the_state_persists():
     """The slots that a call returns may start the next one."""
     module = CASES["hard, unit gate"]
@@ -218,6 +229,7 @@ def test_slots_and_heads_that_do_not_fit_are_refused():
     [
         (lambda d: d.pop("key_proj.bias"), r"missing: key_proj.bias \(8,\)"),
         (lambda d: d.pop("forget_bias"), r"missing: forget_bias \(\)"),
+        (lambda d: d.pop("input_gate_projector.w"), r"missing: input_gate_projector.w \(8,\)"),
         (lambda d: d.update({"pos_emb": np.zeros(3)}), r"unexpected: pos_emb \(3,\)"),
         (
             lambda d: d.update({"value_proj.weight": np.zeros((8, 9))}),

@@ -14,9 +14,8 @@ GATES = (
     "input_gate_projector.linear.bias",
     "memory_gate_projector.weight",
     "memory_gate_projector.bias",
-    "input_bias",
-    "forget_bias",
 )
+GATE_BIASES = ("input_bias", "forget_bias")
 
 
 def shared_workspace_params(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +25,8 @@ def shared_workspace_params(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     input_projector (E, D); query_proj, key_proj (h d, E); value_proj (E, E); attention_mlp.0, .1, ... (E, E), one
     layer under several names; attended_memory_layernorm and attended_memory_layernorm2 (E); and, all or none:
     input_gate_projector.w (E) and .linear (2G, E); memory_gate_projector.weight (L, E, 2G) and .bias (L, 2G);
-    input_bias, forget_bias (). torch keeps a linear map as (out, in): kernels are transposed.
+    input_bias, forget_bias (). The authors' module has these last two without gates as well: without the projectors
+    they are left out, for gate=None. torch keeps a linear map as (out, in): kernels are transposed.
 
     Args:
       state_dict: name -> array (anything `np.asarray` takes: NumPy, torch tensors on the CPU). A prefix from a larger
@@ -94,8 +94,10 @@ def _expected_shapes(tensors: Mapping[str, np.ndarray], layers: list[str]) -> di
     if any(name in tensors for name in GATES):
         slots = _axis(tensors, "memory_gate_projector.weight", 0)
         gates = _axis(tensors, "input_gate_projector.linear.weight", 0)
-        gate_shapes = ((width,), (gates, width), (gates,), (slots, width, gates), (slots, gates), (), ())
+        gate_shapes = ((width,), (gates, width), (gates,), (slots, width, gates), (slots, gates))
         shapes |= dict(zip(GATES, gate_shapes, strict=True))
+    if any(name in tensors for name in GATES + GATE_BIASES):
+        shapes |= dict.fromkeys(GATE_BIASES, ())
     return shapes
 
 
