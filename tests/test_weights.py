@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 
 from sgw_jax.multi_objective import weights
 from sgw_jax.multi_objective._pcgrad import orders
-from sgw_jax.multi_objective._solvers import interior_point, inverse, non_negative_qp
+from sgw_jax.multi_objective._solvers import interior_point, inverse, non_negative_qp, solve_on_supports, supports
 
 EPS32 = float(np.finfo(np.float32).eps)
 SIZE = 24  # numbers in a gradient
@@ -273,6 +273,55 @@ def test_against_float64(name, tasks):
         reach = np.linalg.norm(np.abs(expected) * sizes) + np.linalg.norm(sizes) * (name in ("upgrad", "dualproj"))
         assert np.all(np.isfinite(w)), (family, w)
         assert error <= 8 * tasks * COSINE_ERROR / np.sqrt(eps) * reach, (family, w, expected, error / reach)
+
+
+def dependent(kind, seed):
+    """Five rows of whole numbers, whose Gramian float32 holds exactly; their rank is 4, of "triple" 3."""
+    jacobian = np.random.default_rng(seed).integers(-9, 10, (5, SIZE))
+    if kind == "combined":
+        jacobian[2] = jacobian[0] + jacobian[1]
+    elif kind != "independent":
+        jacobian[1] = jacobian[0]
+    if kind == "triple":
+        jacobian[2] = -jacobian[0]
+    return jacobian.astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["upgrad", "dualproj", "mgda", "mgda_l2"])
+def test_dependent_rows(name):
+    """As `test_against_float64`, without the Gramian's own error: d is that of two divisions, two roots and eps added,
+    at most 3 roundings in each of T entries, and one more in the residual of the solution, for a row |x| of them. Then
+    the same Jacobians with a row of zeros before them, and with one that the mask hides."""
+    _, reference, eps = REFERENCES[name]
+    jacobians = np.stack([dependent(kind, seed) for kind in ("duplicate", "combined") for seed in range(16)])
+    zero = np.zeros_like(jacobians[:, :1])
+    first = np.arange(6) > 0
+    member = jax.jit(jax.vmap(lambda matrix, mask: REFERENCES[name][0](matrix, mask=mask), (0, None)))
+    plain = member(gram32(jacobians), np.ones(5, bool))
+    masked = member(gram32(np.concatenate([zero + 7, jacobians], 1)), first)
+    with_zero = member(gram32(np.concatenate([zero, jacobians], 1)), np.ones(6, bool))
+    cases = [(plain, 1.0), (masked[:, 1:], 1.0)]
+    if name != "mgda":  # which gives a row of zeros all the weight
+        cases.append((with_zero[:, 1:], 5 / 6 if name in ("upgrad", "dualproj") else 1.0))
+    for found, share in cases:
+        for w, jacobian in zip(np.asarray(found, np.float64), jacobians.astype(np.float64), strict=True):
+            expected = share * reference(jacobian @ jacobian.T)
+            sizes = np.linalg.norm(jacobian, axis=1)
+            reach = np.linalg.norm(expected * sizes) + np.linalg.norm(sizes) * (name in ("upgrad", "dualproj"))
+            error = np.linalg.norm((w - expected) @ jacobian)
+            assert error <= 4 * 5 * EPS32 / np.sqrt(eps) * reach, error / reach
+
+
+def test_the_solutions_of_all_supports_fit_dependent_rows():
+    """CAGrad and the quadratic programs choose among them. Where A = C + eps I has a null vector of C, a solution x is
+    of size |b| / eps at most; A x is off by T roundings of |x| and one of each correction's as large."""
+    jacobian = dependent("triple", 0).astype(np.float64)
+    matrix = regular(jacobian @ jacobian.T, 1e-6)[0].astype(np.float32)
+    right = np.stack([matrix @ np.arange(1.0, 6.0), np.ones(5)]).astype(np.float32)
+    found = np.asarray(jax.jit(solve_on_supports)(matrix, right), np.float64)
+    off = np.where(supports(5), found @ matrix.astype(np.float64) - right[:, None], found)
+    size = np.linalg.norm(found, axis=-1) + np.linalg.norm(right, axis=-1)[:, None]
+    assert np.all(np.abs(off).max(-1) <= 2 * 5 * EPS32 * size)
 
 
 @pytest.mark.parametrize("tasks", ALL_COUNTS)

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sgw_jax.multi_objective._solvers import ENUMERATED, support_inverses, supports
+from sgw_jax.multi_objective._solvers import ENUMERATED, solve_on_supports, supports, violation
 from sgw_jax.multi_objective._weighting import WeightedAggregator, from_weighting, stateless
 from sgw_jax.multi_objective.gramian import standardise
 
@@ -49,9 +49,7 @@ def cagrad_weights(
     inverse_norms = jnp.where(found.active, jnp.where(jnp.isfinite(least), least, 1) / found.norms, 0)
 
     chosen = jnp.asarray(supports(tasks)) & found.active
-    inverses = jnp.where(chosen[:, :, None] & chosen[:, None, :], support_inverses(found.cosines), 0)
-    level = jnp.matvec(inverses, inverse_norms)
-    offset = jnp.matvec(inverses, slope)
+    level, offset = solve_on_supports(found.cosines, jnp.stack([inverse_norms, slope]))
     a = level @ inverse_norms
     b = offset @ inverse_norms
     rest = offset @ slope - radius**2
@@ -59,8 +57,7 @@ def cagrad_weights(
     nu = (b + jnp.sqrt(jnp.maximum(root, 0))) / jnp.where(a > 0, a, 1)
     extra = nu[:, None] * level - offset
     gradient = slope + jnp.matvec(found.cosines, extra) - nu[:, None] * inverse_norms
-    violation = jnp.where(chosen, -extra, jnp.where(found.active, -gradient, 0))
-    worst = jnp.max(jnp.maximum(violation, 0), -1)
+    worst = violation(extra, jnp.where(found.active, gradient, 0), chosen)
     valid = jnp.any(chosen, -1) & (root >= 0) & (a > 0)
     # Inactive tasks double each support; the first of equals is taken.
     best = jnp.argmin(jnp.where(valid, worst, jnp.inf))
