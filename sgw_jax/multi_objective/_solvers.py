@@ -35,6 +35,27 @@ def solve(matrix: Float[Array, "n n"], right: Float[Array, " n"]) -> Float[Array
     return first + jnp.matvec(inverted, right - jnp.matvec(matrix, first))
 
 
+def null_space(matrix: Float[Array, "n n"], eps: float) -> Float[Array, "n n"]:
+    """Of cosines with ``eps`` on the diagonal: eigenvectors in the first columns, zeros in the others.
+
+    Eigenvalues up to n roundings count as zero, which is what a float32 Gramian resolves: rows that depend on each
+    other up to a relative noise r have one of about r^2, so that noise below 3e-4 sqrt(n) is not told from none.
+    """
+    values, vectors = jnp.linalg.eigh(matrix)
+    return jnp.where(values <= eps + len(matrix) * jnp.finfo(matrix.dtype).eps, vectors, 0)
+
+
+def project_out(basis: Float[Array, "n k"], vector: Float[Array, " n"]) -> Float[Array, " n"]:
+    """The vector without its part in the span of orthonormal columns (or zeros)."""
+    return vector - jnp.einsum("ik,jk,j->i", basis, basis, vector, precision="highest")
+
+
+def solve_off(matrix: Float[Array, "n n"], null: Float[Array, "n n"], right: Float[Array, " n"]) -> Float[Array, " n"]:
+    """``matrix^+ right`` where the columns of ``null`` count as the null space."""
+    lifted = matrix + jnp.matmul(null, null.T, precision="highest")
+    return project_out(null, solve(lifted, project_out(null, right)))
+
+
 def supports(size: int) -> np.ndarray:
     """All subsets of ``size`` variables, (2^size, size) bool."""
     return np.array(list(itertools.product((False, True), repeat=size)))
