@@ -10,7 +10,14 @@ from scipy.optimize import nnls
 
 from sgw_jax.multi_objective import weights
 from sgw_jax.multi_objective._pcgrad import orders
-from sgw_jax.multi_objective._solvers import interior_point, inverse, non_negative_qp, solve_on_supports, supports
+from sgw_jax.multi_objective._solvers import (
+    interior_point,
+    inverse,
+    non_negative_qp,
+    orthogonalise,
+    solve_on_supports,
+    supports,
+)
 
 EPS32 = float(np.finfo(np.float32).eps)
 SIZE = 24  # numbers in a gradient
@@ -176,16 +183,19 @@ def config_(matrix, share):
     cosines, norms = regular(matrix, 0)
     ones = np.ones(len(norms))
     found = inverse_on_span(cosines, 1e-5)[0] @ ones
-    return found * np.sum(norms * (cosines @ found + 1e-5 * found)) / max(found @ ones, 1e-30) / norms
+    if np.linalg.norm(found) < 1e-9:  # two opposite rows have no common direction
+        return np.zeros(len(norms))
+    return found * np.sum(norms * (cosines @ found + 1e-5 * found)) / (found @ ones) / norms
 
 
-@reduced
-def aligned_mtl(matrix, share):
-    """On the float32 Gramian, as the rank is a matter of its rounding."""
-    values, vectors = np.linalg.eigh(matrix.astype(np.float32).astype(np.float64))
-    kept = values > 1e-5 * values.max()
-    factors = np.where(kept, np.sqrt(values[kept].min() / np.where(kept, values, 1)), 0)
-    return vectors @ (factors * (vectors.T @ np.full(len(values), share / len(values))))
+def aligned_mtl(matrix, jacobian):
+    """On the gradients' singular vectors; the rank is that of their directions."""
+    rows = jacobian.astype(np.float64)
+    kept = np.diag(matrix) > 0
+    rank = np.sum(np.linalg.eigvalsh(regular(matrix[np.ix_(kept, kept)], 0)[0]) > 1e-5)
+    left, values, _ = np.linalg.svd(rows, full_matrices=False)
+    left, values = left[:, :rank], values[:rank]
+    return values[-1] * left / values @ left.T @ (kept / len(rows))
 
 
 def pcgrad(matrix, jacobian):
@@ -270,8 +280,8 @@ def test_against_float64(name, tasks):
         matrix = gram(jacobian)
         if name == "aligned_mtl":
             # By the least eigenvalue that is kept; where one is as near to the cut as rounding, the rank is chance.
-            values = np.linalg.eigvalsh(gram32(jacobian).astype(np.float64))
-            values /= values.max()
+            norms = np.sqrt(np.maximum(np.diag(matrix), 1e-30))
+            values = np.linalg.eigvalsh(matrix / np.outer(norms, norms))
             if np.any(np.abs(values - 1e-5) < 2 * tasks * EPS32):
                 continue
             eps = values[values > 1e-5].min() ** 2
@@ -279,7 +289,7 @@ def test_against_float64(name, tasks):
             values = np.linalg.eigvalsh(regular(matrix, 0)[0]) / (tasks * EPS32)
             if np.any((np.abs(values) > 0.25) & (values < 4)):
                 continue
-        arguments = (matrix, jacobian) if name in ("pcgrad", "gradvac") else (matrix,)
+        arguments = (matrix, jacobian) if name in ("pcgrad", "gradvac", "aligned_mtl") else (matrix,)
         expected = reference(*arguments)
         wide = jacobian.astype(np.float64)
         sizes = np.linalg.norm(wide, axis=1)
@@ -432,6 +442,58 @@ def test_aligned_mtl_where_the_rank_is_clear():
         np.testing.assert_allclose(
             w @ jacobian, expected * common / values[kept].min(), atol=64 * EPS32 * values[0] / 1e-2
         )
+
+
+@pytest.mark.parametrize("short", [1e-1, 2e-3, 1e-5, 1e-6])
+@pytest.mark.parametrize("scale", ["min", "median", "rmse"])
+def test_aligned_mtl_of_a_short_row(scale, short):
+    """Rows of about 6 and one of ``short``: as published, on the gradients' singular vectors. T cosines, each off by
+    their rounding, move the result by their ratio to the cosines' least eigenvalue."""
+    jacobian = np.random.default_rng(0).normal(size=(4, 40))
+    jacobian[1] *= short / np.linalg.norm(jacobian[1])
+    jacobian = jacobian.astype(np.float32)
+    wide = jacobian.astype(np.float64)
+    left, values, right = np.linalg.svd(wide, full_matrices=False)
+    common = {"min": values[-1], "median": values[2], "rmse": np.sqrt(np.mean(values**2))}[scale]
+    expected = common * np.full(4, 0.25) @ left @ right
+    member = jax.jit(functools.partial(weights.aligned_mtl, scale=scale))
+    found = np.asarray(member(gram32(jacobian)), np.float64) @ wide
+    least = np.linalg.eigvalsh(regular(wide @ wide.T, 0)[0])[0]
+    assert np.linalg.norm(found - expected) <= 4 * COSINE_ERROR / least * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(("noise", "kept"), [(1e-3, False), (1e-2, True)])
+def test_the_rank_of_aligned_mtl(noise, kept):
+    """Nearly dependent rows: one direction is cut when the cosines' eigenvalue, about the noise squared, is below 1e-5;
+    float32 cosines give one above to T of their roundings, and it the length of the update."""
+    rng = np.random.default_rng(0)
+    jacobian = rng.normal(size=(3, 40))
+    jacobian[2] = jacobian[0] + jacobian[1]
+    jacobian[2] += noise * np.linalg.norm(jacobian[2]) * rng.normal(size=40) / np.sqrt(40)
+    jacobian = jacobian.astype(np.float32)
+    wide = jacobian.astype(np.float64)
+    least = np.linalg.eigvalsh(regular(wide @ wide.T, 0)[0])[0]
+    assert (least > 1e-5) == kept
+    w = np.asarray(jax.jit(weights.aligned_mtl)(gram32(jacobian)), np.float64)
+    expected = aligned_mtl(wide @ wide.T, jacobian)
+    error = np.linalg.norm((w - expected) @ wide) / np.linalg.norm(expected @ wide)
+    assert error <= 3 * COSINE_ERROR / max(least, 1e-5)
+
+
+@pytest.mark.parametrize("tasks", [2, 7, 16])
+def test_orthogonalise(tasks):
+    """Columns 1e6 apart: orthogonal to rounding in units of their lengths, of the singular values' lengths."""
+    rng = np.random.default_rng(tasks)
+    factor = (rng.normal(size=(2 * tasks, tasks)) * 10 ** np.linspace(-3, 3, tasks)).astype(np.float32)
+    found = jax.jit(jax.vmap(orthogonalise, (None, 0)))(factor, np.eye(tasks, dtype=np.float32))
+    columns, rows = np.asarray(found[0][0], np.float64), np.asarray(found[1], np.float64)
+    sizes = np.linalg.norm(columns, axis=0)
+    expected = np.linalg.svd(factor.astype(np.float64), compute_uv=False)
+    rounding = 10 * tasks * EPS32  # each sweep turns a column T times
+    np.testing.assert_allclose(np.sort(sizes)[::-1], expected, rtol=8 * rounding)
+    np.testing.assert_allclose(columns.T @ columns / np.outer(sizes, sizes), np.eye(tasks), atol=2 * rounding)
+    np.testing.assert_allclose(rows.T @ rows, np.eye(tasks), atol=rounding)
+    np.testing.assert_allclose((factor @ rows - columns) / sizes.max(), 0, atol=rounding)
 
 
 # ---- properties of every member ------------------------------------------------------------------------------------

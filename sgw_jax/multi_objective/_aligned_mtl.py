@@ -5,11 +5,12 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sgw_jax.multi_objective._solvers import orthogonalise
 from sgw_jax.multi_objective._weighting import WeightedAggregator, from_weighting, stateless
 from sgw_jax.multi_objective.gramian import standardise
 
 SCALES = ("min", "median", "rmse")
-RANK = 1e-5  # eigenvalues below this share of the largest count as zero: what float32 Gramians resolve
+RANK = 1e-5  # eigenvalues of the cosines up to this count as zero: float32 resolves those above to some percent
 
 
 def aligned_mtl_weights(
@@ -23,11 +24,15 @@ def aligned_mtl_weights(
 
     sigma^2 is the smallest ("min"), the lower median ("median") or the mean ("rmse") of the non-zero eigenvalues of G.
 
-    Preference: sums to 1. Cost: one symmetric eigenproblem of T x T. Scale: equalises the principal directions of the
-    gradients; the update is as short as the weakest of them ("min"), so near-collinear gradients shrink it. Promise: a
-    condition number of 1; weights may be negative. At stationarity the smallest eigenvalue is cut as zero when it is
-    below 1e-5 of the largest: finite, but the choice jumps there. Use it for conflicting tasks of similar scale; not
-    with rows 300 times shorter than the longest, which that cut drops.
+    G = D C D by lengths and cosines; with C = V L V', the singular vectors of L^(1/2) V' D are found by one-sided
+    Jacobi [ours], so that rows may be 1e6 times shorter than others: an eigenproblem of G loses them in rounding.
+
+    Preference: sums to 1. Cost: one symmetric eigenproblem of T x T and 10 sweeps. Scale: equalises the principal
+    directions of the gradients; the update is as short as the weakest of them ("min"), so a short or a near-collinear
+    gradient shrinks it. Promise: a condition number of 1; weights may be negative. At stationarity, and for dependent
+    rows, a direction is cut as zero when its eigenvalue of C is below 1e-5 (rows that depend on each other up to a
+    relative noise of 3e-3): finite, but the choice jumps there. Use it for conflicting tasks of similar scale; not with
+    rows much shorter than others, to which "min" shrinks the whole update.
 
     Raises:
       ValueError: an unknown scale.
@@ -35,20 +40,26 @@ def aligned_mtl_weights(
     if scale not in SCALES:
         raise ValueError(f"aligned_mtl: scale is {scale!r}; it must be one of {SCALES}.")
     found = standardise(gramian, preference, mask, 0.0, "one")
-    both = found.active[:, None] & found.active[None, :]
-    matrix = jnp.where(both, gramian.astype(found.cosines.dtype), 0)
-    unit = jnp.maximum(jnp.max(jnp.diagonal(matrix)), jnp.finfo(matrix.dtype).tiny)
-    values, vectors = jnp.linalg.eigh(matrix / unit)
-    kept = values > RANK * jnp.max(values)
-    rank = jnp.sum(kept)
-    tasks = len(values)
+    largest = jnp.max(jnp.where(found.active, found.norms, 0), initial=1e-30)
+    lengths = jnp.where(found.active, found.norms / largest, 0)
+    values, vectors = jnp.linalg.eigh(found.cosines)  # of tasks that do not take part: unit vectors, of length 0
+    roots = jnp.sqrt(jnp.where(values > RANK, values, 1))
+    basis = jnp.where(values > RANK, vectors, 0)
+    columns, along = orthogonalise((basis * roots).T * lengths, jnp.where(found.active, found.preference, 0))
+    sizes = jnp.sqrt(jnp.sum(columns**2, 0))
+    rank = jnp.maximum(jnp.sum(values > RANK) - jnp.sum(~found.active), 0)
+    order = jnp.sort(sizes, descending=True)
+    last = order[jnp.maximum(rank - 1, 0)]
+    kept = (sizes >= last) & (rank > 0) & (sizes > 0)
     common = {
-        "min": lambda: jnp.min(jnp.where(kept, values, jnp.inf)),
-        "median": lambda: values[tasks - rank + jnp.maximum(rank - 1, 0) // 2],  # ascending: the kept ones are last
-        "rmse": lambda: jnp.sum(jnp.where(kept, values, 0)) / jnp.maximum(rank, 1),
+        "min": lambda: last,
+        "median": lambda: order[rank // 2],
+        "rmse": lambda: jnp.sqrt(jnp.sum(jnp.where(kept, sizes**2, 0)) / jnp.maximum(rank, 1)),
     }[scale]()
-    factors = jnp.where(kept, jnp.sqrt(common / jnp.where(kept, values, 1)), 0)
-    weights = jnp.einsum("ik,k,jk,j->i", vectors, factors, vectors, found.preference, precision="highest")
+    turned = jnp.where(kept, along / jnp.where(kept, sizes, 1), 0)
+    update = common * jnp.einsum("ij,j->i", columns, turned, precision="highest")  # in an orthonormal basis
+    weights = jnp.einsum("ij,j->i", basis / roots, update, precision="highest")
+    weights = weights / jnp.where(found.active, lengths, 1)
     return jnp.where(found.active, weights, found.preference)
 
 

@@ -56,6 +56,34 @@ def solve_off(matrix: Float[Array, "n n"], null: Float[Array, "n n"], right: Flo
     return project_out(null, solve(lifted, project_out(null, right)))
 
 
+def orthogonalise(
+    factor: Float[Array, "n t"], vector: Float[Array, " t"], sweeps: int = 10
+) -> tuple[Float[Array, "n t"], Float[Array, " t"]]:
+    """``F Q`` with orthogonal columns, and ``Q' v``, for some orthogonal Q: one-sided Jacobi, so F = P S Q' with S the
+    columns' lengths, which come out to float32 however far apart they are, as long as F's normalised columns are apart.
+
+    Each sweep meets every pair of columns once, n / 2 pairs at a time.
+    """
+    count = factor.shape[1] + factor.shape[1] % 2
+    both = jnp.pad(jnp.concatenate([factor, vector[None]]), ((0, 0), (0, count - factor.shape[1])))
+    seats = [[0, *np.roll(np.arange(1, count), turn)] for turn in range(count - 1)]  # a round-robin tournament
+    rounds = jnp.asarray([[row[: count // 2], row[: count // 2 - 1 : -1]] for row in seats])
+
+    def meet(step: int, both: Array) -> Array:
+        left, right = rounds[step % len(rounds)]
+        a, b = both[:, left], both[:, right]
+        product = jnp.sum(a[:-1] * b[:-1], 0)
+        slope = jnp.sum(b[:-1] ** 2 - a[:-1] ** 2, 0) / jnp.where(product == 0, 1, 2 * product)
+        tangent = jnp.where(slope < 0, -1, 1) / (jnp.abs(slope) + jnp.hypot(1, slope))
+        tangent = jnp.where(product == 0, 0, tangent)
+        cosine = 1 / jnp.sqrt(1 + tangent**2)
+        turned = cosine * (a - tangent * b), cosine * (tangent * a + b)
+        return both.at[:, left].set(turned[0]).at[:, right].set(turned[1])
+
+    both = jax.lax.fori_loop(0, sweeps * len(rounds), meet, both)[:, : factor.shape[1]]
+    return both[:-1], both[-1]
+
+
 def supports(size: int) -> np.ndarray:
     """All subsets of ``size`` variables, (2^size, size) bool."""
     return np.array(list(itertools.product((False, True), repeat=size)))
