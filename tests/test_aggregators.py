@@ -14,6 +14,7 @@ from optax.experimental import aggregating
 
 from sgw_jax.multi_objective import (
     AGGREGATORS,
+    METHODS,
     Weighting,
     conflict_rate,
     cosines,
@@ -21,6 +22,7 @@ from sgw_jax.multi_objective import (
     every_k,
     from_weighting,
     gramian,
+    method,
     mgda,
     nash_mtl,
     representation_gradients,
@@ -93,6 +95,33 @@ def test_contract(name):
     np.testing.assert_allclose(found, expected, rtol=0, atol=size * 2**-8)  # one rounding to bfloat16
     with pytest.raises(ValueError, match="made for 3 tasks, but the Jacobian has 2 rows"):
         aggregator.update(jax.tree.map(lambda leaf: leaf[:2], jacobian), aggregator.init(PARAMS), losses=LOSSES)
+
+
+def test_a_member_is_named_once():
+    """Its aggregator, its function and what they are called all follow from one line of `METHODS`."""
+    from sgw_jax import multi_objective
+
+    assert list(AGGREGATORS) == list(METHODS)
+    assert set(weights.__all__) == {multi_objective.public_name(name) for name in METHODS if name != "gradnorm"}
+    for name, member in METHODS.items():
+        public = multi_objective.public_name(name)
+        assert public in multi_objective.__all__
+        assert getattr(multi_objective, public) is AGGREGATORS[name] is member.aggregator
+        assert member.aggregator.__name__ == name
+        if member.weights is not None:
+            assert getattr(weights, public) is member.weights
+            assert f"`{name}_weights`" in member.aggregator.__doc__
+
+
+def test_a_function_of_the_losses_gets_them():
+    def yours_weights(matrix, *, losses, mask=None):
+        return losses / jnp.diagonal(matrix)
+
+    aggregator = method(yours_weights).aggregator(TASKS)
+    _, state = aggregator.update(tree(), aggregator.init(PARAMS), losses=LOSSES)
+    np.testing.assert_array_equal(state.weights, LOSSES / jnp.diagonal(gramian(tree())))
+    with pytest.raises(ValueError, match="yours: the update needs losses="):
+        aggregator.update(tree(), aggregator.init(PARAMS))
 
 
 def test_the_stationary_flag():

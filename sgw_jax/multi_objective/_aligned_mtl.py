@@ -1,12 +1,11 @@
 """Aligned-MTL: the gradients replaced by the nearest orthogonal system, of one common length."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.multi_objective._solvers import orthogonalise
-from sgw_jax.multi_objective._weighting import WeightedAggregator, from_weighting, stateless
 from sgw_jax.multi_objective.gramian import standardise
 
 SCALES = ("min", "median", "rmse")
@@ -61,8 +60,3 @@ def aligned_mtl_weights(
     weights = jnp.einsum("ij,j->i", basis / roots, update, precision="highest")
     weights = weights / jnp.where(found.active, lengths, 1)
     return jnp.where(found.active, weights, found.preference)
-
-
-def aligned_mtl(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
-    """The aggregator of `aligned_mtl_weights`."""
-    return from_weighting(stateless(aligned_mtl_weights, **options), num_tasks)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sgw_jax.multi_objective._weighting import WeightedAggregator, Weighting, from_weighting, stateless
+from sgw_jax.multi_objective._weighting import WeightedAggregator, Weighting, from_weighting
 from sgw_jax.multi_objective.gramian import standardise
 
 
@@ -46,23 +46,6 @@ def db_mtl_weights(
     usable = found.active & (losses > 0)
     relative = jnp.where(usable, found.norms / jnp.where(usable, losses, 1), 0)
     return jnp.where(found.active, found.preference * jnp.max(relative) / found.norms, 0)
-
-
-def equal(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
-    """The aggregator of `equal_weights`."""
-    return from_weighting(stateless(equal_weights, **options), num_tasks)
-
-
-def db_mtl(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
-    """The aggregator of `db_mtl_weights`; its update needs ``losses``."""
-
-    def apply(matrix: Array, state: Any, *, losses: Any = None, mask: Any = None, key: Any = None) -> Any:
-        del key
-        if losses is None:
-            raise ValueError("db_mtl: the update needs losses=.")
-        return db_mtl_weights(matrix, losses=losses, mask=mask, **options), state
-
-    return from_weighting(Weighting(lambda number: (), apply), num_tasks)
 
 
 def gradnorm(

@@ -1,12 +1,9 @@
 """CAGrad: the mean gradient, bent within a ball towards the worst task."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.multi_objective._solvers import ENUMERATED, solve_on_supports, supports, violation
-from sgw_jax.multi_objective._weighting import WeightedAggregator, from_weighting, stateless
 from sgw_jax.multi_objective.gramian import standardise
 
 
@@ -66,8 +63,3 @@ def cagrad_weights(
     moved = moved * jnp.where(length > 0, radius / jnp.where(length > 0, length, 1), 0)
     weights = found.preference + moved * scale / found.norms * found.active
     return weights / (1 + c**2) if rescale else weights
-
-
-def cagrad(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
-    """The aggregator of `cagrad_weights`."""
-    return from_weighting(stateless(cagrad_weights, **options), num_tasks)

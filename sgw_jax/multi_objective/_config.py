@@ -1,12 +1,9 @@
 """ConFIG: the direction with equal cosines to all gradients, as long as they pull along it."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.multi_objective._solvers import null_space, solve_off
-from sgw_jax.multi_objective._weighting import WeightedAggregator, from_weighting, stateless
 from sgw_jax.multi_objective.gramian import standardise
 
 
@@ -34,8 +31,3 @@ def config_weights(
     square = scaled @ wanted
     weights = scaled * along / jnp.maximum(square, jnp.finfo(square.dtype).tiny) / found.norms
     return jnp.where(found.active, weights, 0)
-
-
-def config_(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
-    """The aggregator of `config_weights`."""
-    return from_weighting(stateless(config_weights, **options), num_tasks)

@@ -1,12 +1,9 @@
 """DualProj: the weighted mean gradient projected onto the cone that no task objects to."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.multi_objective._solvers import non_negative_qp
-from sgw_jax.multi_objective._weighting import WeightedAggregator, from_weighting, stateless
 from sgw_jax.multi_objective.gramian import standardise
 
 
@@ -32,8 +29,3 @@ def dualproj_weights(
     extra = non_negative_qp(found.cosines, jnp.matvec(found.cosines, wanted / scale)[None])[0]
     weights = (extra * scale + wanted) / found.norms
     return jnp.where(found.active, weights, found.preference)
-
-
-def dualproj(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
-    """The aggregator of `dualproj_weights`."""
-    return from_weighting(stateless(dualproj_weights, **options), num_tasks)

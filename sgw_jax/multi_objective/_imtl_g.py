@@ -1,12 +1,9 @@
 """IMTL-G: the update whose projections onto all gradients are equal."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.multi_objective._solvers import null_space, project_out, solve_off
-from sgw_jax.multi_objective._weighting import WeightedAggregator, from_weighting, stateless
 from sgw_jax.multi_objective.gramian import standardise
 
 LEAST_SUM = 0.05  # of the weights, as a share of the sum of their sizes
@@ -42,8 +39,3 @@ def imtl_g_weights(
     total, size = jnp.sum(weights), jnp.sum(jnp.abs(weights))
     divisor = jnp.where(total < 0, -1, 1) * jnp.maximum(jnp.abs(total), LEAST_SUM * size)
     return jnp.where(size > 0, weights / jnp.where(size > 0, divisor, 1), found.preference / len(weights))
-
-
-def imtl_g(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
-    """The aggregator of `imtl_g_weights`."""
-    return from_weighting(stateless(imtl_g_weights, **options), num_tasks)

@@ -1,12 +1,11 @@
 """MGDA: the shortest vector in the convex hull of the gradients."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.multi_objective._solvers import non_negative_qp
-from sgw_jax.multi_objective._weighting import WeightedAggregator, Weighting, from_weighting
 from sgw_jax.multi_objective.gramian import standardise
 
 NORMALISATIONS = ("none", "l2", "loss", "loss+")
@@ -60,13 +59,3 @@ def mgda_weights(
     if normalisation in ("none", "loss"):
         weights = jnp.where(jnp.any(done), done / jnp.maximum(jnp.sum(done), 1), weights)
     return weights
-
-
-def mgda(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
-    """The aggregator of `mgda_weights`; it passes on ``losses``."""
-
-    def apply(matrix: Array, state: Any, *, losses: Any = None, mask: Any = None, key: Any = None) -> tuple[Array, Any]:
-        del key
-        return mgda_weights(matrix, mask=mask, losses=losses, **options), state
-
-    return from_weighting(Weighting(lambda number: (), apply), num_tasks)

@@ -1,12 +1,9 @@
 """Nash-MTL: the update that tasks would agree on in bargaining; and FairGrad, its alpha-fair family."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.multi_objective._solvers import fair_point
-from sgw_jax.multi_objective._weighting import WeightedAggregator, from_weighting, stateless
 from sgw_jax.multi_objective.gramian import standardise
 
 
@@ -77,13 +74,3 @@ def fairgrad_weights(
     matrix = jnp.where(both, found.cosines, jnp.eye(len(gain)))
     scaled = jnp.where(taking, fair_point(matrix, gain, power), 0) * largest ** ((power - 1) / (power + 1))
     return scaled / found.norms
-
-
-def nash_mtl(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
-    """The aggregator of `nash_mtl_weights`."""
-    return from_weighting(stateless(nash_mtl_weights, **options), num_tasks)
-
-
-def fairgrad(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
-    """The aggregator of `fairgrad_weights`."""
-    return from_weighting(stateless(fairgrad_weights, **options), num_tasks)

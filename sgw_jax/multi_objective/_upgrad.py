@@ -1,12 +1,9 @@
 """UPGrad: the mean of the gradients, each projected onto the cone that no task objects to."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.multi_objective._solvers import non_negative_qp
-from sgw_jax.multi_objective._weighting import WeightedAggregator, from_weighting, stateless
 from sgw_jax.multi_objective.gramian import standardise
 
 
@@ -34,8 +31,3 @@ def upgrad_weights(
     units = extra + jnp.eye(len(found.norms))
     weights = jnp.sum((found.preference * found.norms * found.active)[:, None] * units, 0) / found.norms
     return jnp.where(found.active, weights, found.preference)
-
-
-def upgrad(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
-    """The aggregator of `upgrad_weights`."""
-    return from_weighting(stateless(upgrad_weights, **options), num_tasks)

@@ -1,5 +1,6 @@
 """What a method is: weights from a Gramian, with a state; and the Optax aggregator that applies them."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,17 +44,22 @@ class WeightedAggregator(aggregating.Aggregator):
 
 
 def stateless(function: Callable[..., Array], **options: Any) -> Weighting:
-    """A weighting from ``function(gramian, mask=mask, **options)``."""
+    """A weighting from ``function(gramian, mask=mask, **options)``, which also gets ``losses`` if it names them."""
+    wants = inspect.signature(function).parameters.get("losses")
 
     def apply(matrix: Array, state: Any, *, losses: Any = None, mask: Any = None, key: Any = None) -> tuple[Array, Any]:
-        del losses, key
-        return function(matrix, mask=mask, **options), state
+        del key
+        if wants is None:
+            return function(matrix, mask=mask, **options), state
+        if losses is None and wants.default is inspect.Parameter.empty:
+            raise ValueError(f"{function.__name__.removesuffix('_weights')}: the update needs losses=.")
+        return function(matrix, mask=mask, losses=losses, **options), state
 
     return Weighting(lambda num_tasks: (), apply)
 
 
 def from_weighting(weighting: Weighting | Callable[..., Array], num_tasks: int | None = None) -> WeightedAggregator:
-    """The aggregator ``sum_i w_i g_i`` of a weighting, or of a function (gramian, mask=) -> weights.
+    """The aggregator ``sum_i w_i g_i`` of a weighting, or of a function (gramian, mask=, losses= if named) -> weights.
 
     ``init(params)`` and ``update(jacobian, state, params, *, losses, task_mask, key)``: the Jacobian's leaves have a
     leading axis of tasks, the update is like the parameters. It goes first in ``optax.chain``: what comes after sees
@@ -98,6 +104,28 @@ def from_weighting(weighting: Weighting | Callable[..., Array], num_tasks: int |
     aggregator = WeightedAggregator(init, update)
     aggregator.weighting, aggregator.weigh = chosen, weigh
     return aggregator
+
+
+class Method(NamedTuple):
+    """A member of the family.
+
+    weights: its pure function of the Gramian; None if it has none. aggregator: (num_tasks, **options) -> aggregator.
+    """
+
+    weights: Callable[..., Any] | None
+    aggregator: Callable[..., WeightedAggregator]
+
+
+def method(weights: Callable[..., Array]) -> Method:
+    """The member of a function as `stateless` takes, named ``NAME_weights``; its aggregator has the rest as options."""
+
+    def aggregator(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
+        return from_weighting(stateless(weights, **options), num_tasks)
+
+    aggregator.__name__ = aggregator.__qualname__ = weights.__name__.removesuffix("_weights")
+    aggregator.__module__ = weights.__module__
+    aggregator.__doc__ = f"The aggregator of `{weights.__name__}`, with its options:\n\n    {weights.__doc__}"
+    return Method(weights, aggregator)
 
 
 def weighted_sum_of(jacobian: Any, weights: Float[Array, " tasks"]) -> Any:
