@@ -3,6 +3,8 @@
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
@@ -40,6 +42,11 @@ def learning_rate_schedule(
     # The first update is at step 0: starting at peak / warmup_steps keeps it from being lost.
     warmup = optax.linear_schedule(peak / warmup_steps, peak, max(warmup_steps - 1, 1))
     return optax.join_schedules([warmup, decays[schedule]()], [warmup_steps])
+
+
+def learning_rates(schedule: optax.Schedule, steps: int) -> np.ndarray:
+    """The rate of every step, on the host: asking the schedule itself would queue behind the steps in flight."""
+    return np.asarray(jax.vmap(schedule)(jnp.arange(steps)))
 
 
 def make_optimizer(

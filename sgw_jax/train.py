@@ -20,6 +20,7 @@ from sgw_jax.fine_tuning import (
     pretrained_start,
 )
 from sgw_jax.finite import check_finite, check_finite_losses, check_finite_step
+from sgw_jax.optimizers import learning_rates
 from sgw_jax.sharding import global_batch, replicated
 from sgw_jax.starting_state import abstract_state, initial_state, restored_state
 from sgw_jax.step_profile import StepProfile
@@ -127,6 +128,7 @@ class _LateLog:
 
     def __init__(self, experiment: Experiment, writer: MetricsWriter, progress: TrainProgress):
         self._experiment, self._writer, self._progress = experiment, writer, progress
+        self._rates = learning_rates(experiment.schedule, experiment.settings.steps)
         self._waiting: tuple[int, Any] | None = None
 
     def push(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -145,8 +147,7 @@ class _LateLog:
         self._progress.update(step, {name: value for name, value in values.items() if name.startswith("loss")})
         settings = self._experiment.settings
         if step % settings.log_every == 0 or step == settings.steps:
-            rate = float(self._experiment.schedule(step - 1))
-            self._writer.write(step, "train", {**values, "learning_rate": rate})
+            self._writer.write(step, "train", {**values, "learning_rate": float(self._rates[step - 1])})
 
 
 def starting_state(

@@ -9,7 +9,7 @@ import pytest
 from sgw_jax.backbones.vit import ViT
 from sgw_jax.interactions import KEM
 from sgw_jax.model import MultiTaskModel
-from sgw_jax.optimizers import decay_mask, learning_rate_schedule, make_optimizer
+from sgw_jax.optimizers import decay_mask, learning_rate_schedule, learning_rates, make_optimizer
 from sgw_jax.sharding import path_name
 from sgw_jax.tasks import Depth
 
@@ -32,6 +32,9 @@ def test_schedule(name, warmup):
         share = (step - warmup) / (50 - warmup)
         expected = 0.3 * (step + 1) / warmup if step < warmup else 0.3 * DECAYS[name](share)
         np.testing.assert_allclose(schedule(step), expected, rtol=16 * EPS32, atol=0.3 * 4 * EPS32)
+    rates = learning_rates(schedule, 50)
+    assert type(rates) is np.ndarray
+    np.testing.assert_allclose(rates, [schedule(step) for step in range(50)], rtol=4 * EPS32, atol=0.3 * 4 * EPS32)
     if name in ("poly", "cosine"):
         assert schedule(50) == 0
         assert schedule(80) == 0  # not negative, not NaN

@@ -23,6 +23,7 @@ from sgw_jax.evaluate import Evaluation
 from sgw_jax.fine_tuning import fine_tuning_start
 from sgw_jax.finite import NonFiniteError, check_finite, check_finite_losses
 from sgw_jax.layers.drop_path import DropPath
+from sgw_jax.optimizers import learning_rates
 from sgw_jax.sharding import make_mesh, mesh_sizes
 from sgw_jax.starting_state import abstract_state, initial_state, restored_state
 from sgw_jax.tasks import Depth
@@ -272,6 +273,34 @@ def test_a_run_compiles_each_function_once(tmp_path, monkeypatch, devices):
     train(run, tmp_path, quiet())
     assert len(compiled) == 2
     assert [step._cache_size() for pair in compiled for step in pair] == [1, 1, 1, 1]
+
+
+def test_between_steps_nothing_is_computed_or_fetched_unasked(built, tmp_path, monkeypatch):
+    """Such a computation would wait for the step in flight; the guard refuses the transfers that it begins with."""
+
+    def guarded(function):
+        def run(*arguments):
+            with jax.transfer_guard("disallow"):
+                return function(*arguments)
+
+        return run
+
+    def steps(*arguments):
+        train_step, eval_step = compiled_steps(*arguments)
+        return guarded(train_step), eval_step
+
+    monkeypatch.setattr(train_module, "compiled_steps", steps)
+    for owner, name in (
+        (train_module, "global_batch"),
+        (train_module._LateLog, "push"),
+        (train_module._LateLog, "flush"),
+        (train_module.StepProfile, "after"),
+        (Checkpoints, "reached_preemption"),
+    ):
+        monkeypatch.setattr(owner, name, guarded(getattr(owner, name)))
+    assert train(built, tmp_path, quiet()).step == STEPS
+    rates = [line["learning_rate"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["split"] == "train"]
+    assert rates == learning_rates(built.schedule, STEPS).tolist()
 
 
 def test_another_mesh_gives_the_same_run_up_to_rounding(tmp_path):
