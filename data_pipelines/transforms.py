@@ -36,7 +36,7 @@ class Target:
         frame x right, y down, z forward; "mask" float32 (H, W) in [0, 1].
     fill: the ignore value, which padding and absent targets get: labels 255 (say), depth 0, vectors 0, mask -1.
         A pixel is invalid where labels equal `fill`, where depth or disparity is non-finite or equals `fill`, where a
-        vector is zero, where a mask is negative.
+        vector is zero, where a mask is negative or not finite.
     resample: "nearest" or, but for labels, "linear": weighs valid pixels only and is valid where they hold at least
         half of the weight (our decision); vectors are renormalised.
     """
@@ -169,7 +169,7 @@ def valid_pixels(values: np.ndarray, target: Target) -> np.ndarray:
     if target.kind == "vectors":
         return np.any(values != 0, axis=-1)
     if target.kind == "mask":
-        return values >= 0
+        return np.isfinite(values) & (values >= 0)
     return np.isfinite(values) & (values != target.fill)
 
 

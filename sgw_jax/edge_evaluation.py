@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sgw_jax import boundary
 from sgw_jax.sharding import batch_sharding, global_batch
+from sgw_jax.tasks.mask import labelled, positive
 
 Batch = Mapping[str, Any]
 SCORES = ("ods", "ois", "ap")
@@ -36,8 +37,9 @@ def edge_scores(
     """{"ods", "ois", "ap"} in percent, of the probabilities of an edge task (one logit).
 
     An image is cut to the frame of its labelled pixels, which undoes the padding, so that distances are shares of the
-    original's diagonal; unlabelled pixels inside it count neither as prediction nor as target. Images without any label
-    are left out. Each process matches the images that its devices predicted.
+    original's diagonal; unlabelled pixels inside it count neither as prediction nor as target. `MaskTask` says which
+    pixels are labelled and which are edges. Images without any label are left out. Each process matches the images that
+    its devices predicted.
 
     Args:
       batches: as `eval_batches` yields them.   length: of the split; what follows is padding.
@@ -59,7 +61,7 @@ def edge_scores(
         for batch in batches:
             probability, target = step(variables, global_batch(batch, mesh))
             for row, one, labels in _own_rows(probability, target):
-                if seen + row < length and np.any(labels >= 0):
+                if seen + row < length and np.any(labelled(labels)):
                     yield _framed(one, labels)
             seen += probability.shape[0]
 
@@ -84,9 +86,10 @@ def _own_rows(*arrays: jax.Array) -> Iterator[tuple[Any, ...]]:
 
 def _framed(probability: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(prediction, target, ignored) inside the smallest rectangle that holds all labelled pixels."""
-    rows, columns = (np.flatnonzero(np.any(labels >= 0, axis=axis)) for axis in (1, 0))
+    valid = labelled(labels)
+    rows, columns = (np.flatnonzero(np.any(valid, axis=axis)) for axis in (1, 0))
     frame = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    return probability[frame], labels[frame] > 0.5, labels[frame] < 0
+    return probability[frame], positive(labels[frame]), ~valid[frame]
 
 
 def _from_all_processes(counts: np.ndarray) -> np.ndarray:

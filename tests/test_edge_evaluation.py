@@ -5,9 +5,11 @@ import jax
 import numpy as np
 import pytest
 
+from data_pipelines.transforms import Target, valid_pixels
 from sgw_jax import boundary
 from sgw_jax.edge_evaluation import edge_scores
 from sgw_jax.sharding import make_mesh
+from sgw_jax.tasks import Edges
 
 SIZE, BATCH, LENGTH = (24, 32), 4, 6
 FRAMES = [(24, 32), (20, 30), (24, 20), (10, 32), (16, 16), (22, 26)]  # original sizes, padded in the middle
@@ -72,6 +74,25 @@ def test_the_published_protocol_rounds_to_levels(split):
     rounded = [(np.round(255 * p).astype(np.uint8), t, i) for p, t, i in originals]
     assert scores(batches, published=True) == expected(rounded)
     assert scores(batches, published=True, outline_targets=True) == expected(rounded, outline_targets=True)
+
+
+def test_edges_and_ignored_pixels_are_those_of_the_task(split):
+    """0.5 is an edge; negative and non-finite targets are ignored, and frame no image."""
+    batches, originals = split
+    odd = [{**batch, "edges": batch["edges"].copy()} for batch in batches]
+    rng, others = np.random.default_rng(1), [np.nan, np.inf, -np.inf, -0.5]
+    for batch in odd:
+        edges = batch["edges"]
+        edges[edges == 1] = rng.choice([0.5, 0.75, 1], size=np.sum(edges == 1))
+        edges[edges == 0] = rng.choice([0, 0.25, np.nextafter(np.float32(0.5), 0)], size=np.sum(edges == 0))
+        edges[edges < 0] = rng.choice(others, size=np.sum(edges < 0))
+    assert scores(odd) == expected(originals)
+    task = Edges()
+    for batch, plain in zip(odd, batches, strict=True):
+        found, known = (task.batch_statistics(part["edges"]) for part in (batch, plain))
+        assert {name: int(number) for name, number in found.items()} == {n: int(k) for n, k in known.items()}
+        target = Target(**task.target)
+        np.testing.assert_array_equal(valid_pixels(batch["edges"], target), valid_pixels(plain["edges"], target))
 
 
 def test_images_without_labels_are_left_out(split):

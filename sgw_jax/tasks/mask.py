@@ -20,7 +20,8 @@ LARGEST_TARGET = 1.001
 @dataclasses.dataclass(frozen=True)
 class MaskTask(Task):
     """One logit x per pixel; target y in [0, 1], (batch, height, width) or with a trailing axis of 1; negative or not
-    finite = ignore. A pixel is positive where y >= 0.5.
+    finite = ignore. A pixel is positive where y >= 0.5. `labelled` and `positive` are this rule, here and wherever else
+    such a target is read.
 
     A target above 1 makes the loss NaN and is refused by `metric_values`.
     """
@@ -42,13 +43,12 @@ class MaskTask(Task):
         return True
 
     def valid(self, target: Array) -> Bool[Array, "batch height width"]:
-        target = scalar_map(target)
-        return jnp.isfinite(target) & (target >= 0)
+        return labelled(scalar_map(target))
 
     def batch_statistics(self, target: Array) -> Sums:
         """The number of valid pixels and of positive ones: the class balance."""
         valid = self.valid(target)
-        return {"count": count(valid), "positive": count(valid & (scalar_map(target) >= 0.5))}
+        return {"count": count(valid), "positive": count(positive(scalar_map(target)))}
 
     def weighted_bce(
         self, prediction: Array, target: Array, weight: float | Array
@@ -56,29 +56,28 @@ class MaskTask(Task):
         """(sum of w y softplus(-x) + (1 - w)(1 - y) softplus(x) over the valid pixels, their count)."""
         logit, target = self.float32(prediction)[..., 0], self.scalar_target(prediction, target)
         valid = self.valid(target)
-        positive, negative = bce_terms(logit, jnp.where(valid, target, 0))
-        loss = weight * positive + (1 - weight) * negative
+        present, absent = bce_terms(logit, jnp.where(valid, target, 0))
+        loss = weight * present + (1 - weight) * absent
         loss = jnp.where(target > LARGEST_TARGET, jnp.nan, loss)
         return jnp.sum(jnp.where(valid, loss, 0)), count(valid)
 
     def threshold_sums(self, prediction: Array, target: Array, logits: Sequence[float]) -> Sums:
         """Of the pixels with x >= each of `logits`: how many are predicted and how many of them positive (int32)."""
         logit, target = self.float32(prediction)[..., 0], self.scalar_target(prediction, target)
-        valid = self.valid(target)
-        positive = valid & (target >= 0.5)
-        ones, positive_ones = valid.astype(jnp.int32), positive.astype(jnp.int32)
+        valid, true = self.valid(target), positive(target)
+        ones, true_ones = valid.astype(jnp.int32), true.astype(jnp.int32)
 
         def counts_at(threshold: Array) -> Sums:
             above = logit >= threshold
             return {
                 "predicted": jnp.sum(jnp.where(above, ones, 0)),
-                "true_positive": jnp.sum(jnp.where(above, positive_ones, 0)),
+                "true_positive": jnp.sum(jnp.where(above, true_ones, 0)),
             }
 
         # One threshold at a time: nothing of size pixels x thresholds exists, and no scatter, which a TPU does slowly.
         return {
             **jax.lax.map(counts_at, jnp.asarray(float32_at_least(logits))),
-            "positive": count(positive),
+            "positive": count(true),
             "pixels": count(valid),
             "out_of_range": count(valid & (target > LARGEST_TARGET)),
         }
@@ -113,6 +112,16 @@ class MaskTask(Task):
         """The logit of the fitted probability, which is clipped to [1e-4, 1 - 1e-4]."""
         probability = jnp.clip(jnp.asarray(values, jnp.float32), 1e-4, 1 - 1e-4)
         return jnp.log(probability) - jnp.log1p(-probability)
+
+
+def labelled(target: Any) -> Any:
+    """Where a mask's target counts: 0 or more, and finite; of NumPy and JAX arrays."""
+    return (target >= 0) & (target < math.inf)  # NaN compares as false
+
+
+def positive(target: Any) -> Any:
+    """Which of these pixels belong to the mask: those of 0.5 or more."""
+    return labelled(target) & (target >= 0.5)
 
 
 def bce_terms(logit: Array, target: Array) -> tuple[Array, Array]:
