@@ -42,8 +42,8 @@ class Plan:
 
     @property
     def interaction_share(self) -> float:
-        """Of the multiply-accumulates of a prediction."""
-        return self.macs["interaction"] / sum(self.macs.values())
+        """Of the multiply-accumulates of a prediction; 0 where there are none."""
+        return self.macs["interaction"] / max(sum(self.macs.values()), 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the totals."""
@@ -56,7 +56,7 @@ def plan(model: MultiTaskModel, size: tuple[int, int]) -> Plan:
     tasks = model.tasks
     image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(image.shape), train=True))
-    params, constants = variables["params"], variables.get("constants", {})
+    params, constants = variables.get("params", {}), variables.get("constants", {})
     targets = target_shapes(tasks, size)
 
     def predict(params: Any, constants: Any, image: Any) -> Any:
@@ -125,10 +125,8 @@ def _name(interaction: nn.Module) -> str:
 
 
 def _add_row(table: Table, part: str, parameters: int, macs: int, total: int) -> None:
-    share = f"{macs / total:.1%}"
-    table.add_row(
-        part, f"{parameters / 1e6:,.2f}", f"{macs / GIGA:,.2f}", f"{2 * macs / GIGA:,.2f}", share if total else ""
-    )
+    share = f"{macs / total:.1%}" if total else ""
+    table.add_row(part, f"{parameters / 1e6:,.2f}", f"{macs / GIGA:,.2f}", f"{2 * macs / GIGA:,.2f}", share)
 
 
 def part_of(path: str) -> str | None:

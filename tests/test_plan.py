@@ -1,5 +1,6 @@
 """Costs counted from the trace, against formulas; the promises that docs/results.md makes of the full-size systems."""
 
+import io
 import json
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from configs.base import SYSTEMS
 from sgw_jax.__main__ import main
@@ -15,9 +17,10 @@ from sgw_jax.backbones.vit import Block
 from sgw_jax.build import build_model, build_tasks
 from sgw_jax.config_files import read_config
 from sgw_jax.cost import largest_arrays, multiply_accumulates, residual_bytes
-from sgw_jax.interactions import INTERACTIONS, CrossTaskAttention
+from sgw_jax.interactions import INTERACTIONS, CrossTaskAttention, NoInteraction
 from sgw_jax.optimizers import make_optimizer
-from sgw_jax.plan import Plan, plan, target_shapes
+from sgw_jax.plan import Plan, plan, print_plan, target_shapes
+from sgw_jax.tasks import Depth
 from sgw_jax.train_step import init_state, make_eval_step, make_train_step
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "full_size.json"
@@ -76,6 +79,28 @@ def test_a_strided_convolution_is_differentiated_by_two_of_its_size():
         return jnp.sum(conv.apply(params, image) ** 2)
 
     assert sum(multiply_accumulates(jax.grad(loss, argnums=(0, 1)), params, image).values()) == 3 * forward
+
+
+class Constant(nn.Module):
+    """A network that neither learns nor multiplies anything."""
+
+    tasks: tuple = (Depth(),)
+    interaction: nn.Module = NoInteraction()
+    dtype: str = "float32"
+
+    def __call__(self, image, train=False):
+        return {"depth": image[..., :1]}
+
+
+def test_a_network_of_no_cost():
+    found = plan(Constant(), (4, 6))
+    assert not any(found.parameters.values())
+    assert not any(found.macs.values())
+    assert found.to_dict()["interaction_share"] == 0
+    console = Console(file=io.StringIO(), width=120)
+    print_plan(found, console)
+    assert "network" in console.file.getvalue()
+    assert "%" not in console.file.getvalue()
 
 
 def test_branches_and_loops():
