@@ -234,8 +234,9 @@ def run(experiment: Experiment, workdir: Path, trunk: Path | None, split: str = 
         found = evaluate_split(experiment, eval_step, variables, split)
     diagnostics = None
     if split == "test":
-        length, batches = len(experiment.data.sources[split]), experiment.data.evaluation(split)
-        diagnostics = diagnose(model, variables, batches, experiment.mesh, tasks, length=length)
+        length = len(experiment.data.sources[split])
+        with experiment.data.evaluation(split) as batches:
+            diagnostics = diagnose(model, variables, batches, experiment.mesh, tasks, length=length)
     result = {
         "made_by": made_by(experiment, trunk),
         "metrics": found.metrics,

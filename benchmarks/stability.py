@@ -143,17 +143,16 @@ def measure(arguments: argparse.Namespace, overrides: list[str], name: str, seed
     images, labels = (
         np.concatenate([np.asarray(batch[key]) for batch in found])[:IMAGES] for key in ("image", "semseg")
     )
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     rows: list[dict[str, Any]] = []
     before = None
-    for step in range(every, every * LOOKS + 1, every):
-        state = restored_state(experiment, checkpoints, step)
-        numbers, index = look(experiment, state.variables, images, labels)
-        if before is not None:
-            numbers[f"overlap, {every} steps"] = float(jnp.mean(jaccard(before, index)))
-        before = index
-        rows.append({"variant": name, "seed": seed, "step": step, **numbers})
-    checkpoints.close()
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        for step in range(every, every * LOOKS + 1, every):
+            state = restored_state(experiment, checkpoints, step)
+            numbers, index = look(experiment, state.variables, images, labels)
+            if before is not None:
+                numbers[f"overlap, {every} steps"] = float(jnp.mean(jaccard(before, index)))
+            before = index
+            rows.append({"variant": name, "seed": seed, "step": step, **numbers})
     shutil.rmtree(workdir)  # its checkpoints are large, and its numbers known
     return rows
 

@@ -197,9 +197,9 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str], console: Con
 
 def _evaluate(arguments: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     _refuse(rest, "evaluate takes its configuration from the checkpoint")
-    run = open_run(arguments.workdir, arguments.checkpoint)
-    mesh = make_mesh(mesh_sizes(arguments.mesh)) if arguments.mesh else None
-    experiment = build(run.config, arguments.cache_dir, run.tasks, mesh)
+    with open_run(arguments.workdir, arguments.checkpoint) as run:
+        mesh = make_mesh(mesh_sizes(arguments.mesh)) if arguments.mesh else None
+        experiment = build(run.config, arguments.cache_dir, run.tasks, mesh)
     if arguments.split not in experiment.data.sources:
         raise UsageError(f"--split={arguments.split}: the data has the splits {sorted(experiment.data.sources)}.")
     prepare(experiment, console)

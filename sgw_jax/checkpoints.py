@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
@@ -23,7 +23,7 @@ class Checkpoints:
 
     A checkpoint is complete or absent: Orbax writes into a temporary directory and renames it, so a process killed in
     the middle leaves the one before. ``metadata`` is JSON beside the arrays, enough to rebuild the model for
-    prediction. With several processes every one of them makes the same calls.
+    prediction. With several processes every one of them makes the same calls. As a context manager it closes itself.
 
     Args:
       directory: of the checkpoints; made if missing.
@@ -155,6 +155,12 @@ class Checkpoints:
         """Waits, then frees the manager's threads."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
 def _score(metrics: Any) -> float:

@@ -1,6 +1,7 @@
 """Starting from another run's parameters, or from a pretrained backbone."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +21,31 @@ from sgw_jax.workdir import WorkdirError
 BACKBONE = "backbone/"
 
 
-def fine_tuning_source(source: Path) -> tuple[Checkpoints, int]:
+@contextlib.contextmanager
+def fine_tuning_source(source: Path) -> Iterator[tuple[Checkpoints, int]]:
     """The checkpoints of the run to start from, and its best step (without scores: its last)."""
-    checkpoints = Checkpoints(source / "checkpoints", read_only=True)
-    step = checkpoints.best_step or checkpoints.latest_step
-    if step is None:
-        raise WorkdirError(f"--init_from: {source} holds no complete checkpoint.")
-    return checkpoints, step
+    with Checkpoints(source / "checkpoints", read_only=True) as checkpoints:
+        step = checkpoints.best_step or checkpoints.latest_step
+        if step is None:
+            raise WorkdirError(f"--init_from: {source} holds no complete checkpoint.")
+        yield checkpoints, step
 
 
 def fine_tuning_start(state: TrainState, source: Path, console: Console) -> TrainState:
     """Parameters of another run where name and shape agree; everything else starts fresh, and is listed."""
-    checkpoints, step = fine_tuning_source(source)
-    found = checkpoints.shapes(step)
-    collection = "ema" if any(name.startswith("ema/") for name in found) else "params"
     flat, structure = jax.tree_util.tree_flatten_with_path(state.params)
     names = [path_name(path) for path, _ in flat]
-    fits = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-        for name, (_, leaf) in zip(names, flat, strict=True)
-        if found.get(f"{collection}/{name}") == leaf.shape
-    }
-    if not fits:
-        raise WorkdirError(f"--init_from: no parameter of {source} (step {step}) has the name and shape of one here.")
-    restored = checkpoints.restore_variables({collection: nested(fits)}, step)[collection]
+    with fine_tuning_source(source) as (checkpoints, step):
+        found = checkpoints.shapes(step)
+        collection = "ema" if any(name.startswith("ema/") for name in found) else "params"
+        fits = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, (_, leaf) in zip(names, flat, strict=True)
+            if found.get(f"{collection}/{name}") == leaf.shape
+        }
+        if not fits:
+            raise WorkdirError(f"--init_from: no parameter of {source} (step {step}) has name and shape of one here.")
+        restored = checkpoints.restore_variables({collection: nested(fits)}, step)[collection]
     loaded = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
     fresh = jax.tree.leaves(state.params)
     leaves = [loaded.get(name, leaf) for name, leaf in zip(names, fresh, strict=True)]

@@ -1,6 +1,5 @@
 """Prediction for images of any size: arrays in, decoded maps out."""
 
-import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -80,8 +79,7 @@ class Predictor:
         Raises:
           CheckpointError: there is no complete checkpoint.
         """
-        run = open_run(workdir, which, kinds)
-        with contextlib.closing(run.checkpoints):
+        with open_run(workdir, which, kinds) as run:
             model = saved_model(run)
             variables = run.variables(model)
         size = tuple(run.config.data.size)

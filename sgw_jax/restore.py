@@ -1,9 +1,10 @@
 """A run's directory opened again: from its checkpoint alone to configuration, tasks and state."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,18 @@ CHECKPOINTS = "checkpoints"
 
 @dataclasses.dataclass(frozen=True)
 class SavedRun:
-    """One checkpoint of a run: its step and what was saved beside the arrays."""
+    """One checkpoint of a run: its step and what was saved beside the arrays. Leaving a `with` block closes it."""
 
     checkpoints: Checkpoints
     step: int
     config: ConfigDict
     tasks: tuple[Task, ...]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.checkpoints.close()
 
     def variables(self, model: MultiTaskModel) -> dict[str, Any]:
         """The model's variables on the default device: averaged parameters where there are any, and constants."""
@@ -52,12 +59,14 @@ def open_run(workdir: Path | str, which: str = "best", kinds: dict[str, type[Tas
     """
     if which not in ("best", "last"):
         raise ValueError(f"checkpoint {which!r}: it must be 'best' or 'last'.")
-    checkpoints = Checkpoints(Path(workdir) / CHECKPOINTS, read_only=True)
-    step = (checkpoints.best_step if which == "best" else None) or checkpoints.latest_step
-    if step is None:
-        raise CheckpointError(f"{workdir} holds no complete checkpoint; training has not saved one yet.")
-    metadata = checkpoints.metadata(step)
-    tasks = tuple(task_from_dict(description, kinds or TASKS) for description in metadata["tasks"])
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(Path(workdir) / CHECKPOINTS, read_only=True))
+        step = (checkpoints.best_step if which == "best" else None) or checkpoints.latest_step
+        if step is None:
+            raise CheckpointError(f"{workdir} holds no complete checkpoint; training has not saved one yet.")
+        metadata = checkpoints.metadata(step)
+        tasks = tuple(task_from_dict(description, kinds or TASKS) for description in metadata["tasks"])
+        stack.pop_all()  # open for the caller
     return SavedRun(checkpoints, step, ConfigDict(json.loads(metadata["config"])), tasks)
 
 

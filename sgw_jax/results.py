@@ -42,8 +42,8 @@ def finish(
 
     The files of another split than "test" carry its name.
     """
-    run = open_run(workdir, which)
-    state = restored_state(experiment, run.checkpoints, run.step)
+    with open_run(workdir, which) as run:
+        state = restored_state(experiment, run.checkpoints, run.step)
     with jax.set_mesh(experiment.mesh):
         eval_step = jax.jit(
             make_eval_step(experiment.model, experiment.tasks), out_shardings=replicated(experiment.mesh)
@@ -102,14 +102,15 @@ def gather(
 ) -> dict[str, Any]:
     """Everything about the state on one split; metrics of the reference predictors stand beside the network's."""
     references = reference_predictors(experiment, split, console)
-    diagnostics = diagnose(
-        experiment.model,
-        state.variables,
-        experiment.data.evaluation(split),
-        experiment.mesh,
-        experiment.tasks,
-        length=len(experiment.data.sources[split]),
-    )
+    with experiment.data.evaluation(split) as batches:
+        diagnostics = diagnose(
+            experiment.model,
+            state.variables,
+            batches,
+            experiment.mesh,
+            experiment.tasks,
+            length=len(experiment.data.sources[split]),
+        )
     return {
         "name": f"{experiment.config.interaction} on {experiment.config.data.source}",
         "step": int(state.step),

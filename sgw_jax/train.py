@@ -60,7 +60,7 @@ def train(
     claim_workdir(workdir, experiment)
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_full_named(workdir))
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(workdir / "checkpoints", keep=settings.keep)))
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=settings.keep))
         start = checkpoints.latest_step or 0
         state = starting_state(experiment, checkpoints, start, init_from, console)
         writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, resume_step=start)))
@@ -183,6 +183,7 @@ def check_start(experiment: Experiment, workdir: Path | str, init_from: Path | s
     if init_from is not None:
         if experiment.backbone_weights:
             raise ValueError("--init_from brings a backbone of its own: give it or config.backbone_weights, not both.")
-        fine_tuning_source(Path(init_from))
+        with fine_tuning_source(Path(init_from)):
+            pass
     elif experiment.backbone_weights and not has_checkpoint(Path(workdir)):
         pretrained_parameters(experiment, state.params)
