@@ -119,7 +119,7 @@ class MtanCityscapes(_Arrays):
             A label beyond `num_classes` is an error when it is read; fewer classes than `num_classes` are not noticed.
             The release holds no names of classes, so there are none here.
     depth   inverse depth as stored, 0 = invalid: the data set's 16-bit disparity as a fraction of 65535 (they reach
-            0.4922 and 32257, lorenmt/mtan issue 25). Its task is Depth(quantity="disparity").
+            0.4922 and 32257, lorenmt/mtan issue 25). Its task is Depth(quantity="inverse_depth").
 
     Raises ValueError as `MtanNYUv2`, and for another `num_classes`.
     """

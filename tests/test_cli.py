@@ -16,7 +16,7 @@ HEAD = "from configs import base\ndef get_config():\n  c = base.get_config()\n" 
 def refused(tmp_path, capsys, monkeypatch):
     """Runs the command, which must fail without having written anything, and gives its message."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "prepare", lambda _: pytest.fail("what should be refused was begun"))
+    monkeypatch.setattr(command, "prepare", lambda *_: pytest.fail("what should be refused was begun"))
     before, cache_dir = sorted(tmp_path.rglob("*")), jax.config.jax_compilation_cache_dir
 
     def run(*arguments):
@@ -176,6 +176,11 @@ def test_train_refuses_before_it_writes(refused, arguments, messages):
     message = refused("train", "--workdir=run", *arguments)
     for part in messages:
         assert part in message
+
+
+def test_what_is_not_refused_fails_these_tests(refused):
+    with pytest.raises(pytest.fail.Exception, match="what should be refused was begun"):
+        refused("train", "--workdir=run", "--config=scenes:tasks=depth,interaction=none")
 
 
 def test_a_bucket_is_no_working_directory(capsys):

@@ -1,5 +1,6 @@
 """Every shipped configuration: it reads, its tasks and its network exist, and its published recipe is what it says."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -67,6 +68,22 @@ def test_published_recipes():
     assert cityscapes.input_scale == 0.5
     assert mtan.augment.scale_crop == (1.0, 1.2, 1.5)
     np.testing.assert_allclose(mtan.steps / (795 / 8), 200, rtol=0.01)
+
+
+def test_sources_name_the_task_that_their_depth_is_for():
+    """What a source says of its depth and what the library makes of it, in the same word."""
+    for name, data in DATA_SETS.items():
+        quantity = data.tasks.get("depth", {}).get("quantity")
+        said = re.findall(r'Depth\(quantity="(\w+)"', data.archive.__doc__)
+        assert said == ([quantity] if quantity else []), name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_commands_in_a_configuration_exist(name):
+    said = re.findall(r"--config=(\S+)", ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text())))
+    assert said
+    for argument in said:
+        read_config(argument)
 
 
 def test_classes_of_the_data_sets():
