@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from data_pipelines import readers
+from data_pipelines.errors import InputError
 from data_pipelines.transforms import Example
 
 # The official numbers of the 19 evaluated classes, in the order of Cityscapes.CLASSES; the other 15 of 0..33 are void.
@@ -70,7 +71,7 @@ class Cityscapes:
         self, root: str | os.PathLike, split: str, tasks: Iterable[str] | None = None, protocol: str = "exact"
     ) -> None:
         if protocol not in PROTOCOLS:
-            raise ValueError(f"Cityscapes: protocol is {protocol!r}; allowed: {', '.join(PROTOCOLS)}")
+            raise InputError(f"Cityscapes: protocol is {protocol!r}; allowed: {', '.join(PROTOCOLS)}")
         self.protocol = protocol
         self.root = Path(root)
         self.split = split
@@ -80,7 +81,7 @@ class Cityscapes:
         images = (self.root / directory / self._folder).glob(f"*/*{suffix}")
         self.ids = tuple(sorted(f"{path.parent.name}/{path.name.removesuffix(suffix)}" for path in images))
         if not self.ids:
-            raise ValueError(
+            raise InputError(
                 f"{self.root / directory / self._folder} holds no <city>/<id>{suffix}; unpack leftImg8bit_trainvaltest"
             )
         readers.require_files((p for i in range(len(self)) for p in self.files(i)), f"Cityscapes, split {split!r},")
@@ -96,7 +97,7 @@ class Cityscapes:
             path, what = self._path(part, id_), f"{part} of id {id_!r}"
             maps[part] = readers.read(path, what, {"labels": _label_ids, "disparity": _disparity}[part])
             if maps[part].shape != image.shape[:2]:
-                raise ValueError(
+                raise InputError(
                     f"{path}, {what}: it is {maps[part].shape[0]} x {maps[part].shape[1]} (height x width); "
                     f"allowed: its image's {image.shape[0]} x {image.shape[1]}"
                 )

@@ -5,6 +5,8 @@ import dataclasses
 import cv2
 import numpy as np
 
+from data_pipelines.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class ColourDistortion:
@@ -24,9 +26,9 @@ class ColourDistortion:
         for name in ("contrast", "saturation"):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
-                raise ValueError(f"ColourDistortion.{name} is ({low}, {high}); allowed: 0 <= low <= high")
+                raise InputError(f"ColourDistortion.{name} is ({low}, {high}); allowed: 0 <= low <= high")
         if self.brightness < 0 or not 0 <= self.hue <= 90 or not 0 <= self.probability <= 1:
-            raise ValueError(f"{self} is out of range; allowed: brightness >= 0, hue in 0..90, probability in [0, 1]")
+            raise InputError(f"{self} is out of range; allowed: brightness >= 0, hue in 0..90, probability in [0, 1]")
 
 
 def distort_colour(image: np.ndarray, rng: np.random.Generator, colour: ColourDistortion) -> np.ndarray:

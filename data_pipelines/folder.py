@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines import readers
+from data_pipelines.errors import InputError
 from data_pipelines.transforms import Example, Target
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -48,12 +49,12 @@ class Folder:
         self.split = split
         self.targets = dict(targets)
         for name in {"images", "image", "splits"} & set(targets):
-            raise ValueError(f"a target is named {name!r}, which the folder {self.root} uses itself; rename the target")
+            raise InputError(f"a target is named {name!r}, which the folder {self.root} uses itself; rename the target")
         self.ids = readers.read_ids(self.root / "splits" / f"{split}.txt")
         self._images = _find_files(self.root / "images", self.ids, IMAGE_SUFFIXES, "images")
         missing = [id_ for id_ in self.ids if id_ not in self._images]
         if missing:
-            raise ValueError(
+            raise InputError(
                 f"{self.root / 'images'} lacks {len(missing)} of the {len(self.ids)} images of split {split!r}: "
                 f"{readers.first_few(missing)}; allowed: <id> with one of {', '.join(IMAGE_SUFFIXES)}"
             )
@@ -62,7 +63,7 @@ class Folder:
     def _find_targets(self, name: str, target: Target) -> dict[str, str]:
         files = _find_files(self.root / name, self.ids, TARGET_SUFFIXES[target.kind], f"task {name!r}")
         if not files:
-            raise ValueError(
+            raise InputError(
                 f"{self.root / name} has no file for any of the {len(self.ids)} ids of split {self.split!r}; "
                 f"task {name!r} ({target.kind}) needs <id> with one of {', '.join(TARGET_SUFFIXES[target.kind])}, "
                 "or leave the task out"
@@ -83,7 +84,7 @@ class Folder:
                 what = f"task {name!r} ({target.kind}) of id {id_!r}"
                 values = readers.read(path, what, _READERS[target.kind, path.suffix])
                 if values.shape[:2] != example["image"].shape[:2]:
-                    raise ValueError(
+                    raise InputError(
                         f"{path}, {what}: it is {values.shape[0]} x {values.shape[1]} (height x width); "
                         f"allowed: its image's {example['image'].shape[0]} x {example['image'].shape[1]}"
                     )
@@ -109,13 +110,13 @@ class Folder:
 def _find_files(folder: Path, ids: tuple[str, ...], suffixes: tuple[str, ...], what: str) -> dict[str, str]:
     """id -> file name for the ids that have a file; two files for one id are an error."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; it holds the files of {what}")
+        raise InputError(f"{folder}: no such folder; it holds the files of {what}")
     names = set(os.listdir(folder))
     found = {}
     for id_ in ids:
         files = [id_ + suffix for suffix in suffixes if id_ + suffix in names]
         if len(files) > 1:
-            raise ValueError(f"{folder} has {' and '.join(files)} for id {id_!r} ({what}); keep one of them")
+            raise InputError(f"{folder} has {' and '.join(files)} for id {id_!r} ({what}); keep one of them")
         if files:
             found[id_] = files[0]
     return found

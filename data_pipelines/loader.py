@@ -18,6 +18,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from data_pipelines.errors import InputError, UserError
 from data_pipelines.transforms import (
     Augmentation,
     Example,
@@ -51,6 +52,10 @@ class Source(Protocol):
 
 class ExampleError(RuntimeError):
     """An example could not be read or transformed; the message names source, item and, if known, file."""
+
+
+class UnreadableExampleError(ExampleError, UserError):
+    """The example's files or their contents are at fault, not the program that reads them."""
 
 
 @functools.lru_cache(maxsize=8)
@@ -111,7 +116,8 @@ def _example(source: Source, item: int, transform: Callable[[Example], Example])
         return transform(source[item])
     except Exception as error:
         file = f", file {source.file_of(item)}" if hasattr(source, "file_of") else ""
-        raise ExampleError(f"{_name(source)}, item {item}{file}: {type(error).__name__}: {error}") from error
+        kind = UnreadableExampleError if isinstance(error, UserError | OSError) else ExampleError
+        raise kind(f"{_name(source)}, item {item}{file}: {type(error).__name__}: {error}") from error
 
 
 def _name(source: Source) -> str:
@@ -130,12 +136,12 @@ class Rows:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.process_count < 1 or self.batch_size % self.process_count:
-            raise ValueError(
+            raise InputError(
                 f"batch_size is {self.batch_size} (all processes together) over {self.process_count} processes; "
                 "allowed: a positive multiple of the number of processes"
             )
         if not 0 <= self.process_index < self.process_count:
-            raise ValueError(f"process_index is {self.process_index}; allowed: 0..{self.process_count - 1}")
+            raise InputError(f"process_index is {self.process_index}; allowed: 0..{self.process_count - 1}")
 
     @property
     def block(self) -> int:
@@ -230,9 +236,9 @@ def train_batches(
     _check_source(source)
     check_crop_target(targets, augmentation)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed is {seed!r}; allowed: a non-negative integer")
+        raise InputError(f"seed is {seed!r}; allowed: a non-negative integer")
     if not 0 <= start_step <= num_steps:
-        raise ValueError(f"start_step is {start_step} and num_steps {num_steps}; allowed: 0 <= start_step <= num_steps")
+        raise InputError(f"start_step is {start_step} and num_steps {num_steps}; allowed: 0 <= start_step <= num_steps")
     rows = Rows(batch_size, process_index, process_count)
     stream = Stream(source, dict(targets), augmentation, int(seed))
     return _batches(stream.example, rows, start_step, num_steps, num_workers, num_threads, prefetch)
@@ -265,7 +271,7 @@ def eval_batches(
 
 def _check_source(source: Source) -> None:
     if len(source) == 0:
-        raise ValueError(f"{_name(source)} is empty; a source needs at least one example")
+        raise InputError(f"{_name(source)} is empty; a source needs at least one example")
 
 
 def _batches(
@@ -280,7 +286,7 @@ def _batches(
     limits = {"num_workers": (num_workers, 0), "num_threads": (num_threads, 0), "prefetch": (prefetch, 1)}
     for name, (value, least) in limits.items():
         if value < least:
-            raise ValueError(f"{name} is {value}; allowed: {least} or more")
+            raise InputError(f"{name} is {value}; allowed: {least} or more")
     dataset: Any = (
         grain.MapDataset.range(start_step * rows.block, num_steps * rows.block)
         .map(rows.n)

@@ -15,6 +15,7 @@ from typing import ClassVar
 import numpy as np
 
 from data_pipelines import readers
+from data_pipelines.errors import InputError
 from data_pipelines.transforms import Example
 
 
@@ -58,7 +59,7 @@ class _Arrays:
             path, what = self._path(task, id_), f"task {task!r} of id {id_!r}"
             values = readers.read(path, what, task_readers[task])
             if values.shape[:2] != image.shape[:2]:
-                raise ValueError(
+                raise InputError(
                     f"{path}, {what}: it is {values.shape[0]} x {values.shape[1]} (height x width); "
                     f"allowed: its image's {image.shape[0]} x {image.shape[1]}"
                 )
@@ -134,7 +135,7 @@ class MtanCityscapes(_Arrays):
     ) -> None:
         if num_classes not in self.NUM_CLASSES:
             allowed = ", ".join(map(str, self.NUM_CLASSES))
-            raise ValueError(f"{self.NAME}: num_classes is {num_classes!r}; allowed: {allowed}")
+            raise InputError(f"{self.NAME}: num_classes is {num_classes!r}; allowed: {allowed}")
         self.num_classes = num_classes
         own = Path(root) / readers.archive_split(split, self.NAME) / f"label_{num_classes}"
         self._own_label_folder = own.name if own.is_dir() else "label"
@@ -153,12 +154,12 @@ class MtanCityscapes(_Arrays):
 def _count(folder: Path) -> tuple[str, ...]:
     """Ids "0", "1", ... for the .npy files of `folder`, which must be numbered so."""
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; it holds the images 0.npy, 1.npy, ...")
+        raise InputError(f"{folder}: no such folder; it holds the images 0.npy, 1.npy, ...")
     stems = {path.stem for path in folder.glob("*.npy")}
     ids = tuple(map(str, range(len(stems))))
     missing = [f"{id_}.npy" for id_ in ids if id_ not in stems]
     if missing or not ids:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds {len(stems)} images but lacks {readers.first_few(missing or ['0.npy'])}; "
             "they must be numbered 0.npy, 1.npy, ... without a gap"
         )

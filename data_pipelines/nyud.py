@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 
 from data_pipelines import readers
+from data_pipelines.errors import InputError
 from data_pipelines.transforms import Example
 
 FOLDERS = {"image": "images", "semseg": "segmentation", "depth": "depth", "normals": "normals", "edges": "edge"}
@@ -119,7 +120,7 @@ def _recognise(root: Path, required: list[str]) -> str:
     """The one archive whose suffixes the folders have, those that exist of the five."""
     absent = [folder for folder in required if not (root / folder).is_dir()]
     if absent:
-        raise ValueError(f"{root} has no folder {readers.first_few(absent)}, which NYUD needs for the tasks asked for")
+        raise InputError(f"{root} has no folder {readers.first_few(absent)}, which NYUD needs for the tasks asked for")
     found = {
         folder: " and ".join(sorted({path.suffix for path in (root / folder).iterdir()} & set(SUFFIXES))) or "no file"
         for folder in FOLDERS.values()
@@ -128,7 +129,7 @@ def _recognise(root: Path, required: list[str]) -> str:
     fits = [archive for archive, suffixes in ARCHIVES.items() if found.items() <= suffixes.items()]
     if len(fits) != 1:
         known = "; ".join(f"{archive!r}, {ORIGINS[archive]}: {_listing(ARCHIVES[archive])}" for archive in ARCHIVES)
-        raise ValueError(
+        raise InputError(
             f"{root} holds {_listing(found)}, which fits {' and '.join(fits) or 'no NYUD archive'}; known archives: "
             f"{known}; unpack one of them into an empty folder"
         )

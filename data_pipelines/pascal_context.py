@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 
 from data_pipelines import readers
+from data_pipelines.errors import InputError
 from data_pipelines.transforms import Example
 
 PERSON = 15  # VOC's class index
@@ -116,7 +117,7 @@ class PascalContext:
                 vectors = readers.read(path, what, readers.read_byte_vectors)
                 if vectors.shape[:2] != classes.shape:
                     found, allowed = (" x ".join(map(str, values.shape[:2])) for values in (vectors, classes))
-                    raise ValueError(
+                    raise InputError(
                         f"{path}, {what}: it is {found} (height x width); "
                         f"allowed: {allowed}, as LabelMap in {self._path('classes', id_)}"
                     )

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from data_pipelines.cityscapes import Cityscapes
+from data_pipelines.errors import InputError, UserError, files_named
 from data_pipelines.mtan import MtanCityscapes, MtanNYUv2
 from data_pipelines.nyud import Nyud
 from data_pipelines.pascal_context import PascalContext
@@ -49,7 +50,7 @@ SHOWN = 20  # of the files that are named in an error
 Shard = tuple[str, int]  # split and number
 
 
-class PrepareError(ValueError):
+class PrepareError(InputError):
     """The archive is not what it should be, or the output holds something else."""
 
 
@@ -76,9 +77,11 @@ def main(argv: Sequence[str] | None = None, sources: Mapping[str, Callable[[Path
             run = functools.partial(_by_beam, flags=rest)
         else:
             run = functools.partial(_locally, workers=arguments.workers, console=console)
-        by_split = {split: sources[arguments.name](arguments.source, split) for split in SPLITS}
-        prepare(arguments.name, by_split, arguments.out, run, any_size=arguments.any_size, console=console)
-    except (ValueError, OSError) as error:
+        with files_named(f"--source={arguments.source}"):
+            by_split = {split: sources[arguments.name](arguments.source, split) for split in SPLITS}
+        with files_named(f"--out={arguments.out}"):
+            prepare(arguments.name, by_split, arguments.out, run, any_size=arguments.any_size, console=console)
+    except UserError as error:
         Console(stderr=True, highlight=False).print(f"[red]error:[/red] {error}", soft_wrap=True)
         return 1
     return 0
@@ -205,7 +208,7 @@ def write_shard(
         for index in range(start, min(start + shard_size, len(source))):
             try:
                 record = encode(source[index], features)
-            except (ValueError, KeyError) as error:
+            except UserError as error:
                 raise PrepareError(f"item {index} of {shard[0]!r}, file {source.file_of(index)}: {error}") from error
             writer.write(record)
     except BaseException:

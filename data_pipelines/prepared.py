@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from data_pipelines.errors import InputError
 from data_pipelines.transforms import Example
 
 VERSION = "1.0.0"
@@ -34,13 +35,13 @@ def encode(example: Example, features: tfds.features.FeaturesDict) -> bytes:
     """One record; the same example always gives the same bytes."""
     written, png = cv2.imencode(".png", example["image"][..., ::-1])  # bytes: TFDS encodes arrays by TensorFlow
     if not written:
-        raise ValueError(f"the image, {example['image'].dtype} {example['image'].shape}, cannot be written as PNG")
+        raise InputError(f"the image, {example['image'].dtype} {example['image'].shape}, cannot be written as PNG")
     row: dict[str, Any] = {"image": png.tobytes()}
     for name, feature in features.items():
         if name != "image":
             row[name] = example.get(name, np.zeros((0, 0, *feature.shape[2:]), feature.np_dtype))
     if stray := set(example) - set(features):
-        raise ValueError(f"the example has {sorted(stray)}, which the features {sorted(features)} do not name")
+        raise InputError(f"the example has {sorted(stray)}, which the features {sorted(features)} do not name")
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
     # `serialize_example` leaves the order of the fields to the process's hash seed.
     return serializer.get_tf_example(features.encode_example(row)).SerializeToString(deterministic=True)
@@ -59,14 +60,14 @@ class Prepared:
         self.directory, self.split = epath.Path(directory), split
         try:
             record = json.loads((self.directory / RECORD).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(
+        except (OSError, ValueError) as error:
+            raise InputError(
                 f"{self.directory} holds no prepared set: {RECORD} does not exist there. Give the directory that ends "
                 f"in {VERSION}, which `python -m data_pipelines.prepare NAME --source=ARCHIVE --out=DIR` writes, or "
                 "use --config.data.format=archive."
             ) from error
         if split not in record["splits"]:
-            raise ValueError(f"{self.directory} has no split {split!r}; it has {sorted(record['splits'])}.")
+            raise InputError(f"{self.directory} has no split {split!r}; it has {sorted(record['splits'])}.")
         self._record: Mapping[str, Any] = record["splits"][split]
         self._start()
 
@@ -90,7 +91,11 @@ class Prepared:
         with self._lock:
             if self._data is None:
                 self._data = tfds.builder_from_directory(self.directory).as_data_source(self.split)
-        return {name: values for name, values in self._data[index].items() if values.size}
+        try:
+            stored = self._data[index]
+        except Exception as error:  # TFDS and ArrayRecord raise several kinds for damaged files
+            raise InputError(f"{self.file_of(index)}: cannot be read ({type(error).__name__}: {error})") from error
+        return {name: values for name, values in stored.items() if values.size}
 
     def file_of(self, index: int) -> str:
         """Where an item lies."""

@@ -14,6 +14,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from data_pipelines.errors import InputError
+
 IGNORE = 255  # of labels
 MILLIMETRES_PER_METRE = 1000
 SHORTEST_VECTOR = 0.5
@@ -32,9 +34,9 @@ def read(path: Path, what: str, reader: Callable[[Path], np.ndarray]) -> np.ndar
     try:
         return reader(path)
     except WrongFileError as wrong:
-        raise ValueError(f"{path}, {what}: {wrong}") from None
+        raise InputError(f"{path}, {what}: {wrong}") from None
     except Exception as error:  # PIL, NumPy and SciPy raise a dozen kinds for damaged files
-        raise ValueError(f"{path}, {what}: cannot be decoded ({type(error).__name__}: {error})") from error
+        raise InputError(f"{path}, {what}: cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 # --- lists of files
@@ -49,16 +51,20 @@ def read_ids(path: Path) -> tuple[str, ...]:
     """The ids of a split file, one per line; raises ValueError unless there is one and none stands twice."""
     if not path.is_file():
         there = sorted(file.stem for file in path.parent.glob("*.txt"))
-        raise ValueError(f"{path}: no such split file; splits in {path.parent}: {', '.join(there) or 'none'}")
-    ids = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        raise InputError(f"{path}: no such split file; splits in {path.parent}: {', '.join(there) or 'none'}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no UTF-8 text ({error})") from error
+    ids = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not ids:
-        raise ValueError(f"{path} is empty; it needs one id (a file name without its suffix) per line")
+        raise InputError(f"{path} is empty; it needs one id (a file name without its suffix) per line")
     twice = [id_ for id_, count in Counter(ids).items() if count > 1]
     if twice:
-        raise ValueError(f"{path} lists {len(twice)} ids more than once: {first_few(twice)}; each id may stand once")
+        raise InputError(f"{path} lists {len(twice)} ids more than once: {first_few(twice)}; each id may stand once")
     nested = [id_ for id_ in ids if "/" in id_ or "\\" in id_]
     if nested:
-        raise ValueError(f"{path} has ids with a folder in them: {first_few(nested)}; allowed: plain file names")
+        raise InputError(f"{path} has ids with a folder in them: {first_few(nested)}; allowed: plain file names")
     return ids
 
 
@@ -73,7 +79,7 @@ def require_files(files: Iterable[Path], source: str) -> None:
         if path.name not in folders[path.parent]:
             missing.append(path)
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{source} lacks {len(missing)} of its {total} files: {first_few(missing)}; "
             "unpack the archive anew, or leave out the tasks that you lack"
         )
@@ -82,7 +88,7 @@ def require_files(files: Iterable[Path], source: str) -> None:
 def archive_split(split: str, source: str) -> str:
     """What the published archives call our split."""
     if split not in ARCHIVE_SPLITS:
-        raise ValueError(f"{source}: split is {split!r}; allowed: {', '.join(ARCHIVE_SPLITS)}")
+        raise InputError(f"{source}: split is {split!r}; allowed: {', '.join(ARCHIVE_SPLITS)}")
     return ARCHIVE_SPLITS[split]
 
 
@@ -91,7 +97,7 @@ def archive_tasks(tasks: Iterable[str] | None, allowed: tuple[str, ...], source:
     asked = tuple(allowed if tasks is None else tasks)
     unknown = [task for task in asked if task not in allowed]
     if unknown:
-        raise ValueError(f"{source} has no labels of {first_few(unknown)}; allowed tasks: {', '.join(allowed)}")
+        raise InputError(f"{source} has no labels of {first_few(unknown)}; allowed tasks: {', '.join(allowed)}")
     return tuple(task for task in allowed if task in asked)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.errors import InputError
 from data_pipelines.rooms import cache
 from data_pipelines.rooms.record import SEMSEG_CLASSES, SPLITS, VERSION, Collection, render_stored, unpack
 
@@ -89,13 +90,13 @@ class Scenes:
         progress: bool | None = None,
     ):
         if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; Scenes has the splits {', '.join(map(repr, SPLITS))}.")
+            raise InputError(f"split is {split!r}; Scenes has the splits {', '.join(map(repr, SPLITS))}.")
         length = operator.index(LENGTHS[split] if length is None else length)
         height, width = (operator.index(side) for side in size)
         seed = operator.index(seed)
         if length < 1 or min(height, width) < 8 or seed < 0:
             found = f"{length=}, size={(height, width)}, {seed=}"
-            raise ValueError(f"Scenes needs length >= 1, size (height, width) >= (8, 8) and seed >= 0; got {found}.")
+            raise InputError(f"Scenes needs length >= 1, size (height, width) >= (8, 8) and seed >= 0; got {found}.")
         self.collection = Collection(split, length, (height, width), seed)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self.workers = workers
@@ -110,7 +111,7 @@ class Scenes:
           ValueError: no cache_dir was given, or the cache is damaged (names the file).
         """
         if self.cache_dir is None:
-            raise ValueError("prepare() needs a cache_dir. Without one leave it out: scenes are rendered when read.")
+            raise InputError("prepare() needs a cache_dir. Without one leave it out: scenes are rendered when read.")
         cache.prepare(self.collection, self.cache_dir, self.workers, self.progress)
         self._arrays = cache.open_arrays(self.collection, self.cache_dir)
         self._prepared_in = self.cache_dir

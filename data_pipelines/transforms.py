@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 
 from data_pipelines.colour import ColourDistortion, distort_colour
+from data_pipelines.errors import InputError
 
 Example = dict[str, np.ndarray]
 Size = tuple[int, int]
@@ -47,11 +48,11 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"Target.kind is {self.kind!r}; allowed: {', '.join(KINDS)}")
+            raise InputError(f"Target.kind is {self.kind!r}; allowed: {', '.join(KINDS)}")
         if self.resample not in ("nearest", "linear"):
-            raise ValueError(f"Target.resample is {self.resample!r}; allowed: nearest, linear")
+            raise InputError(f"Target.resample is {self.resample!r}; allowed: nearest, linear")
         if self.kind == "labels" and self.resample != "nearest":
-            raise ValueError("Target.resample of labels is 'linear', but class indices have no mean; use 'nearest'")
+            raise InputError("Target.resample of labels is 'linear', but class indices have no mean; use 'nearest'")
         fills = {
             "labels": (self.fill in range(256), "an integer in 0..255"),
             "depth": (not (np.isfinite(self.fill) and self.fill > 0), "0, a negative number or not finite"),
@@ -61,7 +62,7 @@ class Target:
         }
         right, allowed = fills[self.kind]
         if not right:
-            raise ValueError(f"Target.fill of kind {self.kind!r} is {self.fill!r}; allowed: {allowed}")
+            raise InputError(f"Target.fill of kind {self.kind!r} is {self.fill!r}; allowed: {allowed}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +88,16 @@ class Augmentation:
         check_size("Augmentation.size", self.size)
         low, high = self.scale
         if not 0 < low <= high < np.inf:
-            raise ValueError(f"Augmentation.scale is ({low}, {high}); allowed: 0 < low <= high")
+            raise InputError(f"Augmentation.scale is ({low}, {high}); allowed: 0 < low <= high")
         if any(not 1 <= factor < np.inf for factor in self.scale_crop):
-            raise ValueError(f"Augmentation.scale_crop is {self.scale_crop}; allowed: numbers of at least 1")
+            raise InputError(f"Augmentation.scale_crop is {self.scale_crop}; allowed: numbers of at least 1")
         if (self.cat_max_ratio is None) != (self.cat_max_target is None):
-            raise ValueError(
+            raise InputError(
                 f"Augmentation has cat_max_ratio={self.cat_max_ratio} and cat_max_target={self.cat_max_target}; "
                 "set both, the second to the name of a labels target, or neither"
             )
         if self.cat_max_ratio is not None and not 0 < self.cat_max_ratio <= 1:
-            raise ValueError(f"Augmentation.cat_max_ratio is {self.cat_max_ratio}; allowed: in (0, 1]")
+            raise InputError(f"Augmentation.cat_max_ratio is {self.cat_max_ratio}; allowed: in (0, 1]")
 
 
 def train_example(
@@ -127,19 +128,19 @@ def eval_example(example: Example, targets: Mapping[str, Target], size: Size) ->
 def check_example(example: Example, targets: Mapping[str, Target]) -> None:
     """Raises ValueError unless the image and the targets present have a source's dtypes and shapes (`Target`)."""
     if "image" in targets:
-        raise ValueError("a target is named 'image', which is the input's name; rename the target")
+        raise InputError("a target is named 'image', which is the input's name; rename the target")
     if "image" not in example:
-        raise ValueError(f"the example has no 'image', only {sorted(example)}")
+        raise InputError(f"the example has no 'image', only {sorted(example)}")
     image = example["image"]
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise ValueError(f"image is {image.dtype} {image.shape}; allowed: uint8 (H, W, 3)")
+        raise InputError(f"image is {image.dtype} {image.shape}; allowed: uint8 (H, W, 3)")
     for name, target in targets.items():
         if name in example:
             dtype = np.dtype(np.uint8 if target.kind == "labels" else np.float32)
             shape = image.shape[:2] + ((3,) if target.kind == "vectors" else ())
             values = example[name]
             if values.dtype != dtype or values.shape != shape:
-                raise ValueError(
+                raise InputError(
                     f"target {name!r} of kind {target.kind!r} is {values.dtype} {values.shape}; "
                     f"allowed beside this image: {dtype} {shape}"
                 )
@@ -148,7 +149,7 @@ def check_example(example: Example, targets: Mapping[str, Target]) -> None:
 def check_size(name: str, size: Size) -> None:
     """Raises ValueError unless `size` is two positive integers."""
     if len(size) != 2 or not all(isinstance(length, int | np.integer) and length > 0 for length in size):
-        raise ValueError(f"{name} is {size!r}; allowed: two positive integers (height, width)")
+        raise InputError(f"{name} is {size!r}; allowed: two positive integers (height, width)")
 
 
 def check_crop_target(targets: Mapping[str, Target], augmentation: Augmentation) -> None:
@@ -156,7 +157,7 @@ def check_crop_target(targets: Mapping[str, Target], augmentation: Augmentation)
     name = augmentation.cat_max_target
     labels = sorted(name for name, target in targets.items() if target.kind == "labels")
     if name is not None and name not in labels:
-        raise ValueError(
+        raise InputError(
             f"Augmentation.cat_max_target is {name!r}; allowed: a target of kind labels, here {labels}, "
             "or None together with cat_max_ratio=None"
         )
@@ -341,7 +342,7 @@ def finish(example: Example, targets: Mapping[str, Target], size: Size) -> Examp
     """
     height, width = example["image"].shape[:2]
     if height > size[0] or width > size[1]:
-        raise ValueError(
+        raise InputError(
             f"the image is {height} x {width} (height x width), larger than the size {size[0]} x {size[1]} that it is "
             "padded to; set a size (height, width) that no image of the source exceeds"
         )

@@ -17,11 +17,9 @@ from absl import logging
 from rich.console import Console
 from rich.markup import escape
 
-from data_pipelines.loader import ExampleError
+from data_pipelines.errors import UserError, files_named
 from sgw_jax.build import Experiment, build, build_model, build_tasks
-from sgw_jax.checkpoints import CheckpointError
 from sgw_jax.config_files import UsageError, read_config
-from sgw_jax.finite import NonFiniteError
 from sgw_jax.host_memory import keep_freed_memory
 from sgw_jax.host_threads import enough_threads
 from sgw_jax.image_files import predict_files
@@ -31,7 +29,7 @@ from sgw_jax.restore import open_run
 from sgw_jax.results import finish
 from sgw_jax.sharding import MESHES, make_mesh, mesh_sizes
 from sgw_jax.train import check_start, train
-from sgw_jax.workdir import DiskFullError, WorkdirError, wait_for_all
+from sgw_jax.workdir import DiskFullError, wait_for_all
 from sgw_jax.writers import write_atomically
 
 EPILOG = """\
@@ -50,10 +48,6 @@ examples:
 
 # Slurm's srun and Open MPI's mpirun set these in every process that they start.
 SEVERAL_PROCESSES = {"SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"}
-
-# Errors whose message is written for the user. Anything else is a defect and shows its trace.
-EXPECTED = (UsageError, WorkdirError, CheckpointError, NonFiniteError, ExampleError, ValueError, OSError)
-
 
 # What JAX says when a collective operation or the coordination service misses a process.
 LOST = re.compile("gloo|nccl|coordination|heartbeat|unavailable|deadline|connection|socket", re.IGNORECASE)
@@ -74,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on from the last checkpoint, if there is one.")
         return _leave(128 + signal.SIGINT)
-    except EXPECTED as error:
+    except UserError as error:
         if arguments.traceback:
             traceback.print_exc()
         Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
@@ -177,7 +171,8 @@ def _train(arguments: argparse.Namespace, overrides: Sequence[str], console: Con
     started = time.monotonic()
     experiment = build(read_config(arguments.config, overrides), arguments.cache_dir)
     check_start(experiment, arguments.workdir, arguments.init_from)
-    prepare(experiment, console)
+    with files_named(f"--cache_dir={arguments.cache_dir}"):
+        prepare(experiment, console)
     trained = train(experiment, arguments.workdir, console, arguments.init_from)
     if trained.stopped_by:
         steps = f"{trained.step} of {experiment.settings.steps}"
@@ -202,7 +197,8 @@ def _evaluate(arguments: argparse.Namespace, rest: Sequence[str], console: Conso
         experiment = build(run.config, arguments.cache_dir, run.tasks, mesh)
     if arguments.split not in experiment.data.sources:
         raise UsageError(f"--split={arguments.split}: the data has the splits {sorted(experiment.data.sources)}.")
-    prepare(experiment, console)
+    with files_named(f"--cache_dir={arguments.cache_dir}"):
+        prepare(experiment, console)
     finish(experiment, Path(arguments.workdir), arguments.split, arguments.checkpoint, {}, console)
     return 0
 
@@ -224,7 +220,8 @@ def _plan(arguments: argparse.Namespace, overrides: Sequence[str], console: Cons
         print_pod_plan(step, console)
         numbers["step"] = step.to_dict()
     if arguments.json:
-        write_atomically(Path(arguments.json), json.dumps(numbers, indent=1))
+        with files_named(f"--json={arguments.json}"):
+            write_atomically(Path(arguments.json), json.dumps(numbers, indent=1))
     return 0
 
 

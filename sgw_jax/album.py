@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from data_pipelines.errors import InputError
+
 PICTURE_BYTES = 2_900_000  # of all pictures as base64, so that the page stays below 4 MB
 PICTURE_SIZE = 512  # largest longer side of a picture
 Record = dict[str, Any]
@@ -34,7 +36,7 @@ class Album:
             if total <= PICTURE_BYTES:
                 break
             if size < 16:
-                raise ValueError(f"report: {len(sources)} pictures are too many for {PICTURE_BYTES} bytes.")
+                raise InputError(f"report: {len(sources)} pictures are too many for {PICTURE_BYTES} bytes.")
             longest = max(max(picture.size) for picture, _, _ in self._pictures)
             size = 0.95 * min(size, longest) * math.sqrt(PICTURE_BYTES / total)  # bytes grow with the area
         for source, (_, _, place) in zip(sources, self._pictures, strict=True):

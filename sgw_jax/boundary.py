@@ -31,6 +31,8 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 from skimage.morphology import thin
 
+from data_pipelines.errors import InputError
+
 HED_THRESHOLDS = (0.001, *(step / 100 for step in range(1, 100)), 0.999)  # SEISM's parameters/HED.txt
 
 Image = tuple[np.ndarray, ...]  # prediction, target and, perhaps, what to ignore
@@ -67,7 +69,7 @@ def evaluate(
     options that do not make sense.
     """
     if len(predictions) != len(targets) or (ignore is not None and len(ignore) != len(targets)):
-        raise ValueError(
+        raise InputError(
             f"boundary.evaluate: {len(predictions)} predictions, {len(targets)} targets"
             + ("" if ignore is None else f", {len(ignore)} ignore masks")
             + "; give one of each per image."
@@ -121,8 +123,8 @@ def _in_order(images: Iterable[Image], options: dict[str, Any], workers: int) ->
 def _numbered(number: int, image: Image, options: dict[str, Any]) -> np.ndarray:
     try:
         return image_counts(*image, **options)
-    except ValueError as error:
-        raise ValueError(f"boundary: image {number}: {error}") from error
+    except InputError as error:
+        raise InputError(f"boundary: image {number}: {error}") from error
 
 
 def image_counts(
@@ -166,18 +168,18 @@ def _checked(
 ) -> tuple[np.ndarray, np.ndarray]:
     shapes = [np.shape(a) for a in (prediction, target, ignore) if a is not None]
     if len(shapes[0]) != 2 or len(set(shapes)) > 1 or 0 in shapes[0]:
-        raise ValueError(f"prediction, target and ignore have shapes {shapes}; give equal ones, (height, width).")
+        raise InputError(f"prediction, target and ignore have shapes {shapes}; give equal ones, (height, width).")
     if not 0 <= max_dist < 1:
-        raise ValueError(f"max_dist is {max_dist}; give a fraction of the diagonal, in [0, 1).")
+        raise InputError(f"max_dist is {max_dist}; give a fraction of the diagonal, in [0, 1).")
     if not len(thresholds) or not all(0 <= t < 1 for t in thresholds):
-        raise ValueError(f"thresholds are {thresholds}; give at least one, all in [0, 1).")
+        raise InputError(f"thresholds are {thresholds}; give at least one, all in [0, 1).")
     if np.dtype(np.asarray(target).dtype) != np.bool_:
-        raise ValueError(f"target is {np.asarray(target).dtype}; give bool.")
+        raise InputError(f"target is {np.asarray(target).dtype}; give bool.")
     if prediction.dtype == np.uint8:
         prediction = prediction / 255
     prediction = np.asarray(prediction, np.float64)
     if not (np.all(prediction >= 0) and np.all(prediction <= 1)):
-        raise ValueError("the prediction holds values outside [0, 1] or that are not numbers; give probabilities.")
+        raise InputError("the prediction holds values outside [0, 1] or that are not numbers; give probabilities.")
     return prediction, np.asarray(target)
 
 
@@ -233,7 +235,7 @@ def summarise(
     Raises ValueError when there is no image.
     """
     if not len(counts):
-        raise ValueError("boundary: there are no images, so there is nothing to summarise.")
+        raise InputError("boundary: there are no images, so there is nothing to summarise.")
     precision, recall, f = _scores(counts.sum(axis=0))
     best = int(np.argmax(f))
     of_image = np.argmax(_scores(counts)[2], axis=1)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_pipelines.colour import ColourDistortion
+from data_pipelines.errors import InputError, files_named
 from data_pipelines.folder import Folder
 from data_pipelines.loader import Batches, Source, eval_batches, train_batches
 from data_pipelines.scenes import PART_CLASSES, PART_COLOURS, SEMSEG_CLASSES, SEMSEG_COLOURS, Scenes
@@ -200,7 +201,7 @@ def build_tasks(config: ConfigDict) -> tuple[Task, ...]:
         options[name] = {**options.get(name, {}), **described}
     names = tuple(config.tasks)
     if not names or len(set(names)) != len(names):
-        raise ValueError(f"config.tasks is {names}; give at least one task, each once.")
+        raise InputError(f"config.tasks is {names}; give at least one task, each once.")
     return tuple(
         choose(TASKS, name, "config.tasks")(
             protocol=config.protocol, weight=config.task_weights[name], **options.get(name, {})
@@ -255,7 +256,7 @@ def build_objective(config: ConfigDict, tasks: int, data: Data) -> Objective:
     choose(dict.fromkeys(GRADIENTS), config.gradients, "config.gradients")
     if name in SCALARIZERS:
         if config.gradients == "representation" or config.weights_ema is not None or config.weights_every != 1:
-            raise ValueError(
+            raise InputError(
                 f"config.objective {name!r} takes one gradient of all tasks: config.gradients must be 'parameters', "
                 "config.weights_ema None and config.weights_every 1."
             )
@@ -275,7 +276,8 @@ def build_data(
     targets = {task.name: Target(**task.target) for task in tasks}
     makers = {"scenes": _scenes, "folder": _folder, **dict.fromkeys(DATA_SETS, _data_set)}
     make = choose(makers, config.data.source, "config.data.source")
-    sources = {} if cache_dir is None else make(config, targets, cache_dir)
+    with files_named(f"config.data.root={config.data.root}"):
+        sources = {} if cache_dir is None else make(config, targets, cache_dir)
     augment = config.augment
     return Data(
         sources=sources,
@@ -312,7 +314,7 @@ def _data_set(config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path
 
 def _root(config: ConfigDict) -> Path:
     if not config.data.root:
-        raise ValueError(
+        raise InputError(
             f"config.data.source is {config.data.source!r}, but config.data.root is empty: give the data's directory "
             "(--config.data.root=DIR; docs/datasets.md says what it must hold)."
         )
@@ -323,7 +325,7 @@ def _folder(config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path |
     root = _root(config)
     found = [split for split in SPLITS if (root / "splits" / f"{split}.txt").is_file()]
     if "train" not in found:
-        raise ValueError(
+        raise InputError(
             f"config.data.root: {root / 'splits' / 'train.txt'} does not exist; it lists the training images."
         )
     return {split: Folder(root, split, targets) for split in found}
@@ -331,16 +333,16 @@ def _folder(config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path |
 
 def _settings(config: ConfigDict) -> Settings:
     if config.eval_every % config.checkpoint_every:
-        raise ValueError(
+        raise InputError(
             f"config.eval_every ({config.eval_every}) must be a multiple of config.checkpoint_every "
             f"({config.checkpoint_every}), because the best checkpoint is chosen by evaluation."
         )
     positive = ("steps", "batch_size", "accumulate", "log_every", "checkpoint_every", "eval_every", "keep")
     for key in (*positive, "profile_steps"):
         if config[key] < 1:
-            raise ValueError(f"config.{key} is {config[key]}; it must be at least 1.")
+            raise InputError(f"config.{key} is {config[key]}; it must be at least 1.")
     if not 0 <= config.seed < 2**32:
-        raise ValueError(f"config.seed is {config.seed}; it must be in [0, 2^32).")
+        raise InputError(f"config.seed is {config.seed}; it must be in [0, 2^32).")
     return Settings(**{field.name: config[field.name] for field in dataclasses.fields(Settings)})
 
 
@@ -349,7 +351,7 @@ def choose(options: Mapping[str, Any], name: str, key: str) -> Any:
     if name not in options:
         near = difflib.get_close_matches(str(name), options, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{key}: {name!r} is not known; it must be one of {sorted(options)}.{hint}")
+        raise InputError(f"{key}: {name!r} is not known; it must be one of {sorted(options)}.{hint}")
     return options[name]
 
 

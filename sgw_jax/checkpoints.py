@@ -9,12 +9,13 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from data_pipelines.errors import UserError
 from sgw_jax.sharding import path_name
 
 SCORE = "score"  # the metric that ranks checkpoints; higher is better
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is not there, cannot be read, or does not fit."""
 
 

@@ -13,10 +13,12 @@ from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
 
+from data_pipelines.errors import InputError
+
 INTERNAL = ("__init__", "base")
 
 
-class UsageError(ValueError):
+class UsageError(InputError):
     """The command line asks for something that is not there."""
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 
+from data_pipelines.errors import InputError
+
 
 def multiply_accumulates(function: Callable, *args: Any) -> dict[str, int]:
     """MACs of every matrix product and convolution of ``function(*args)``, by the path of the module that makes it.
@@ -27,7 +29,7 @@ def multiply_accumulates(function: Callable, *args: Any) -> dict[str, int]:
     for path, times, equation in operations(jax.make_jaxpr(function)(*args).jaxpr):
         macs = _macs(equation)
         if macs and times is None:
-            raise ValueError(f"cost: {path} multiplies inside a while loop, whose number of turns is not known.")
+            raise InputError(f"cost: {path} multiplies inside a while loop, whose number of turns is not known.")
         counts[path] += macs * (times or 0)
     return {path: count for path, count in counts.items() if count}
 

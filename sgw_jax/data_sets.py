@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.cityscapes import Cityscapes
+from data_pipelines.errors import InputError
 from data_pipelines.loader import Source
 from data_pipelines.mtan import MtanCityscapes, MtanNYUv2
 from data_pipelines.nyud import Nyud
@@ -34,10 +35,10 @@ class DataSet:
     def sources(self, root: Path, format: str, tasks: Sequence[str], protocol: str) -> dict[str, Source]:
         """The sources by split, over the archive's own files or over a set that `data_pipelines.prepare` made."""
         if format not in FORMATS:
-            raise ValueError(f"config.data.format is {format!r}; it must be one of {FORMATS}.")
+            raise InputError(f"config.data.format is {format!r}; it must be one of {FORMATS}.")
         if format == "prepared":
             if self.by_protocol and protocol != "exact":
-                raise ValueError(
+                raise InputError(
                     f"config.protocol is {protocol!r}, but prepared files of this data set hold the targets of the "
                     "exact protocol; use --config.data.format=archive."
                 )

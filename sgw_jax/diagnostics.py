@@ -12,6 +12,7 @@ from jax.scipy.special import entr
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from data_pipelines.errors import InputError
 from data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
 from sgw_jax.interactions.knowledge_extraction import KEM
 from sgw_jax.interactions.tokens import TokenLayout, concatenate_tasks
@@ -86,7 +87,7 @@ def diagnose(
     with jax.set_mesh(mesh):
         total = add_all(sums())
     if total is None:
-        raise ValueError("diagnose: there were no batches; the split is empty.")
+        raise InputError("diagnose: there were no batches; the split is empty.")
     return {
         "tasks": [task.name for task in tasks],
         **_means(total["module"]),

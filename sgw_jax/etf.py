@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from data_pipelines.errors import InputError
+
 
 def simplex_etf(num_vertices: int, dim: int, *, seed: int = 0) -> np.ndarray:
     """Returns the vertices of a simplex ETF as columns: ``M = sqrt(K / (K - 1)) Q V^T``.
@@ -29,9 +31,9 @@ def simplex_etf(num_vertices: int, dim: int, *, seed: int = 0) -> np.ndarray:
     Source: Papyan, Han, Donoho 2020 (definition); Yang et al. 2022, arXiv 2203.09081 (fixed, not learned).
     """
     if num_vertices < 2:
-        raise ValueError(f"simplex_etf: num_vertices is {num_vertices}, but a simplex needs at least 2 vertices.")
+        raise InputError(f"simplex_etf: num_vertices is {num_vertices}, but a simplex needs at least 2 vertices.")
     if dim < num_vertices - 1:
-        raise ValueError(
+        raise InputError(
             f"simplex_etf: {num_vertices} equiangular vertices need at least {num_vertices - 1} dimensions, "
             f"but dim is {dim}. Use at most {dim + 1} vertices or wider features."
         )
@@ -42,7 +44,7 @@ def simplex_etf(num_vertices: int, dim: int, *, seed: int = 0) -> np.ndarray:
 def orthonormal_frame(dim: int, rank: int, *, seed: int = 0) -> np.ndarray:
     """Random orthonormal columns, float64 (dim, rank), from an explicit seed; ``rank`` must be in [1, dim]."""
     if not 1 <= rank <= dim:
-        raise ValueError(f"orthonormal_frame: the rank is {rank}; it must be in [1, {dim}], the dimension.")
+        raise InputError(f"orthonormal_frame: the rank is {rank}; it must be in [1, {dim}], the dimension.")
     frame, upper = np.linalg.qr(np.random.Generator(np.random.Philox(seed)).standard_normal((dim, rank)))
     return frame * np.where(np.diag(upper) < 0, -1.0, 1.0)  # the sign LAPACK picks is not part of the definition
 

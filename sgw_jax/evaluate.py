@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from data_pipelines.errors import InputError
 from sgw_jax.metrics import add_all
 from sgw_jax.sharding import global_batch
 from sgw_jax.tasks.base import Task
@@ -46,7 +47,7 @@ def evaluate(
     """
     total = add_all(eval_step(variables, global_batch(batch, mesh)) for batch in batches)
     if total is None:
-        raise ValueError("evaluate: there were no batches; the split is empty.")
+        raise InputError("evaluate: there were no batches; the split is empty.")
     metrics = {task.name: task.metric_values(total[task.name]["metrics"]) for task in tasks}
     losses = {task.name: float(total[task.name]["loss"] / max(total[task.name]["count"], 1)) for task in tasks}
     return Evaluation(

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from data_pipelines.errors import UserError
 from sgw_jax.evaluate import Evaluation
 from sgw_jax.sharding import path_name, replicated
 from sgw_jax.train_step import TrainState
@@ -17,7 +18,7 @@ ADVICE = (
 )
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(UserError, RuntimeError):
     """A loss or the gradient became NaN or infinite."""
 
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from data_pipelines.errors import InputError
 from sgw_jax.layers.resize import depth_to_space, resize
 
 UPSAMPLES = ("bilinear", "subpixel")
@@ -26,7 +27,7 @@ class TaskStem(nn.Module):
     @nn.compact
     def __call__(self, pyramid: Mapping[int, Array]) -> Float[Array, "batch height width channels"]:
         if self.stride not in pyramid:
-            raise ValueError(f"TaskStem: stride {self.stride} is not in the pyramid, which has {sorted(pyramid)}.")
+            raise InputError(f"TaskStem: stride {self.stride} is not in the pyramid, which has {sorted(pyramid)}.")
         _, height, width, _ = pyramid[self.stride].shape
         # Projecting before resizing keeps the large maps narrow.
         levels = [
@@ -57,7 +58,7 @@ class PredictionHead(nn.Module):
     @nn.compact
     def __call__(self, features: Float[Array, "batch h w c"]) -> Float[Array, "batch height width channels"]:
         if self.upsample not in UPSAMPLES:
-            raise ValueError(f"PredictionHead: upsample is {self.upsample!r}; it must be one of {UPSAMPLES}.")
+            raise InputError(f"PredictionHead: upsample is {self.upsample!r}; it must be one of {UPSAMPLES}.")
         wide = jnp.promote_types(self.dtype, jnp.float32)
         x = nn.LayerNorm(dtype=self.dtype, name="norm")(features)
         x = nn.relu(nn.Conv(features.shape[-1], (3, 3), dtype=self.dtype, name="conv")(x))
@@ -69,7 +70,7 @@ class PredictionHead(nn.Module):
         height, width = features.shape[1:3]
         factor = self.size[0] // height
         if self.size != (factor * height, factor * width):
-            raise ValueError(
+            raise InputError(
                 f"PredictionHead: 'subpixel' cannot reach {self.size} from {(height, width)} by one whole factor; "
                 "use 'bilinear'."
             )

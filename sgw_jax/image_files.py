@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_pipelines.errors import InputError, MissingFileError, files_named
 from sgw_jax.panels import Panel
 from sgw_jax.predict import Predictor
 from sgw_jax.tasks.base import Task
@@ -56,7 +57,8 @@ def predict_files(
     for _ in _counted(in_background(check_file, files), len(files), "check", console):
         pass
 
-    output.mkdir(parents=True, exist_ok=True)
+    with files_named("--output cannot be made"):
+        output.mkdir(parents=True, exist_ok=True)
     mine = slice(jax.process_index(), None, jax.process_count())
     files, names = files[mine], names[mine]
     panel = Panel()
@@ -95,14 +97,14 @@ def find_images(inputs: Sequence[Path | str]) -> list[Path]:
         if path.is_dir():
             found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
             if not found:
-                raise ValueError(f"{path} is a directory without images; looked for *{', *'.join(SUFFIXES)}.")
+                raise InputError(f"{path} is a directory without images; looked for *{', *'.join(SUFFIXES)}.")
         elif path.exists():
             found = [path]
         else:
-            raise FileNotFoundError(f"{path} does not exist; give image files or directories of images.")
+            raise MissingFileError(f"{path} does not exist; give image files or directories of images.")
         files |= {file.resolve(): file for file in found if file.resolve() not in files}
     if not files:
-        raise ValueError("predict: no input; give image files or directories of images.")
+        raise InputError("predict: no input; give image files or directories of images.")
     return list(files.values())
 
 
@@ -128,14 +130,14 @@ def output_names(files: Sequence[Path]) -> list[str]:
 def check_output(output: Path, inputs: Sequence[Path | str], files: Sequence[Path], names: Sequence[str]) -> None:
     """Raises where a panel would replace an image that is an input, or be taken for an input the next time."""
     if output.exists() and not output.is_dir():
-        raise ValueError(f"--output: {output} is a file; give a directory.")
+        raise InputError(f"--output: {output} is a file; give a directory.")
     if output.resolve() in {Path(path).resolve() for path in inputs if Path(path).is_dir()}:
-        raise ValueError(f"--output: {output} is also an input, whose images the panels would join; give another.")
+        raise InputError(f"--output: {output} is also an input, whose images the panels would join; give another.")
     images = {file.resolve() for file in files}
     for name in names:
         target = (output / f"{name}.png").resolve()
         if target in images:
-            raise ValueError(f"--output: the panel {target.name} would replace the input {target}; give another.")
+            raise InputError(f"--output: the panel {target.name} would replace the input {target}; give another.")
 
 
 def class_names(tasks: Iterable[Task]) -> dict[str, np.ndarray]:
@@ -169,19 +171,20 @@ def _opened(path: Path) -> Iterator[Image.Image]:
                 raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}), convert it to 8 bits")
             yield image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read: {error}.") from error
+        raise InputError(f"{path} cannot be read: {error}.") from error
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write to that takes its place when all is written: the path holds the old or the new, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files_named(f"{path} cannot be written"):
+        try:
+            with temporary.open("wb") as file:
+                yield file
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def in_background(function: Callable[[Item], Result], items: Iterable[Item], ahead: int = AHEAD) -> Iterator[Result]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from data_pipelines.errors import InputError
 from sgw_jax.sharding import path_name
 
 PREFIX = "backbone/"
@@ -28,9 +29,9 @@ def scale_by_layer(scale: float, decay: float) -> optax.GradientTransformation:
       ValueError: scale < 0, or decay outside (0, 1].
     """
     if not scale >= 0:
-        raise ValueError(f"optimizer: backbone_scale is {scale}; it must not be negative.")
+        raise InputError(f"optimizer: backbone_scale is {scale}; it must not be negative.")
     if not 0 < decay <= 1:
-        raise ValueError(f"optimizer: layer_decay is {decay}; it must be in (0, 1].")
+        raise InputError(f"optimizer: layer_decay is {decay}; it must be in (0, 1].")
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params

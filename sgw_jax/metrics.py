@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from data_pipelines.errors import InputError
 from sgw_jax.tasks.base import Task
 
 
@@ -23,7 +24,7 @@ def add_sums(total: Any | None, new: Any) -> Any:
         return new
     old_keys, new_keys = str(jax.tree.structure(total)), str(jax.tree.structure(new))
     if old_keys != new_keys:
-        raise ValueError(f"Sums of structure {new_keys} cannot be added to sums of structure {old_keys}.")
+        raise InputError(f"Sums of structure {new_keys} cannot be added to sums of structure {old_keys}.")
     return jax.tree.map(_add, total, new)
 
 
@@ -58,21 +59,21 @@ def delta_m(
         value = _headline(results, task, "results")
         baseline = _headline(baselines, task, "baselines")
         if not math.isfinite(baseline) or baseline == 0:
-            raise ValueError(
+            raise InputError(
                 f"delta_m: the baseline of task {task.name!r} has {task.metric} = {baseline}; a relative gain needs a "
                 "finite baseline other than zero."
             )
         gains.append((1 if task.higher_is_better else -1) * (value - baseline) / baseline)
     if not gains:
-        raise ValueError("delta_m: there are no tasks; give at least one.")
+        raise InputError("delta_m: there are no tasks; give at least one.")
     return 100 * math.fsum(gains) / len(gains)
 
 
 def _headline(results: Mapping[str, Mapping[str, float]], task: Task, side: str) -> float:
     if task.name not in results:
-        raise ValueError(f"delta_m: {side} have no task {task.name!r}; they have {sorted(results)}.")
+        raise InputError(f"delta_m: {side} have no task {task.name!r}; they have {sorted(results)}.")
     if task.metric not in results[task.name]:
-        raise ValueError(
+        raise InputError(
             f"delta_m: {side} of task {task.name!r} have no {task.metric!r}; they have {sorted(results[task.name])}."
         )
     return float(results[task.name][task.metric])
@@ -85,5 +86,5 @@ def _wide(leaf: Any) -> np.ndarray:
 
 def _add(total: np.ndarray, new: np.ndarray) -> np.ndarray:
     if total.shape != new.shape:
-        raise ValueError(f"Sums of shape {new.shape} cannot be added to sums of shape {total.shape}.")
+        raise InputError(f"Sums of shape {new.shape} cannot be added to sums of shape {total.shape}.")
     return total + new

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from data_pipelines.errors import InputError
 from sgw_jax.heads import PredictionHead, TaskStem
 from sgw_jax.layers.resize import resize
 from sgw_jax.sharding import constrain_activations
@@ -113,12 +114,12 @@ class MultiTaskModel(nn.Module):
     def _check(self) -> None:
         names = [task.name for task in self.tasks]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"MultiTaskModel: the tasks are {names}; give at least one, each name once.")
+            raise InputError(f"MultiTaskModel: the tasks are {names}; give at least one, each name once.")
         if len(set(self.scales)) < len(self.scales) or any(scale <= self.stride for scale in self.scales):
-            raise ValueError(
+            raise InputError(
                 f"MultiTaskModel: scales {self.scales} must be different strides, coarser than stride {self.stride}."
             )
         if self.persist and not getattr(self.interaction, "has_slots", False):
-            raise ValueError(
+            raise InputError(
                 f"MultiTaskModel: persist needs an interaction with slots; {type(self.interaction).__name__} has none."
             )

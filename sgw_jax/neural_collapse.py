@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from data_pipelines.errors import InputError
 from sgw_jax.etf import direction
 
 IGNORE = 255
@@ -53,11 +54,11 @@ def collapse_sums(
     """
     features, labels = _aligned("collapse_sums", features, labels)
     if not 2 <= num_classes <= IGNORE:
-        raise ValueError(f"collapse_sums: num_classes is {num_classes}; give an integer in [2, {IGNORE}].")
+        raise InputError(f"collapse_sums: num_classes is {num_classes}; give an integer in [2, {IGNORE}].")
     dim, wide = features.shape[-1], features.dtype
     start = jnp.zeros(dim, wide) if centres is None else jnp.asarray(centres, wide)
     if start.shape not in ((dim,), (num_classes, dim)):
-        raise ValueError(
+        raise InputError(
             f"collapse_sums: centres have shape {start.shape}; give ({num_classes}, {dim}), a point for each class, "
             f"or ({dim},), one for all."
         )
@@ -119,13 +120,13 @@ def collapse_values(
     counts = np.asarray(sums["counts"], np.int64)
     stray = int(sums["labelled"]) - int(counts.sum())
     if stray:
-        raise ValueError(
+        raise InputError(
             f"collapse_values: {stray} of {int(sums['labelled'])} labels are neither {IGNORE} (ignore) nor in "
             f"[0, {counts.size}); correct the labels or num_classes."
         )
     shape = np.shape(sums["sums"])
     if classifier is not None and np.shape(classifier) != shape:
-        raise ValueError(
+        raise InputError(
             f"collapse_values: classifier has shape {np.shape(classifier)}; give {shape}, one row per class (a Flax "
             "kernel is its transpose)."
         )
@@ -198,9 +199,9 @@ def disagreement_sums(
     features, labels = _aligned("disagreement_sums", features, labels)
     dim, wide = features.shape[-1], features.dtype
     if predictions.shape != labels.shape:
-        raise ValueError(f"disagreement_sums: predictions have shape {predictions.shape}, labels {labels.shape}.")
+        raise InputError(f"disagreement_sums: predictions have shape {predictions.shape}, labels {labels.shape}.")
     if np.ndim(means) != 2 or np.shape(means)[1] != dim:
-        raise ValueError(f"disagreement_sums: means have shape {np.shape(means)}; give (classes, {dim}).")
+        raise InputError(f"disagreement_sums: means have shape {np.shape(means)}; give (classes, {dim}).")
     means = jnp.asarray(means, wide)
     present = jnp.all(jnp.isfinite(means), axis=-1)
     # argmin ||f - mu_c||^2 = argmax <f, mu_c> - ||mu_c||^2 / 2, about the middle of the means: no offset to cancel.
@@ -241,7 +242,7 @@ def dot_regression_loss(
     features, labels = _aligned("dot_regression_loss", features, labels)
     dim = features.shape[-1]
     if np.ndim(vertices) != 2 or np.shape(vertices)[0] != dim or not 2 <= np.shape(vertices)[1] <= dim + 1:
-        raise ValueError(
+        raise InputError(
             f"dot_regression_loss: vertices have shape {np.shape(vertices)} and features {features.shape}; give "
             f"simplex_etf(classes, {dim}), of shape ({dim}, classes) with 2 <= classes <= {dim + 1}."
         )
@@ -259,7 +260,7 @@ def _aligned(caller: str, features: Array, labels: Array) -> tuple[Array, Array]
     """Both as JAX arrays, the features in at least float32."""
     features, labels = jnp.asarray(features), jnp.asarray(labels)
     if features.ndim < 1 or features.shape[:-1] != labels.shape:
-        raise ValueError(
+        raise InputError(
             f"{caller}: features have shape {features.shape} and labels {labels.shape}; give features (..., dim) with "
             "a label for each, at one resolution."
         )

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import optax.contrib
 
+from data_pipelines.errors import InputError
 from sgw_jax.layer_rates import scale_by_layer
 from sgw_jax.sharding import path_name
 
@@ -27,7 +28,7 @@ def learning_rate_schedule(
     (1 + cos(pi x)) / 2, "constant" is 1, "step" is 1 before x = 1/2 and 1/2 from there (LibMTL's).
     """
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"schedule: warmup_steps {warmup_steps} must be in [0, total_steps = {total_steps}).")
+        raise InputError(f"schedule: warmup_steps {warmup_steps} must be in [0, total_steps = {total_steps}).")
     steps = total_steps - warmup_steps
     decays = {
         "poly": lambda: optax.polynomial_schedule(peak, 0.0, power=0.9, transition_steps=steps),
@@ -36,7 +37,7 @@ def learning_rate_schedule(
         "step": lambda: optax.piecewise_constant_schedule(peak, {(steps + 1) // 2: 0.5}),
     }
     if schedule not in decays:
-        raise ValueError(f"schedule: {schedule!r}; it must be one of {sorted(decays)}.")
+        raise InputError(f"schedule: {schedule!r}; it must be one of {sorted(decays)}.")
     if warmup_steps == 0:
         return decays[schedule]()
     # The first update is at step 0: starting at peak / warmup_steps keeps it from being lost.
@@ -83,9 +84,9 @@ def make_optimizer(
         "sgd": lambda: optax.trace(decay=momentum) if momentum else optax.identity(),
     }
     if name not in inner:
-        raise ValueError(f"optimizer: name {name!r}; it must be one of {sorted(inner)}.")
+        raise InputError(f"optimizer: name {name!r}; it must be one of {sorted(inner)}.")
     if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"optimizer: clip_norm is {clip_norm}; it must be positive, or None for no clipping.")
+        raise InputError(f"optimizer: clip_norm is {clip_norm}; it must be positive, or None for no clipping.")
     steps = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     steps.append(inner[name]())
     if weight_decay:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from data_pipelines.errors import InputError
 from sgw_jax.build import Experiment
 from sgw_jax.chips import GIB, Chip, chip_of
 from sgw_jax.cost import multiply_accumulates
@@ -82,16 +83,16 @@ def topology_devices(name: str) -> list[jax.Device]:
     for variable, value in quiet.items():
         os.environ.setdefault(variable, value)
     if not re.fullmatch(r"\w+:\d+(x\d+){1,2}", name):
-        raise ValueError(f"--topology={name}: expected a TPU slice such as {TOPOLOGIES}.")
+        raise InputError(f"--topology={name}: expected a TPU slice such as {TOPOLOGIES}.")
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:
         reason = str(error).partition("\n")[0]
         if "libtpu" in reason or "not found" in reason.lower() or isinstance(error, ImportError):
-            raise ValueError(
+            raise InputError(
                 f"--topology={name} compiles for a TPU and needs its compiler: pip install -e '.[tpu]'. ({reason})"
             ) from error
-        raise ValueError(f"--topology={name}: {reason} Slices are named like {TOPOLOGIES}.") from error
+        raise InputError(f"--topology={name}: {reason} Slices are named like {TOPOLOGIES}.") from error
 
 
 def pod_plan(experiment: Experiment) -> PodPlan:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from data_pipelines.errors import InputError
 from data_pipelines.transforms import normalise, pad, resize_to_fit
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.restore import open_run, saved_model
@@ -54,7 +55,7 @@ class Predictor:
         if batch_size is None:
             batch_size = 1 if jax.default_backend() == "cpu" else 8
         if batch_size < 1:
-            raise ValueError(f"Predictor: batch_size is {batch_size}; it must be at least 1.")
+            raise InputError(f"Predictor: batch_size is {batch_size}; it must be at least 1.")
         self.tasks = tuple(tasks)
         self.config, self.step = config, step
         self.size, self.batch_size = (int(size[0]), int(size[1])), batch_size
@@ -100,13 +101,13 @@ class Predictor:
         if isinstance(images, list | tuple):
             checked = [check_image(image, f"image {index}") for index, image in enumerate(images)]
             if not checked:
-                raise ValueError("predictor: the list of images is empty; give at least one image.")
+                raise InputError("predictor: the list of images is empty; give at least one image.")
             return self._gathered(checked)
         array = np.asarray(images)
         if array.ndim != 4:
             return next(self.stream([array]))
         if not len(array):
-            raise ValueError(f"predictor: the batch has shape {array.shape}, no image; give at least one image.")
+            raise InputError(f"predictor: the batch has shape {array.shape}, no image; give at least one image.")
         maps = self._gathered([check_image(image, f"image {index}") for index, image in enumerate(array)])
         return {name: np.stack(values) for name, values in maps.items()}
 
@@ -173,14 +174,14 @@ def check_image(image: Any, name: str) -> np.ndarray:
     if array.ndim != 3 or array.shape[2] != 3 or not array.size:
         hint = {2: " Repeat a grey image three times along a last axis.", 3: " Drop an alpha channel: image[..., :3]."}
         expected = "RGB arrays are (height, width, 3), batches (number, height, width, 3)"
-        raise ValueError(f"predictor: {name} has shape {array.shape}; {expected}.{hint.get(array.ndim, '')}")
+        raise InputError(f"predictor: {name} has shape {array.shape}; {expected}.{hint.get(array.ndim, '')}")
     if array.dtype == np.uint8:
         return np.ascontiguousarray(array)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise ValueError(f"predictor: {name} is {array.dtype}; allowed are uint8 and floating point in [0, 1].")
+        raise InputError(f"predictor: {name} is {array.dtype}; allowed are uint8 and floating point in [0, 1].")
     low, high = float(array.min()), float(array.max())
     if not (low >= 0 and high <= 1):  # NaN fails too
-        raise ValueError(
+        raise InputError(
             f"predictor: {name} is {array.dtype} with values from {low:.4g} to {high:.4g}; floating-point images lie "
             "in [0, 1]. Divide by 255, or convert to uint8."
         )

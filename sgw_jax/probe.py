@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data_pipelines.errors import InputError
 from sgw_jax.metrics import add_sums
 from sgw_jax.tasks.base import Task
 
@@ -55,9 +56,9 @@ def fit(batches: Iterable[Batch], tasks: Sequence[Task], features: str = "linear
     Raises ValueError for unknown features and for a stride below 1.
     """
     if features not in FEATURES:
-        raise ValueError(f"probe: features are {features!r}; choose one of {sorted(FEATURES)}.")
+        raise InputError(f"probe: features are {features!r}; choose one of {sorted(FEATURES)}.")
     if stride < 1:
-        raise ValueError(f"probe: stride is {stride}; give an integer >= 1.")
+        raise InputError(f"probe: stride is {stride}; give an integer >= 1.")
     gram: dict[str, Any] = {task.name: 0.0 for task in tasks}
     moment: dict[str, Any] = {task.name: 0.0 for task in tasks}
     for batch in batches:
@@ -69,7 +70,7 @@ def fit(batches: Iterable[Batch], tasks: Sequence[Task], features: str = "linear
             gram[task.name] += seen.T @ seen
             moment[task.name] += seen.T @ values[mask].astype(np.float64)
     if not all(isinstance(g, np.ndarray) for g in gram.values()):
-        raise ValueError("probe: there are no batches to fit; give at least one.")
+        raise InputError("probe: there are no batches to fit; give at least one.")
     return Probe(features, {n: np.linalg.pinv(g, rcond=1e-12, hermitian=True) @ moment[n] for n, g in gram.items()})
 
 
@@ -87,5 +88,5 @@ def evaluate(probe: Probe, batches: Iterable[Batch], tasks: Sequence[Task]) -> d
         }
         total = add_sums(total, sums)
     if total is None:
-        raise ValueError("probe: there are no batches to evaluate; give at least one.")
+        raise InputError("probe: there are no batches to evaluate; give at least one.")
     return {task.name: task.metric_values(total[task.name]) for task in tasks}

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from data_pipelines.errors import InputError
 from sgw_jax.build import build_model
 from sgw_jax.checkpoints import CheckpointError, Checkpoints
 from sgw_jax.model import MultiTaskModel
@@ -58,7 +59,7 @@ def open_run(workdir: Path | str, which: str = "best", kinds: dict[str, type[Tas
       CheckpointError: no complete checkpoint there.
     """
     if which not in ("best", "last"):
-        raise ValueError(f"checkpoint {which!r}: it must be 'best' or 'last'.")
+        raise InputError(f"checkpoint {which!r}: it must be 'best' or 'last'.")
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(Path(workdir) / CHECKPOINTS, read_only=True))
         step = (checkpoints.best_step if which == "best" else None) or checkpoints.latest_step

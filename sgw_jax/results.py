@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from data_pipelines.errors import InputError, files_named
 from sgw_jax import probe
 from sgw_jax.build import Experiment, flatten
 from sgw_jax.diagnostics import collect_examples, diagnose
@@ -56,9 +57,11 @@ def finish(
     print_table(console, results)
     if jax.process_index() == 0:
         suffix = "" if split == "test" else f"_{split}"
-        write_atomically(workdir / f"results{suffix}.json", json.dumps(without_nan(results), indent=1, allow_nan=False))
-        write_report(workdir / f"report{suffix}.html", results, pictures, read_metrics(workdir / "metrics.jsonl"))
-        gallery(pictures).save(workdir / f"examples{suffix}.png")
+        numbers = json.dumps(without_nan(results), indent=1, allow_nan=False)
+        with files_named(f"--workdir={workdir}"):
+            write_atomically(workdir / f"results{suffix}.json", numbers)
+            write_report(workdir / f"report{suffix}.html", results, pictures, read_metrics(workdir / "metrics.jsonl"))
+            gallery(pictures).save(workdir / f"examples{suffix}.png")
         console.print(f"Report: {workdir / f'report{suffix}.html'}   numbers: {workdir / f'results{suffix}.json'}")
     return results
 
@@ -85,7 +88,12 @@ def add_edge_scores(experiment: Experiment, state: TrainState, found: Evaluation
 def earlier_speed(workdir: Path) -> dict[str, float]:
     """The training speed that the run's results.json tells of: evaluating again measures none."""
     path = workdir / "results.json"
-    return json.loads(path.read_text(encoding="utf-8"))["speed"] if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["speed"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it to evaluate again.") from error
 
 
 def without_nan(value: Any) -> Any:

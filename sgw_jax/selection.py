@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from data_pipelines.errors import InputError
+
 
 def jaccard(first: Int[Array, "*batch kept"], second: Int[Array, "*batch other"]) -> Float[Array, "*batch"]:
     """Intersection over union of sets given as lists of distinct integers, in float32; leading axes broadcast."""
@@ -29,7 +31,7 @@ def selection_overlap(
     Raises ValueError for different shapes.
     """
     if clean.shape != perturbed.shape:
-        raise ValueError(
+        raise InputError(
             f"selection_overlap: the selections have shapes {clean.shape} and {perturbed.shape}; give two of the same."
         )
     overlap = jaccard(clean, perturbed)

@@ -11,6 +11,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from data_pipelines.errors import InputError
+
 # The batch is split over `data` and `fsdp`, parameters over `fsdp`, image rows (and tokens) over `context`.
 AXES = ("data", "fsdp", "context")
 BATCH = ("data", "fsdp")
@@ -37,7 +39,7 @@ Rules = Sequence[tuple[str, P]]
 def mesh_sizes(name: str = "data", **sizes: int | None) -> dict[str, int]:
     """The sizes of one of `MESHES`, those given here in their place (None: as named)."""
     if name not in MESHES:
-        raise ValueError(f"mesh: {name!r} is not known; it must be one of {list(MESHES)}.")
+        raise InputError(f"mesh: {name!r} is not known; it must be one of {list(MESHES)}.")
     return MESHES[name] | {axis: size for axis, size in sizes.items() if size is not None}
 
 
@@ -54,20 +56,20 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     devices = jax.devices() if devices is None else list(devices)
     unknown = sorted(set(sizes) - set(AXES))
     if unknown:
-        raise ValueError(f"mesh: unknown axis {unknown}; the axes are {list(AXES)}.")
+        raise InputError(f"mesh: unknown axis {unknown}; the axes are {list(AXES)}.")
     shape = [int(sizes.get(axis, 1)) for axis in AXES]
     if shape.count(-1) > 1 or any(size == 0 or size < -1 for size in shape):
-        raise ValueError(f"mesh: sizes {dict(sizes)} must be positive, with at most one -1.")
+        raise InputError(f"mesh: sizes {dict(sizes)} must be positive, with at most one -1.")
     if -1 in shape:
         fixed = math.prod(size for size in shape if size != -1)
         if len(devices) % fixed:
-            raise ValueError(
+            raise InputError(
                 f"mesh: {len(devices)} devices do not divide by {fixed} (sizes {dict(sizes)}); the fixed sizes must "
                 f"multiply to one of {_divisors(len(devices))}."
             )
         shape[shape.index(-1)] = len(devices) // fixed
     if math.prod(shape) != len(devices):
-        raise ValueError(
+        raise InputError(
             f"mesh: sizes {dict(zip(AXES, shape, strict=True))} need {math.prod(shape)} devices, but there are "
             f"{len(devices)}. Set one size to -1 to take what is there."
         )
@@ -133,7 +135,7 @@ def check_split(shapes: Any, shardings: Any, mesh: Mesh) -> None:
     ]
     largest = sorted(whole, key=lambda pair: -_nbytes(pair[1]))[:5]
     named = ", ".join(f"{name} {tuple(leaf.shape)}" for name, leaf in largest)
-    raise ValueError(
+    raise InputError(
         f"mesh: with fsdp = {mesh.shape['fsdp']}, {repeated / total:.1%} of the parameters' bytes would lie on every "
         f"device (at most {MAX_REPEATED:.0%} may), because no axis divides; the largest: {named}. Sizes of fsdp that "
         f"do divide: {fitting}."
@@ -159,15 +161,15 @@ def _fsdp_spec(shape: tuple[int, ...], size: int, min_size: int) -> P:
 
 def _check_divides(name: str, shape: tuple[int, ...], spec: P, mesh: Mesh) -> None:
     if len(spec) > len(shape):
-        raise ValueError(f"sharding: {name} has shape {shape}, which has fewer axes than the rule {spec}.")
+        raise InputError(f"sharding: {name} has shape {shape}, which has fewer axes than the rule {spec}.")
     for length, entry in zip(shape, spec, strict=False):  # a spec may be shorter: the axes it leaves out are not split
         axes = (entry,) if isinstance(entry, str) else entry or ()
         unknown = sorted(set(axes) - set(mesh.axis_names))
         if unknown:
-            raise ValueError(f"sharding: the rule {spec} for {name} names {unknown}; the axes are {list(AXES)}.")
+            raise InputError(f"sharding: the rule {spec} for {name} names {unknown}; the axes are {list(AXES)}.")
         parts = math.prod(mesh.shape[axis] for axis in axes)
         if length % parts:
-            raise ValueError(
+            raise InputError(
                 f"sharding: {name} has shape {shape}, which the rule {spec} cannot split into {parts} parts."
             )
 
@@ -186,7 +188,7 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
     """Raises a ValueError unless every part of the mesh gets the same number of rows of every micro-batch."""
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (parts * accumulate):
-        raise ValueError(
+        raise InputError(
             f"batch_size {batch_size} must divide by {parts} devices (data x fsdp) x {accumulate} accumulated "
             f"micro-batches = {parts * accumulate}."
         )
@@ -198,7 +200,7 @@ def check_rows(height: int, strides: Sequence[int], mesh: Mesh) -> None:
     rows = {stride: height // stride for stride in strides}
     if any(count % context for count in rows.values()):
         fitting = [size for size in _divisors(mesh.size) if all(count % size == 0 for count in rows.values())]
-        raise ValueError(
+        raise InputError(
             f"mesh: context = {context} does not divide the rows of the task features, {rows} by stride, at an image "
             f"height of {height}. Sizes of context that do: {fitting}."
         )
@@ -219,7 +221,7 @@ def own_rows(mesh: Mesh) -> tuple[int, int]:
     blocks = sorted({tuple(block) for block in held.values()})
     rows = [row for block in blocks for row in block]
     if len(set(rows)) < len(rows) or len({len(block) for block in blocks}) > 1:
-        raise ValueError(
+        raise InputError(
             f"mesh: the {mesh.shape[CONTEXT]} devices of a context lie on processes that share other rows of the batch "
             "with others; choose a size of context that divides the devices of a process, or is a multiple of them."
         )

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
+from data_pipelines.errors import InputError, files_named
 from sgw_jax.build import Experiment
 from sgw_jax.checkpoints import Checkpoints
 from sgw_jax.evaluate import Evaluation, evaluate
@@ -57,13 +58,15 @@ def train(
       DiskFullError: names the directory; the last complete checkpoint stays.
     """
     workdir, settings, mesh = Path(workdir), experiment.settings, experiment.mesh
-    claim_workdir(workdir, experiment)
+    with files_named(f"--workdir={workdir}"):
+        claim_workdir(workdir, experiment)
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_full_named(workdir))
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=settings.keep))
         start = checkpoints.latest_step or 0
         state = starting_state(experiment, checkpoints, start, init_from, console)
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, resume_step=start)))
+        with files_named(f"--workdir={workdir}"):
+            writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, resume_step=start)))
         stack.enter_context(jax.set_mesh(mesh))
         stop = stack.enter_context(StopSignal())
         progress = stack.enter_context(TrainProgress(console, settings.steps, start, settings.batch_size))
@@ -96,8 +99,9 @@ def train(
                 writer.write(done, "validation", found.flat())
                 progress.note(f"step {done}: validation {summary(experiment, found)}")
                 score = -found.loss
-            writer.flush()  # before the save: a checkpoint promises that the lines up to its step are on disk
-            checkpoints.save(done, state, experiment.metadata(), score)
+            with files_named(f"--workdir={workdir}"):
+                writer.flush()  # before the save: a checkpoint promises that the lines up to its step are on disk
+                checkpoints.save(done, state, experiment.metadata(), score)
             progress.pause()
             if stop.number:  # perhaps only since the evaluation
                 break
@@ -179,10 +183,11 @@ def summary(experiment: Experiment, found: Evaluation) -> str:
 def check_start(experiment: Experiment, workdir: Path | str, init_from: Path | str | None = None) -> None:
     """Raises all that `train` would refuse at its beginning, without having rendered, compiled or written anything."""
     state = abstract_state(experiment)
-    check_workdir(Path(workdir), experiment)
+    with files_named(f"--workdir={workdir}"):
+        check_workdir(Path(workdir), experiment)
     if init_from is not None:
         if experiment.backbone_weights:
-            raise ValueError("--init_from brings a backbone of its own: give it or config.backbone_weights, not both.")
+            raise InputError("--init_from brings a backbone of its own: give it or config.backbone_weights, not both.")
         with fine_tuning_source(Path(init_from)):
             pass
     elif experiment.backbone_weights and not has_checkpoint(Path(workdir)):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt32
 
+from data_pipelines.errors import InputError
 from sgw_jax.model import FEATURES, PRELIMINARY
 from sgw_jax.multi_objective import Scalarizer, weighted_sum
 from sgw_jax.objective import (
@@ -68,7 +69,7 @@ def init_state(
     """
     variables = model.init({"params": jax.random.key(seed)}, image, train=True)
     if unknown := set(variables) - {"params", "constants"}:
-        raise ValueError(
+        raise InputError(
             f"The model has collections {sorted(unknown)}; a train step carries `params` and `constants` alone. Use "
             "layers without running state (LayerNorm or GroupNorm, not BatchNorm)."
         )
@@ -122,9 +123,9 @@ def make_train_step(
     names = [task.name for task in tasks]
     scale = tuple(float(task.weight) for task in tasks)
     if gradients not in GRADIENTS:
-        raise ValueError(f"train step: gradients is {gradients!r}; it must be one of {GRADIENTS}.")
+        raise InputError(f"train step: gradients is {gradients!r}; it must be one of {GRADIENTS}.")
     if gradients == "representation" and not (hasattr(model, "encode") and hasattr(model, "decode")):
-        raise ValueError(
+        raise InputError(
             f"train step: gradients='representation' needs a model with encode and decode; {type(model).__name__} has "
             "none."
         )
@@ -132,7 +133,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         if (state.ema is None) != (ema_decay is None):
-            raise ValueError(
+            raise InputError(
                 f"train step: ema_decay is {ema_decay}, but the state holds {'no' if state.ema is None else 'an'} "
                 "average; give both or neither (init_state(..., ema=True))."
             )
@@ -206,7 +207,7 @@ def micro_batches(batch: Batch, parts: int) -> dict[str, Array]:
     """(B, ...) -> (parts, B / parts, ...): row r goes to micro-batch r mod parts, so that no row leaves its device."""
     for name, value in batch.items():
         if value.shape[0] % parts:
-            raise ValueError(f"accumulate: {name} has {value.shape[0]} rows, not a multiple of {parts} micro-batches.")
+            raise InputError(f"accumulate: {name} has {value.shape[0]} rows, not a multiple of {parts} micro-batches.")
     return {k: jnp.swapaxes(v.reshape(v.shape[0] // parts, parts, *v.shape[1:]), 0, 1) for k, v in batch.items()}
 
 

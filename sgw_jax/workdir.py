@@ -10,17 +10,18 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+from data_pipelines.errors import UserError
 from sgw_jax.build import Experiment, differences
 from sgw_jax.writers import write_atomically
 
 IDENTITY = "run.json"
 
 
-class WorkdirError(RuntimeError):
+class WorkdirError(UserError, RuntimeError):
     """The working directory belongs to another run."""
 
 
-class DiskFullError(OSError):
+class DiskFullError(UserError, OSError):
     """Nothing more can be written to the working directory."""
 
 
@@ -55,7 +56,10 @@ def check_workdir(workdir: Path, experiment: Experiment) -> None:
     """
     path = workdir / IDENTITY
     if path.exists():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise WorkdirError(f"{path} is damaged ({error}); use another --workdir.") from error
         lines = list(differences(there, json.loads(json.dumps(experiment.identity()))))
         if lines:
             raise WorkdirError(

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from data_pipelines.errors import InputError
+
 
 class MetricsWriter:
     """Appends lines to metrics.jsonl and scalars to TensorBoard, on the first process alone.
@@ -71,7 +73,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         try:
             values = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove the line to go on.") from error
+            raise InputError(f"{path}, line {number} is not JSON ({error}); remove the line to go on.") from error
         found.append({name: math.nan if value is None else value for name, value in values.items()})
     return found
 

@@ -5,11 +5,16 @@ import sys
 import jax
 import pytest
 
+from data_pipelines.errors import UserError
 from sgw_jax import __main__ as command
 from sgw_jax.__main__ import main
 from sgw_jax.config_files import UsageError, read_config
 
 HEAD = "from configs import base\ndef get_config():\n  c = base.get_config()\n"  # of a configuration file
+
+
+def everything_below(kind):
+    return [kind, *(lower for child in kind.__subclasses__() for lower in everything_below(child))]
 
 
 @pytest.fixture
@@ -181,6 +186,59 @@ def test_train_refuses_before_it_writes(refused, arguments, messages):
 def test_what_is_not_refused_fails_these_tests(refused):
     with pytest.raises(pytest.fail.Exception, match="what should be refused was begun"):
         refused("train", "--workdir=run", "--config=scenes:tasks=depth,interaction=none")
+
+
+@pytest.fixture
+def plain(capsys):
+    """Runs the command, which must fail, and gives what it says on stderr."""
+    cache_dir = jax.config.jax_compilation_cache_dir
+
+    def run(*arguments):
+        assert main([*arguments]) == 1
+        return capsys.readouterr().err
+
+    yield run
+    jax.config.update("jax_compilation_cache_dir", cache_dir)
+
+
+@pytest.mark.parametrize("kind", [ValueError, TypeError, OSError, RuntimeError, KeyError])
+def test_a_fault_of_a_library_shows_its_trace(plain, monkeypatch, tmp_path, kind):
+    def broken(*_, **__):
+        raise kind("shapes do not broadcast")
+
+    monkeypatch.setattr(jax.numpy, "zeros", broken)
+    said = plain("plan", "--config=scenes", f"--cache_dir={tmp_path}")
+    assert said.startswith("Traceback")
+    assert "in broken" in said
+    assert "error: " not in said
+
+
+@pytest.mark.parametrize("kind", everything_below(UserError))
+def test_every_error_meant_for_users_is_one_line(plain, monkeypatch, tmp_path, kind):
+    def refuse(*_, **__):
+        raise kind("what was found; what is allowed")
+
+    monkeypatch.setattr(command, "plan", refuse)
+    monkeypatch.setattr(command, "_leave", lambda code, at_once=False: code)  # a full disk ends the process at once
+    said = plain("plan", "--config=scenes", f"--cache_dir={tmp_path}")
+    assert said == "error: what was found; what is allowed\n"
+    assert "in refuse" in plain("plan", "--config=scenes", f"--cache_dir={tmp_path}", "--traceback")
+
+
+def test_files_that_cannot_be_used_are_named(plain, tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(b"\xff\xfe")
+    cache = f"--cache_dir={tmp_path / 'cache'}"
+    said = plain("plan", "--config=scenes:tasks=depth", cache, f"--json={file / 'plan.json'}")
+    assert said.startswith(f"error: --json={file / 'plan.json'}: Not a directory ({file / 'plan.json'}")
+    said = plain("train", "--config=scenes:tasks=depth", f"--workdir={tmp_path / 'run'}", f"--cache_dir={file / 'in'}")
+    assert said.splitlines()[-1].startswith(f"error: --cache_dir={file / 'in'}: Not a directory")
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "train.txt").write_bytes(file.read_bytes())
+    folder = ["--config.data.source=folder", f"--config.data.root={tmp_path}"]
+    said = plain("train", "--config=scenes:tasks=depth", f"--workdir={tmp_path / 'run'}", cache, *folder)
+    assert said.startswith(f"error: {tmp_path / 'splits' / 'train.txt'} is no UTF-8 text")
+    assert "Traceback" not in said
 
 
 def test_a_bucket_is_no_working_directory(capsys):

@@ -227,7 +227,7 @@ def test_an_empty_source_is_refused():
 @pytest.mark.parametrize("num_threads", [0, 2])
 def test_a_failing_example_is_named(num_threads):
     with pytest.raises(
-        loader.ExampleError, match=r"source numbered train, item 5, file /data/5.png: OSError: truncated"
+        loader.UnreadableExampleError, match=r"source numbered train, item 5, file /data/5.png: OSError: truncated"
     ):
         read(Numbered(10, broken=5), num_threads=num_threads)
 
@@ -248,8 +248,9 @@ def test_a_source_without_a_name_goes_by_its_type():
         def __getitem__(self, index: int) -> transforms.Example:
             raise KeyError(index)
 
-    with pytest.raises(loader.ExampleError, match=r"source Anonymous, item [01]: KeyError"):
+    with pytest.raises(loader.ExampleError, match=r"source Anonymous, item [01]: KeyError") as caught:
         read(Anonymous())
+    assert not isinstance(caught.value, loader.UnreadableExampleError)  # a defect: commands show its trace
 
 
 # --- the iterator

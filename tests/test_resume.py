@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from configs import base
+from data_pipelines.errors import FileError
 from data_pipelines.loader import Stream
 from sgw_jax import train as train_module
 from sgw_jax.build import build
@@ -337,6 +338,18 @@ def test_another_runs_directory_is_refused(finished, change, named):
 def test_what_changes_no_number_may_change(finished):
     for change in ({"keep": 5}, {"log_every": 3}, {"data.threads": 2}, {"devices": 8, "mesh.fsdp": 2}):
         check_start(experiment(**change), finished)
+
+
+def test_a_directory_that_cannot_be_made_is_named(built, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match=f"--workdir={tmp_path / 'file' / 'run'}: Not a directory"):
+        train(built, tmp_path / "file" / "run", quiet())
+
+
+def test_a_damaged_record_of_the_run_is_named(built, tmp_path):
+    (tmp_path / "run.json").write_text('{"seed"')
+    with pytest.raises(WorkdirError, match=r"run\.json is damaged"):
+        check_start(built, tmp_path)
 
 
 def test_checkpoints_of_unknown_origin_are_refused(built, tmp_path):

@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data_pipelines.errors import InputError
 from data_pipelines.rooms.record import STORED, Collection, render_stored
 
 META = "meta.json"
@@ -82,9 +83,9 @@ def _open_field(path: Path, collection: Collection, name: str, sizes: dict[str, 
     return np.asarray(array)
 
 
-def _damaged(path: Path, finding: str) -> ValueError:
+def _damaged(path: Path, finding: str) -> InputError:
     remedy = f"Delete the directory {path.parent} and prepare again."
-    return ValueError(f"The scene cache is damaged at {path}: {finding}. {remedy}")
+    return InputError(f"The scene cache is damaged at {path}: {finding}. {remedy}")
 
 
 @contextlib.contextmanager

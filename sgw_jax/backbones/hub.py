@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from data_pipelines.errors import InputError
 from sgw_jax.backbones.swin import EPSILON as SWIN_EPSILON
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.tensors import PretrainedError, Tensors, stacked
@@ -91,7 +92,7 @@ def swin_family(where: str, config: Mapping[str, Any], names: set[str]) -> tuple
     )
     try:
         module.check()
-    except ValueError as error:
+    except InputError as error:
         raise PretrainedError(f"{where}: {error}") from error
     return module, IMAGENET, lambda take: _swin_params(take, module)
 

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from data_pipelines.errors import InputError
 from sgw_jax.layers.drop_path import DropPath
 from sgw_jax.layers.mlp import MLP
 from sgw_jax.layers.patch_embed import PatchEmbed
@@ -185,23 +186,23 @@ class Swin(nn.Module):
         """Raises a ValueError for attributes out of range."""
         stages = len(self.strides)
         if len(self.depths) != stages or any(depth < 2 or depth % 2 for depth in self.depths):
-            raise ValueError(
+            raise InputError(
                 f"Swin: depths {self.depths} must be {stages} even numbers from 2 on: blocks come in pairs."
             )
         if len(self.num_heads) != stages or any(heads < 1 for heads in self.num_heads):
-            raise ValueError(f"Swin: num_heads {self.num_heads} must be {stages} positive numbers, one per stage.")
+            raise InputError(f"Swin: num_heads {self.num_heads} must be {stages} positive numbers, one per stage.")
         for stage, heads in enumerate(self.num_heads):
             if (self.width << stage) % heads:
-                raise ValueError(
+                raise InputError(
                     f"Swin: the width of stage {stage + 1}, {self.width << stage}, does not divide into its "
                     f"{heads} heads; num_heads is {self.num_heads}."
                 )
         if self.window_size < 1:
-            raise ValueError(f"Swin: window_size {self.window_size} must be at least 1.")
+            raise InputError(f"Swin: window_size {self.window_size} must be at least 1.")
         if self.window_chunk is not None and self.window_chunk < 1:
-            raise ValueError(f"Swin: window_chunk {self.window_chunk} must be at least 1, or None for all.")
+            raise InputError(f"Swin: window_chunk {self.window_chunk} must be at least 1, or None for all.")
         if not 0 <= self.drop_path < 1:
-            raise ValueError(f"Swin: drop_path {self.drop_path} must be in [0, 1).")
+            raise InputError(f"Swin: drop_path {self.drop_path} must be in [0, 1).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,5 +229,5 @@ def swin(size: str = "tiny", image_size: tuple[int, int] | None = None, **overri
     """
     del image_size
     if size not in SIZES:
-        raise ValueError(f"swin: size {size!r}; it must be one of {list(SIZES)}.")
+        raise InputError(f"swin: size {size!r}; it must be one of {list(SIZES)}.")
     return Swin(**{**dataclasses.asdict(SIZES[size]), **overrides})

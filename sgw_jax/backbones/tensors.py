@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.errors import InputError
 
-class PretrainedError(ValueError):
+
+class PretrainedError(InputError):
     """A file that is not what it should be, or not for this model."""
 
 

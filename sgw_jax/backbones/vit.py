@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from data_pipelines.errors import InputError
 from sgw_jax.layers.attention import SelfAttention
 from sgw_jax.layers.drop_path import DropPath
 from sgw_jax.layers.mlp import MLP
@@ -185,25 +186,25 @@ class ViT(nn.Module):
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if self.patch_size < 1:
-            raise ValueError(f"ViT: patch_size {self.patch_size} must be at least 1.")
+            raise InputError(f"ViT: patch_size {self.patch_size} must be at least 1.")
         if self.output not in OUTPUTS:
-            raise ValueError(f"ViT: output is {self.output!r}; it must be one of {OUTPUTS}.")
+            raise InputError(f"ViT: output is {self.output!r}; it must be one of {OUTPUTS}.")
         layers = self._layers()
         if self.tapped is None and (self.depth < 4 or self.depth % 4):
-            raise ValueError(f"ViT: depth {self.depth} must be a multiple of 4, because four layers are tapped.")
+            raise InputError(f"ViT: depth {self.depth} must be a multiple of 4, because four layers are tapped.")
         if list(layers) != sorted(set(layers)) or not layers or layers[0] < 1 or layers[-1] > self.depth:
-            raise ValueError(f"ViT: tapped {layers} must be layers from 1 to {self.depth}, in ascending order.")
+            raise InputError(f"ViT: tapped {layers} must be layers from 1 to {self.depth}, in ascending order.")
         if not 0 <= self.drop_path < 1:
-            raise ValueError(f"ViT: drop_path {self.drop_path} must be in [0, 1).")
+            raise InputError(f"ViT: drop_path {self.drop_path} must be in [0, 1).")
         if self.patch_embed not in PATCH_EMBEDS:
-            raise ValueError(f"ViT: patch_embed {self.patch_embed!r}; it must be one of {sorted(PATCH_EMBEDS)}.")
+            raise InputError(f"ViT: patch_embed {self.patch_embed!r}; it must be one of {sorted(PATCH_EMBEDS)}.")
         if self.output == "taps":
             return
         if len(layers) != len(self.strides):
-            raise ValueError(f"ViT: a pyramid is made of {len(self.strides)} taps; tapped is {layers}.")
+            raise InputError(f"ViT: a pyramid is made of {len(self.strides)} taps; tapped is {layers}.")
         multiple = max(self._stride(), self.strides[-1])
         if shape[1] % multiple or shape[2] % multiple:
-            raise ValueError(
+            raise InputError(
                 f"ViT: the image is {shape[1]} x {shape[2]}; both must be multiples of {multiple} (pad it)."
             )
 
@@ -228,7 +229,7 @@ SIZES: dict[str, Size] = {
 def vit(size: str = "small", **overrides) -> ViT:
     """A ViT of a named size ("tiny", "small", "base", "large"); any attribute of `ViT` can be overridden."""
     if size not in SIZES:
-        raise ValueError(f"vit: size {size!r}; it must be one of {list(SIZES)}.")
+        raise InputError(f"vit: size {size!r}; it must be one of {list(SIZES)}.")
     return ViT(**{**dataclasses.asdict(SIZES[size]), **overrides})
 
 
@@ -236,6 +237,6 @@ def dinov2(size: str = "small", **overrides) -> ViT:
     """A ViT as DINOv2 trains it (Oquab et al. 2023): patches of 14 pixels, class token, layer scale, by default a
     position embedding for 518 x 518 pixels."""
     if size not in SIZES or size == "tiny":
-        raise ValueError(f"dinov2: size {size!r}; it must be one of {[name for name in SIZES if name != 'tiny']}.")
+        raise InputError(f"dinov2: size {size!r}; it must be one of {[name for name in SIZES if name != 'tiny']}.")
     published = {"patch_size": 14, "class_token": True, "layer_scale": 1e-5, "image_size": (518, 518)}
     return ViT(**{**dataclasses.asdict(SIZES[size]), **published, **overrides})

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from data_pipelines.errors import InputError
 from sgw_jax.interactions.tokens import concatenate_tasks, split_tasks
 from sgw_jax.layers.attention import attention, split_heads
 
@@ -34,7 +35,7 @@ class CrossTaskAttention(nn.Module):
         tokens, layout = concatenate_tasks(features, "CrossTaskAttention")
         channels = tokens.shape[-1]
         if channels % self.num_heads:
-            raise ValueError(
+            raise InputError(
                 f"CrossTaskAttention: the features' channels = {channels} do not divide by "
                 f"num_heads = {self.num_heads}."
             )

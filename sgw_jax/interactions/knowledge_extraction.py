@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from data_pipelines.errors import InputError
 from sgw_jax.etf import project
 from sgw_jax.interactions.tokens import TokenLayout, concatenate_tasks, split_tasks
 from sgw_jax.layers.attention import split_heads
@@ -180,7 +181,7 @@ class KEM(nn.Module):
         if slots is None:
             slots = jnp.broadcast_to(initial.astype(self.dtype), (tokens.shape[0], *initial.shape))
         elif slots.shape != (tokens.shape[0], *initial.shape):
-            raise ValueError(
+            raise InputError(
                 f"KEM: the initial slots have shape {slots.shape}; they must have (batch, num_slots, slot_dim) = "
                 f"{(tokens.shape[0], *initial.shape)}."
             )
@@ -283,29 +284,29 @@ class KEM(nn.Module):
 
     def _check(self, channels: int, width: int) -> None:
         if self.etf_for not in ("all", "selection"):
-            raise ValueError(f"KEM: etf_for is {self.etf_for!r}; it must be 'all' or 'selection'.")
+            raise InputError(f"KEM: etf_for is {self.etf_for!r}; it must be 'all' or 'selection'.")
         if self.projection not in PROJECTIONS:
-            raise ValueError(f"KEM: projection is {self.projection!r}; it must be one of {list(PROJECTIONS)}.")
+            raise InputError(f"KEM: projection is {self.projection!r}; it must be one of {list(PROJECTIONS)}.")
         if self.projection != "etf" and self.etf_vertices is None:
-            raise ValueError(
+            raise InputError(
                 f"KEM: projection is {self.projection!r} but etf_vertices is None; give the number of vertices whose "
                 "rank the projection is to have."
             )
         if not self.temperature > 0:
-            raise ValueError(f"KEM: temperature is {self.temperature}; it must be positive.")
+            raise InputError(f"KEM: temperature is {self.temperature}; it must be positive.")
         if self.recall is not None and not 0 < self.recall <= 1:
-            raise ValueError(f"KEM: recall is {self.recall}; it must be in (0, 1], or None to select exactly.")
+            raise InputError(f"KEM: recall is {self.recall}; it must be in (0, 1], or None to select exactly.")
         counts = {"num_slots": self.num_slots, "num_heads": self.num_heads, "slot_dim": width, "rounds": self.rounds}
         counts |= {} if self.top_k is None else {"top_k": self.top_k}
         for name, number in counts.items():
             if number < 1:
-                raise ValueError(
+                raise InputError(
                     f"KEM: {name} is {number}; it must be at least 1 (top_k=None for no selection, slot_dim=None for "
                     "the width of the features)."
                 )
         for name, size in (("slot_dim", width), ("the features' channels", channels)):
             if size % self.num_heads:
-                raise ValueError(f"KEM: {name} = {size} does not divide by num_heads = {self.num_heads}.")
+                raise InputError(f"KEM: {name} = {size} does not divide by num_heads = {self.num_heads}.")
 
 
 def _by_head(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from data_pipelines.errors import InputError
 from sgw_jax.interactions.tokens import concatenate_tasks, split_tasks
 from sgw_jax.layers.attention import split_heads
 from sgw_jax.layers.placement import Placement
@@ -74,7 +75,7 @@ class SharedWorkspace(nn.Module):
         if slots is None:
             slots = jnp.broadcast_to(jnp.eye(self.num_slots, width, dtype=self.dtype), state)
         elif slots.shape != state:
-            raise ValueError(
+            raise InputError(
                 f"SharedWorkspace: the initial slots have shape {slots.shape}; they must have (batch, num_slots, "
                 f"num_heads x head_dim) = {state}."
             )
@@ -125,13 +126,13 @@ class SharedWorkspace(nn.Module):
 
     def _check(self, key_dim: int) -> None:
         if self.gate not in GATES:
-            raise ValueError(f"SharedWorkspace: gate is {self.gate!r}; it must be one of {GATES}.")
+            raise InputError(f"SharedWorkspace: gate is {self.gate!r}; it must be one of {GATES}.")
         names = ("num_slots", "num_heads", "head_dim", "mlp_layers", "rounds")
         counts = {name: getattr(self, name) for name in names} | {"key_dim": key_dim}
         counts |= {} if self.top_k is None else {"top_k": self.top_k}
         for name, number in counts.items():
             if number < 1:
-                raise ValueError(f"SharedWorkspace: {name} is {number}; it must be at least 1.")
+                raise InputError(f"SharedWorkspace: {name} is {number}; it must be at least 1.")
 
 
 class _InputGate(nn.Module):
@@ -195,7 +196,7 @@ class WorkspaceInteraction(nn.Module):
         tokens, layout = concatenate_tasks(features, "SharedWorkspace", parts)
         channels = tokens.shape[-1]
         if self.num_heads < 1 or channels % self.num_heads:
-            raise ValueError(
+            raise InputError(
                 f"SharedWorkspace: the features' channels = {channels} do not divide by num_heads = {self.num_heads}."
             )
         workspace = SharedWorkspace(

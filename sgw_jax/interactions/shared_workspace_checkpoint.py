@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.errors import InputError
+
 LINEAR = ("input_projector", "query_proj", "key_proj", "value_proj")
 NORMS = ("attended_memory_layernorm", "attended_memory_layernorm2")
 MLP = "attention_mlp"
@@ -50,7 +52,7 @@ def shared_workspace_params(state_dict: Mapping[str, Any]) -> dict[str, Any]:
             if first is not None and other is not None and not np.array_equal(first, other):
                 problems.append(f"{MLP}.{layer}.{part} differs from layer {layers[0]}'s; the layers must be tied")
     if problems:
-        raise ValueError("shared_workspace_params: the state_dict does not fit.\n  " + "\n  ".join(sorted(problems)))
+        raise InputError("shared_workspace_params: the state_dict does not fit.\n  " + "\n  ".join(sorted(problems)))
 
     def linear(name: str) -> dict[str, np.ndarray]:
         return {"kernel": _float32(tensors[f"{name}.weight"].T), "bias": _float32(tensors[f"{name}.bias"])}

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from data_pipelines.errors import InputError
+
 
 class TokenLayout(NamedTuple):
     """Where each task's tokens lie in the sequence: names, lengths and the maps' shapes, in key order.
@@ -60,7 +62,7 @@ def concatenate_tasks(
     check_features(features, caller)
     for name, value in features.items():
         if value.shape[1] % parts:
-            raise ValueError(
+            raise InputError(
                 f"{caller}: the map of {name} has {value.shape[1]} rows, which {parts} parts (the mesh's axis of "
                 "tokens) do not divide."
             )
@@ -74,7 +76,7 @@ def concatenate_tasks(
 def check_features(features: Mapping[str, Float[Array, "batch *space channels"]], caller: str) -> None:
     """Raises a ValueError, naming ``caller``, unless there are tasks with equal channels, batch size and dtype."""
     if not features:
-        raise ValueError(f"{caller}: the mapping of features is empty; it needs at least one task.")
+        raise InputError(f"{caller}: the mapping of features is empty; it needs at least one task.")
     found: dict[str, dict[str, Any]] = {
         "the same number of channels": {name: value.shape[-1] for name, value in features.items()},
         "the same batch size": {name: value.shape[0] for name, value in features.items()},
@@ -82,7 +84,7 @@ def check_features(features: Mapping[str, Float[Array, "batch *space channels"]]
     }
     for what, values in found.items():
         if len(set(values.values())) > 1:
-            raise ValueError(f"{caller}: all tasks must have {what}, found {values}.")
+            raise InputError(f"{caller}: all tasks must have {what}, found {values}.")
 
 
 def split_tasks(tokens: Float[Array, "batch tokens channels"], layout: TokenLayout) -> dict[str, Array]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from data_pipelines.errors import InputError
 from sgw_jax.layers.topk_attention import apply_weights, attention_scores
 
 
@@ -27,7 +28,7 @@ def attention(
       ValueError: chunk < 1.
     """
     if chunk is not None and chunk < 1:
-        raise ValueError(f"attention: chunk is {chunk}; it must be positive, or None for all queries at once.")
+        raise InputError(f"attention: chunk is {chunk}; it must be positive, or None for all queries at once.")
     return in_groups(lambda part: _dense(part, key, value), (query,), query.shape[1] if chunk is None else chunk)
 
 
@@ -73,7 +74,7 @@ class SelfAttention(nn.Module):
     def __call__(self, tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         width = tokens.shape[-1]
         if width % self.num_heads:
-            raise ValueError(f"SelfAttention: width {width} does not divide into num_heads = {self.num_heads}.")
+            raise InputError(f"SelfAttention: width {width} does not divide into num_heads = {self.num_heads}.")
         # One matrix for the three projections keeps the matmul large.
         projected = nn.Dense(3 * width, dtype=self.dtype, name="query_key_value")(tokens)
         query, key, value = (split_heads(part, self.num_heads) for part in jnp.split(projected, 3, axis=-1))

@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from data_pipelines.errors import InputError
+
 
 class PatchEmbed(nn.Module):
     """Non-overlapping patches, one linear map: the embedding of ViT (Dosovitskiy et al. 2021)."""
@@ -33,7 +35,7 @@ class ConvStem(nn.Module):
     def __call__(self, image: Float[Array, "batch height width 3"]) -> tuple[Array, dict[int, Array]]:
         steps = self.patch_size.bit_length() - 1
         if steps < 1 or 2**steps != self.patch_size:
-            raise ValueError(f"ConvStem: patch_size must be a power of two from 2 on, not {self.patch_size}.")
+            raise InputError(f"ConvStem: patch_size must be a power of two from 2 on, not {self.patch_size}.")
         maps, x = {}, image
         for step in range(1, steps + 1):
             x = nn.Conv(max(self.width >> (steps - step), 16), (3, 3), 2, dtype=self.dtype, name=f"conv{step}")(x)

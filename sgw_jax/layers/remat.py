@@ -5,6 +5,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from data_pipelines.errors import InputError
+
 # "full" keeps a block's input alone; "dots" also the results of its matrix products that have no batch axis (the
 # projections and the MLP, not the attention scores), so that little more than norms and softmaxes are computed twice.
 POLICIES: dict[str, Any] = {
@@ -21,5 +23,5 @@ def rematerialised(block: type[nn.Module], policy: str) -> type[nn.Module]:
       ValueError: an unknown policy.
     """
     if policy not in POLICIES:
-        raise ValueError(f"remat is {policy!r}; it must be one of {list(POLICIES)}.")
+        raise InputError(f"remat is {policy!r}; it must be one of {list(POLICIES)}.")
     return block if policy == "none" else nn.remat(block, prevent_cse=False, policy=POLICIES[policy])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from data_pipelines.errors import InputError
 from sgw_jax.layers.placement import Placement
 
 Located = Callable[[Array, Array], Array]  # (position among a shard's tokens, shard) -> the token's index in the whole
@@ -61,7 +62,7 @@ def topk_attention(
     if axes is None:
         return _on_one_shard(how, query, key, value)
     if key.shape[1] % axes.shards:
-        raise ValueError(f"topk_attention: {key.shape[1]} tokens do not divide over {axes.shards} shards.")
+        raise InputError(f"topk_attention: {key.shape[1]} tokens do not divide over {axes.shards} shards.")
     split, whole = P(axes.batch, axes.tokens), P(axes.batch)
     local: Any
     if axes.tokens is None:

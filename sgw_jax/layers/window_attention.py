@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from data_pipelines.errors import InputError
 from sgw_jax.layers.attention import in_groups, split_heads
 from sgw_jax.layers.topk_attention import apply_weights, attention_scores
 
@@ -50,9 +51,9 @@ class WindowAttention(nn.Module):
     ) -> Float[Array, "batch height width channels"]:
         batch, height, width, channels = grid.shape
         if channels % self.num_heads:
-            raise ValueError(f"WindowAttention: width {channels} does not divide into num_heads = {self.num_heads}.")
+            raise InputError(f"WindowAttention: width {channels} does not divide into num_heads = {self.num_heads}.")
         if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"WindowAttention: chunk is {self.chunk}; it must be positive, or None for all windows.")
+            raise InputError(f"WindowAttention: chunk is {self.chunk}; it must be positive, or None for all windows.")
         window, shift = self._window_and_shift(height, width)
         padded = jnp.roll(pad_to_multiple(grid, window), (-shift, -shift), (1, 2))
         size = (padded.shape[1], padded.shape[2])
@@ -73,7 +74,7 @@ class WindowAttention(nn.Module):
 
     def _window_and_shift(self, height: int, width: int) -> tuple[int, int]:
         if self.window_size < 1:
-            raise ValueError(f"WindowAttention: window_size {self.window_size} must be at least 1.")
+            raise InputError(f"WindowAttention: window_size {self.window_size} must be at least 1.")
         if not self.always_partition and min(height, width) <= self.window_size:
             return min(height, width), 0
         return self.window_size, self.window_size // 2 if self.shifted else 0

@@ -5,6 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from data_pipelines.errors import InputError
 from sgw_jax.multi_objective._solvers import orthogonalise
 from sgw_jax.multi_objective.gramian import standardise
 
@@ -37,7 +38,7 @@ def aligned_mtl_weights(
       ValueError: an unknown scale.
     """
     if scale not in SCALES:
-        raise ValueError(f"aligned_mtl: scale is {scale!r}; it must be one of {SCALES}.")
+        raise InputError(f"aligned_mtl: scale is {scale!r}; it must be one of {SCALES}.")
     found = standardise(gramian, preference, mask, 0.0, "one")
     largest = jnp.max(jnp.where(found.active, found.norms, 0), initial=1e-30)
     lengths = jnp.where(found.active, found.norms / largest, 0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from data_pipelines.errors import InputError
 from sgw_jax.multi_objective._weighting import WeightedAggregator, Weighting, from_weighting
 from sgw_jax.multi_objective.gramian import standardise
 
@@ -73,7 +74,7 @@ def gradnorm(
     def apply(matrix: Array, state: Any, *, losses: Any = None, mask: Any = None, key: Any = None) -> Any:
         del key
         if losses is None:
-            raise ValueError("gradnorm: the update needs losses=.")
+            raise InputError("gradnorm: the update needs losses=.")
         theta, first = state
         found = standardise(matrix, preference, mask, 0.0, "count")
         first = jnp.where(jnp.isnan(first) & found.present, losses, first)

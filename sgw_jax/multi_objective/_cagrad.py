@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from data_pipelines.errors import InputError
 from sgw_jax.multi_objective._solvers import ENUMERATED, solve_on_supports, supports, violation
 from sgw_jax.multi_objective.gramian import standardise
 
@@ -33,9 +34,9 @@ def cagrad_weights(
     """
     tasks = gramian.shape[-1]
     if c < 0:
-        raise ValueError(f"cagrad: c is {c}; it must not be negative.")
+        raise InputError(f"cagrad: c is {c}; it must not be negative.")
     if tasks > ENUMERATED:
-        raise ValueError(f"cagrad: {tasks} tasks; its closed form tries all supports, for at most {ENUMERATED} tasks.")
+        raise InputError(f"cagrad: {tasks} tasks; its closed form tries all supports, for at most {ENUMERATED} tasks.")
     found = standardise(gramian, preference, mask, eps, "one")
     mean = found.preference * found.norms * found.active
     scale = jnp.maximum(jnp.max(mean), jnp.finfo(mean.dtype).tiny)

@@ -5,6 +5,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from data_pipelines.errors import InputError
 from sgw_jax.multi_objective._solvers import non_negative_qp
 from sgw_jax.multi_objective.gramian import standardise
 
@@ -38,9 +39,9 @@ def mgda_weights(
       ValueError: an unknown normalisation; "loss" or "loss+" without losses.
     """
     if normalisation not in NORMALISATIONS:
-        raise ValueError(f"mgda: normalisation is {normalisation!r}; it must be one of {NORMALISATIONS}.")
+        raise InputError(f"mgda: normalisation is {normalisation!r}; it must be one of {NORMALISATIONS}.")
     if "loss" in normalisation and losses is None:
-        raise ValueError(f"mgda: normalisation {normalisation!r} needs losses.")
+        raise InputError(f"mgda: normalisation {normalisation!r} needs losses.")
     found = standardise(gramian, preference, mask, eps, "count")
     divisor = found.norms if normalisation in ("l2", "loss+") else jnp.ones_like(found.norms)
     if losses is not None and "loss" in normalisation:

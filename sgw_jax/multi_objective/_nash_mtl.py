@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from data_pipelines.errors import InputError
 from sgw_jax.multi_objective._solvers import fair_point
 from sgw_jax.multi_objective.gramian import standardise
 
@@ -62,7 +63,7 @@ def fairgrad_weights(
       ValueError: alpha that is not positive.
     """
     if not alpha > 0:
-        raise ValueError(f"fairgrad: alpha is {alpha}; it must be positive.")
+        raise InputError(f"fairgrad: alpha is {alpha}; it must be positive.")
     power = 1 / alpha
     found = standardise(gramian, preference, mask, eps, "count")
     taking = found.active & (found.preference > 0)

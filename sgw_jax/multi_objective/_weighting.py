@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from optax.experimental import aggregating
 
+from data_pipelines.errors import InputError
 from sgw_jax.multi_objective.gramian import gramian, standardise
 
 
@@ -80,7 +81,7 @@ def from_weighting(weighting: Weighting | Callable[..., Array], num_tasks: int |
         matrix: Array, state: AggregatorState, *, losses: Any = None, mask: Any = None, key: Any = None
     ) -> tuple[Array, AggregatorState]:
         if num_tasks not in (None, matrix.shape[0]):
-            raise ValueError(f"aggregator: made for {num_tasks} tasks, but the Jacobian has {matrix.shape[0]} rows.")
+            raise InputError(f"aggregator: made for {num_tasks} tasks, but the Jacobian has {matrix.shape[0]} rows.")
         weights, inner = chosen.apply(matrix, state.inner, losses=losses, mask=mask, key=key)
         if num_tasks is None:
             return weights, AggregatorState(None, None, inner)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from data_pipelines.errors import InputError
 from sgw_jax.multi_objective._weighting import WeightedAggregator, Weighting, from_weighting
 
 
@@ -20,7 +21,7 @@ def ema_weights(inner: WeightedAggregator, decay: float, num_tasks: int) -> Weig
       ValueError: a decay outside [0, 1).
     """
     if not 0 <= decay < 1:
-        raise ValueError(f"ema_weights: decay is {decay}; it must be in [0, 1).")
+        raise InputError(f"ema_weights: decay is {decay}; it must be in [0, 1).")
 
     def init(number: int) -> Any:
         return jnp.zeros(num_tasks), jnp.zeros(num_tasks, bool), inner.weighting.init(num_tasks)
@@ -48,7 +49,7 @@ def every_k(inner: WeightedAggregator, k: int, num_tasks: int) -> WeightedAggreg
       ValueError: k < 1.
     """
     if k < 1:
-        raise ValueError(f"every_k: k is {k}; it must be at least 1.")
+        raise InputError(f"every_k: k is {k}; it must be at least 1.")
 
     def init(number: int) -> Any:
         return (

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.interpreters import ad
 from jaxtyping import Array, Float
 
+from data_pipelines.errors import InputError
 from sgw_jax.multi_objective._weighting import weighted_sum_of
 from sgw_jax.multi_objective.gramian import gramian
 
@@ -45,7 +46,7 @@ def task_gradients(
       ValueError: losses that are neither one vector nor scalars, an unknown mode.
     """
     if mode not in MODES:
-        raise ValueError(f"task_gradients: mode is {mode!r}; it must be one of {MODES}.")
+        raise InputError(f"task_gradients: mode is {mode!r}; it must be one of {MODES}.")
     aux = None
     if has_aux:
         losses, pull, aux = jax.vjp(lambda p: losses_fn(p, *args), params, has_aux=True)
@@ -60,7 +61,7 @@ def rows_of(pull: Callable[[Any], Any], losses: Losses, mode: str = "unroll") ->
     scalars = isinstance(losses, list | tuple)
     shapes = [jnp.shape(loss) for loss in losses] if isinstance(losses, list | tuple) else jnp.shape(losses)
     if any(shapes) if scalars else len(shapes) != 1:
-        raise ValueError(f"task_gradients: the losses have shape {shapes}; they must be one vector, or scalars.")
+        raise InputError(f"task_gradients: the losses have shape {shapes}; they must be one vector, or scalars.")
     ones, tree = [jnp.ones_like(loss) for loss in losses], jax.tree.structure(losses)
     units = jnp.eye(len(ones), dtype=jnp.result_type(*ones))
 

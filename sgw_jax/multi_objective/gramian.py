@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from data_pipelines.errors import InputError
+
 
 def gramian(jacobian: Any) -> Float[Array, "tasks tasks"]:
     """``G[i, j] = <g_i, g_j>`` in float32, from a pytree whose leaves have a leading axis of tasks.
@@ -19,7 +21,7 @@ def gramian(jacobian: Any) -> Float[Array, "tasks tasks"]:
     leaves = jax.tree.leaves(jacobian)
     tasks = {leaf.shape[:1] for leaf in leaves}
     if len(tasks) != 1 or tasks == {()}:
-        raise ValueError(f"gramian: every leaf needs the same leading axis of tasks; found {sorted(tasks)}.")
+        raise InputError(f"gramian: every leaf needs the same leading axis of tasks; found {sorted(tasks)}.")
     # Not one matrix product per leaf: reshaping a leaf to (T, size) would gather its shards.
     axes = [tuple(range(1, leaf.ndim)) for leaf in leaves]
     parts = [
@@ -89,10 +91,10 @@ def standardise(
     """
     tasks = gramian.shape[-1]
     if gramian.shape != (tasks, tasks):
-        raise ValueError(f"weights: the Gramian has shape {gramian.shape}; it must be (tasks, tasks).")
+        raise InputError(f"weights: the Gramian has shape {gramian.shape}; it must be (tasks, tasks).")
     for name, value in (("preference", preference), ("mask", mask)):
         if value is not None and jnp.shape(value) != (tasks,):
-            raise ValueError(f"weights: {name} has shape {jnp.shape(value)}; it must be ({tasks},).")
+            raise InputError(f"weights: {name} has shape {jnp.shape(value)}; it must be ({tasks},).")
     gramian = gramian.astype(jnp.promote_types(gramian.dtype, jnp.float32))
     present = jnp.ones(tasks, bool) if mask is None else jnp.asarray(mask, bool)
     squares = jnp.diagonal(gramian)

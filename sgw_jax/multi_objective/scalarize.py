@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from data_pipelines.errors import InputError
+
 Losses = Float[Array, " tasks"]
 Mask = Bool[Array, " tasks"]
 
@@ -121,7 +123,7 @@ def dwa(num_tasks: int, *, steps_per_epoch: int, temperature: float = 2.0) -> Sc
       ValueError: steps_per_epoch < 1.
     """
     if steps_per_epoch < 1:
-        raise ValueError(f"dwa: steps_per_epoch is {steps_per_epoch}; it must be at least 1.")
+        raise InputError(f"dwa: steps_per_epoch is {steps_per_epoch}; it must be at least 1.")
 
     def init() -> tuple[Array, ...]:
         # Steps so far; sums and counts of this epoch; means of the last and of the one before.
@@ -180,11 +182,11 @@ def stch(
       ValueError: mu that is not positive, a preference or ideal of another length.
     """
     if not mu > 0:
-        raise ValueError(f"stch: mu is {mu}; it must be positive.")
+        raise InputError(f"stch: mu is {mu}; it must be positive.")
     weights = [1 / num_tasks] * num_tasks if preference is None else list(preference)
     points = [0.0] * num_tasks if ideal is None else list(ideal)
     if len(weights) != num_tasks or len(points) != num_tasks:
-        raise ValueError(f"stch: preference and ideal need {num_tasks} numbers; got {len(weights)} and {len(points)}.")
+        raise InputError(f"stch: preference and ideal need {num_tasks} numbers; got {len(weights)} and {len(points)}.")
 
     def apply(losses: Losses, state: Any, mask: Mask | None = None) -> tuple[Array, Any]:
         present = _present(losses, mask)

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from data_pipelines.errors import InputError
 from sgw_jax.tasks.base import Task
 from sgw_jax.tasks.depth import Depth
 from sgw_jax.tasks.edges import Edges
@@ -34,8 +35,8 @@ def task_from_dict(description: Mapping[str, Any], kinds: Mapping[str, type[Task
     if kind not in kinds:
         nearest = difflib.get_close_matches(str(kind), kinds, n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"Unknown kind of task {kind!r}; known are {sorted(kinds)}.{hint}")
+        raise InputError(f"Unknown kind of task {kind!r}; known are {sorted(kinds)}.{hint}")
     try:
         return kinds[kind](**fields)
     except TypeError as error:
-        raise ValueError(f"The description of a {kind!r} task does not fit its fields: {error}") from error
+        raise InputError(f"The description of a {kind!r} task does not fit its fields: {error}") from error

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from data_pipelines.errors import InputError
+
 PROTOCOLS = ("exact", "published")
 IGNORED_COLOUR = (40, 40, 40)
 
@@ -54,11 +56,11 @@ class Task(abc.ABC):
         for field in dataclasses.fields(self):  # lists (from JSON or a config) become tuples: a task can be hashed
             object.__setattr__(self, field.name, _frozen(getattr(self, field.name)))
         if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"{self.kind} task: name is {self.name!r}; give a non-empty string.")
+            raise InputError(f"{self.kind} task: name is {self.name!r}; give a non-empty string.")
         if not is_number(self.weight) or self.weight < 0:
-            raise ValueError(f"Task {self.name!r}: weight is {self.weight!r}; give a finite number >= 0.")
+            raise InputError(f"Task {self.name!r}: weight is {self.weight!r}; give a finite number >= 0.")
         if self.protocol not in PROTOCOLS:
-            raise ValueError(f"Task {self.name!r}: protocol is {self.protocol!r}; choose one of {PROTOCOLS}.")
+            raise InputError(f"Task {self.name!r}: protocol is {self.protocol!r}; choose one of {PROTOCOLS}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The task as plain JSON-able data, {"kind": ..., **fields}; `task_from_dict` is the inverse."""
@@ -167,7 +169,7 @@ class Task(abc.ABC):
     def float32(self, prediction: Array) -> Float[Array, "... channels"]:
         """The prediction in float32, after a check of its width."""
         if prediction.ndim == 0 or prediction.shape[-1] != self.channels:
-            raise ValueError(
+            raise InputError(
                 f"Task {self.name!r}: the prediction has shape {prediction.shape}; its last axis must have "
                 f"{self.channels} channels (the raw output of this task's head)."
             )
@@ -176,7 +178,7 @@ class Task(abc.ABC):
     def scalar_target(self, prediction: Array, target: Array) -> Array:
         """The target with one value per pixel, (..., height, width), after a check against the prediction's shape."""
         if target.shape not in (prediction.shape[:-1], (*prediction.shape[:-1], 1)):
-            raise ValueError(
+            raise InputError(
                 f"Task {self.name!r}: the target has shape {target.shape} and the prediction {prediction.shape}; the "
                 f"target must be {prediction.shape[:-1]}, with or without a trailing axis of 1."
             )
@@ -185,7 +187,7 @@ class Task(abc.ABC):
     def vector_target(self, prediction: Array, target: Array) -> Array:
         """The target with one vector per pixel, after a check against the prediction's shape."""
         if target.shape != prediction.shape:
-            raise ValueError(
+            raise InputError(
                 f"Task {self.name!r}: the target has shape {target.shape} and the prediction {prediction.shape}; "
                 "they must be equal."
             )

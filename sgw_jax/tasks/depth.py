@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from data_pipelines.errors import InputError
 from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, ratio, scalar_map
 
 COLORMAPS = {"depth": "magma_r", "disparity": "magma", "inverse_depth": "magma"}  # uniform steps; near is bright
@@ -45,9 +46,9 @@ class Depth(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.quantity not in COLORMAPS:
-            raise ValueError(f"Task {self.name!r}: quantity is {self.quantity!r}; choose one of {tuple(COLORMAPS)}.")
+            raise InputError(f"Task {self.name!r}: quantity is {self.quantity!r}; choose one of {tuple(COLORMAPS)}.")
         if self.max_depth is not None and not self.max_depth > 0:
-            raise ValueError(f"Task {self.name!r}: max_depth is {self.max_depth!r}; give a positive number or None.")
+            raise InputError(f"Task {self.name!r}: max_depth is {self.max_depth!r}; give a positive number or None.")
 
     @property
     def channels(self) -> int:

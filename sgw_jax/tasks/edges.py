@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from data_pipelines.errors import InputError
 from sgw_jax.tasks.base import Sums, ratio
 from sgw_jax.tasks.mask import MaskTask, bce_terms, logit_of, maximum_f
 
@@ -37,7 +38,7 @@ class Edges(MaskTask):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.edge_weight is not None and not 0 < self.edge_weight < 1:
-            raise ValueError(
+            raise InputError(
                 f"Task {self.name!r}: edge_weight is {self.edge_weight!r}; give a number between 0 and 1, or None for "
                 "the balance of each batch."
             )

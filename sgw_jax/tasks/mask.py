@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from data_pipelines.errors import InputError
 from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, scalar_map
 
 # A target above this (1, and a margin for interpolated targets) is an error of the data, such as the code 255 of
@@ -85,7 +86,7 @@ class MaskTask(Task):
     def check_range(self, sums: Sums) -> None:
         """Raises where a target was above 1."""
         if int(sums["out_of_range"]):
-            raise ValueError(
+            raise InputError(
                 f"Task {self.name!r}: {int(sums['out_of_range'])} of {int(sums['pixels'])} labelled pixels hold a "
                 "target above 1; targets lie in [0, 1] and ignored pixels are negative (not 255)."
             )

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from data_pipelines.errors import InputError
 from sgw_jax.etf import simplex_etf
 from sgw_jax.neural_collapse import dot_regression_loss
 from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, is_number, ratio, scalar_map
@@ -51,9 +52,9 @@ class SemSeg(Task):
         super().__post_init__()
         number = self.num_classes
         if not isinstance(number, int) or isinstance(number, bool) or not 2 <= number <= IGNORE:
-            raise ValueError(f"Task {self.name!r}: num_classes is {number!r}; give an integer in [2, {IGNORE}].")
+            raise InputError(f"Task {self.name!r}: num_classes is {number!r}; give an integer in [2, {IGNORE}].")
         if not is_number(self.dot_regression) or self.dot_regression < 0:
-            raise ValueError(
+            raise InputError(
                 f"Task {self.name!r}: dot_regression is {self.dot_regression!r}; give a finite number >= 0."
             )
         if not self.class_names:
@@ -64,13 +65,13 @@ class SemSeg(Task):
             object.__setattr__(self, "colours", spread_colours(number))
         for field in ("class_names", "colours"):
             if len(getattr(self, field)) != number:
-                raise ValueError(
+                raise InputError(
                     f"Task {self.name!r}: {field} has {len(getattr(self, field))} entries and num_classes is {number}; "
                     "give one entry per class, or none."
                 )
         for colour in self.colours:
             if len(colour) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in colour):
-                raise ValueError(f"Task {self.name!r}: colour {colour!r} is not three integers in [0, 255].")
+                raise InputError(f"Task {self.name!r}: colour {colour!r} is not three integers in [0, 255].")
 
     @property
     def channels(self) -> int:
@@ -143,7 +144,7 @@ class SemSeg(Task):
         right, missed = (int(np.asarray(sums[key], np.int64).sum()) for key in ("true_positive", "false_negative"))
         pixels = int(sums["pixels"])
         if right + missed != pixels:
-            raise ValueError(
+            raise InputError(
                 f"Task {self.name!r}: {pixels - right - missed} of {pixels} labelled pixels hold a label that is "
                 f"neither {IGNORE} (ignore) nor in [0, {self.num_classes}); correct the labels or num_classes."
             )
