@@ -164,6 +164,7 @@ def build(
       tasks: task instances in place of those the configuration names, for a user's own.
       mesh: in place of the one the configuration names, over all devices.
     """
+    _check_positive(config)
     tasks = tuple(tasks) if tasks is not None else build_tasks(config)
     mesh = make_mesh(mesh_sizes(**config.mesh)) if mesh is None else mesh
     check_batch(config.batch_size, mesh, config.accumulate)
@@ -224,6 +225,7 @@ def _task_options(config: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
 
 def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
     """The network for images of `config.data.size`."""
+    _check_positive(config)
     dtypes = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     dtype = choose(dtypes, config.dtype, "config.dtype")
     make_backbone = choose(BACKBONES, config.backbone, "config.backbone")
@@ -344,6 +346,16 @@ def _settings(config: ConfigDict) -> Settings:
     if not 0 <= config.seed < 2**32:
         raise InputError(f"config.seed is {config.seed}; it must be in [0, 2^32).")
     return Settings(**{field.name: config[field.name] for field in dataclasses.fields(Settings)})
+
+
+def _check_positive(config: ConfigDict) -> None:
+    """Raises for a size of the network that divides others and is not positive."""
+    backbone, interaction = f"backbones.{config.backbone}", f"interactions.{config.interaction}"
+    sizes = ("channels", "stride", "input_scale", f"{backbone}.width", f"{backbone}.num_heads", f"{backbone}.mlp_ratio")
+    flat = flatten(config.to_dict())
+    for key in (*sizes, f"{interaction}.num_heads", f"{interaction}.mlp_width"):
+        if flat.get(key) is not None and not flat[key] > 0:
+            raise InputError(f"config.{key} is {flat[key]}; it must be positive.")
 
 
 def choose(options: Mapping[str, Any], name: str, key: str) -> Any:
