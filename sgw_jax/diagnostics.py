@@ -14,8 +14,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from data_pipelines.errors import InputError
 from data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
+from sgw_jax.functional.tokens import TokenLayout, concatenate_tasks
 from sgw_jax.interactions.knowledge_extraction import KEM
-from sgw_jax.interactions.tokens import TokenLayout, concatenate_tasks
 from sgw_jax.metrics import add_all
 from sgw_jax.selection import jaccard, selection_between_images, selection_overlap
 from sgw_jax.sharding import global_batch, replicated
@@ -135,14 +135,11 @@ def _intervene(features: Features, change: Intervention | None = None):
     """
 
     def intercept(method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        if not isinstance(context.module, KEM):
+        if not isinstance(context.module, KEM) or context.method_name != "__call__":
             return method(*args, **kwargs)
-        if context.method_name == "__call__":
-            if not features:
-                features.update(args[0])
-            return method(features, *args[1:], **kwargs)
-        result = method(*args, **kwargs)
-        return change(result) if change and context.method_name == "_retrieve" else result
+        if not features:
+            features.update(args[0])
+        return method(features, *args[1:], **kwargs, change=change)
 
     return nn.intercept_methods(intercept)
 

@@ -30,6 +30,13 @@ def simplex_etf(num_vertices: int, dim: int, *, seed: int = 0) -> np.ndarray:
 
     Source: Papyan, Han, Donoho 2020 (definition); Yang et al. 2022, arXiv 2203.09081 (fixed, not learned).
     """
+    check_vertices(num_vertices, dim)
+    frame = orthonormal_frame(dim, num_vertices - 1, seed=seed)
+    return np.sqrt(num_vertices / (num_vertices - 1)) * frame @ _helmert(num_vertices).T
+
+
+def check_vertices(num_vertices: int, dim: int) -> None:
+    """Raises a ValueError unless 2 <= K <= d + 1."""
     if num_vertices < 2:
         raise InputError(f"simplex_etf: num_vertices is {num_vertices}, but a simplex needs at least 2 vertices.")
     if dim < num_vertices - 1:
@@ -37,16 +44,19 @@ def simplex_etf(num_vertices: int, dim: int, *, seed: int = 0) -> np.ndarray:
             f"simplex_etf: {num_vertices} equiangular vertices need at least {num_vertices - 1} dimensions, "
             f"but dim is {dim}. Use at most {dim + 1} vertices or wider features."
         )
-    frame = orthonormal_frame(dim, num_vertices - 1, seed=seed)
-    return np.sqrt(num_vertices / (num_vertices - 1)) * frame @ _helmert(num_vertices).T
 
 
 def orthonormal_frame(dim: int, rank: int, *, seed: int = 0) -> np.ndarray:
     """Random orthonormal columns, float64 (dim, rank), from an explicit seed; ``rank`` must be in [1, dim]."""
-    if not 1 <= rank <= dim:
-        raise InputError(f"orthonormal_frame: the rank is {rank}; it must be in [1, {dim}], the dimension.")
+    check_rank(rank, dim)
     frame, upper = np.linalg.qr(np.random.Generator(np.random.Philox(seed)).standard_normal((dim, rank)))
     return frame * np.where(np.diag(upper) < 0, -1.0, 1.0)  # the sign LAPACK picks is not part of the definition
+
+
+def check_rank(rank: int, dim: int) -> None:
+    """Raises a ValueError unless 1 <= rank <= d."""
+    if not 1 <= rank <= dim:
+        raise InputError(f"orthonormal_frame: the rank is {rank}; it must be in [1, {dim}], the dimension.")
 
 
 def _helmert(size: int) -> np.ndarray:
@@ -79,6 +89,11 @@ class SimplexETF(nn.Module):
 
     def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch vertices"]:
         return project(*self.factors(features))
+
+    def width(self, dim: int) -> int:
+        """Of the projection of features of width ``dim``."""
+        check_vertices(self.num_vertices, dim)
+        return self.num_vertices
 
     @nn.compact
     def factors(self, features: Float[Array, "*batch dim"]) -> tuple[Array, Float[Array, "dim vertices"]]:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sgw_jax.etf import SimplexETF, direction, orthonormal_frame, project
+from sgw_jax.etf import SimplexETF, check_rank, direction, orthonormal_frame, project
 
 
 class Projection(Protocol):
@@ -31,6 +31,10 @@ class Direction(nn.Module):
     def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
         return project(*self.factors(features))
 
+    def width(self, dim: int) -> int:
+        """Of the projection of features of width ``dim``."""
+        return dim
+
     def factors(self, features: Float[Array, "*batch dim"]) -> tuple[Array, None]:
         """(z, no frame)."""
         return direction(features), None
@@ -47,6 +51,11 @@ class OrthonormalFrame(nn.Module):
 
     def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch rank"]:
         return project(*self.factors(features))
+
+    def width(self, dim: int) -> int:
+        """Of the projection of features of width ``dim``."""
+        check_rank(self.num_vertices - 1, dim)
+        return self.num_vertices - 1
 
     @nn.compact
     def factors(self, features: Float[Array, "*batch dim"]) -> tuple[Array, Float[Array, "dim rank"]]:
@@ -66,6 +75,11 @@ class LearnedFrame(nn.Module):
 
     def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch rank"]:
         return project(*self.factors(features))
+
+    def width(self, dim: int) -> int:
+        """Of the projection of features of width ``dim``."""
+        check_rank(self.num_vertices - 1, dim)
+        return self.num_vertices - 1
 
     @nn.compact
     def factors(self, features: Float[Array, "*batch dim"]) -> tuple[Array, Float[Array, "dim rank"]]:

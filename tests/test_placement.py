@@ -10,9 +10,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sgw_jax.functional.tokens import concatenate_tasks, split_tasks
 from sgw_jax.interactions import KEM, CrossTaskAttention
 from sgw_jax.interactions.shared_workspace import WorkspaceInteraction
-from sgw_jax.interactions.tokens import concatenate_tasks, split_tasks
 from sgw_jax.layers.placement import Placement
 from sgw_jax.layers.topk_attention import topk_attention
 from sgw_jax.sharding import BATCH, CONTEXT, make_mesh

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from data_pipelines.errors import InputError
-from sgw_jax.interactions.tokens import concatenate_tasks, split_tasks
+from sgw_jax.functional.tokens import concatenate_tasks, split_tasks
 from sgw_jax.layers.attention import attention, split_heads
 
 

@@ -1,80 +1,58 @@
-"""KEM, the knowledge extraction module (and sKEM): slots retrieve from all tasks by top-k attention and write back."""
+"""KEM, the knowledge extraction module (and sKEM), in linen: parameters and options of functional/'s."""
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, overload
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from data_pipelines.errors import InputError
-from sgw_jax.etf import project
-from sgw_jax.interactions.tokens import TokenLayout, concatenate_tasks, split_tasks
-from sgw_jax.layers.attention import split_heads
+from sgw_jax.functional.knowledge_extraction import Projection, knowledge_extraction
+from sgw_jax.functional.products import PRODUCTS
+from sgw_jax.functional.tokens import check_features
 from sgw_jax.layers.placement import Placement
-from sgw_jax.layers.topk_attention import apply_weights, attention_scores, topk_attention
 from sgw_jax.projections import PROJECTIONS
 
 
-class _Kernel(nn.Module):
-    """The kernel of a linear map without bias, by the names and draws of nn.Dense."""
+class Kernel(nn.Module):
+    """The kernel of a linear map without bias, by the names of nn.Dense; called, its parameters."""
 
+    inputs: int
     outputs: int
 
     @nn.compact
-    def __call__(self, inputs: int) -> Float[Array, "inputs outputs"]:
-        return self.param("kernel", nn.initializers.lecun_normal(), (inputs, self.outputs), jnp.float32)
+    def __call__(self) -> dict[str, Array]:
+        shape = self.inputs, self.outputs
+        return {"kernel": self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)}
 
 
-class _Maps(nn.Module):
-    """Query, key and value maps of an attention.
+class AttentionMaps(nn.Module):
+    """Query, key and value maps of an attention, without biases; called, their parameters.
 
-    Call: the widths of their inputs -> three kernels (inputs, heads, outputs / heads).
+    Attributes: the widths (inputs, outputs) of each.
     """
 
-    heads: int
-    outputs: tuple[int, int, int]
-    dtype: jnp.dtype
+    query: tuple[int, int]
+    key: tuple[int, int]
+    value: tuple[int, int]
 
     @nn.compact
-    def __call__(self, *inputs: int) -> tuple[Array, Array, Array]:
-        query, key, value = (
-            split_heads(_Kernel(outputs, name=name)(width).astype(self.dtype), self.heads)
-            for name, outputs, width in zip(("query", "key", "value"), self.outputs, inputs, strict=True)
-        )
-        return query, key, value
+    def __call__(self) -> dict[str, dict[str, Array]]:
+        widths = {"query": self.query, "key": self.key, "value": self.value}
+        return {name: Kernel(*width, name=name)() for name, width in widths.items()}
 
 
-class _Tokens(NamedTuple):
-    """Tokens as ``values``, or as ``values frame`` where there is a frame."""
+class NormScale(nn.Module):
+    """Scale and bias of a layer normalisation; called, its parameters."""
 
-    values: Float[Array, "batch tokens channels"]
-    frame: Float[Array, "channels vertices"] | None = None
+    width: int
 
-    @property
-    def width(self) -> int:
-        return (self.values if self.frame is None else self.frame).shape[-1]
-
-    def as_one_head(self) -> Float[Array, "batch tokens 1 channels"]:
-        """The values alone: frame and map are left to `pulled_back` and `map_of_sums`."""
-        return self.values[:, :, None]
-
-    def pulled_back(
-        self, rows: Float[Array, "batch slots heads dim"], kernel: Float[Array, "width heads dim"]
-    ) -> Float[Array, "batch heads*slots 1 channels"]:
-        """Rows whose products with `as_one_head` are those of ``rows`` with the map of the tokens."""
-        rows = jnp.einsum("blhd,khd->bhlk", rows, kernel)
-        # The frame follows the kernel instead of joining it: fewer products, and jax 0.10.2's CPU compiler makes wrong
-        # numbers of F (M W) in front of a softmax (test_full_size_widths_are_compiled_right).
-        rows = rows if self.frame is None else project(rows, self.frame.T)
-        return rows.reshape(len(rows), -1, 1, rows.shape[-1])
-
-    def map_of_sums(
-        self, sums: Float[Array, "batch heads slots channels"], kernel: Float[Array, "width heads dim"]
-    ) -> Float[Array, "batch slots heads dim"]:
-        """Of weighted sums of `as_one_head`: what the same weights make of the map of the tokens."""
-        return jnp.einsum("bhlk,khd->blhd", project(sums, self.frame), kernel)
+    @nn.compact
+    def __call__(self) -> dict[str, Array]:
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        return {"scale": self.param("scale", ones, (self.width,)), "bias": self.param("bias", zeros, (self.width,))}
 
 
 class KEM(nn.Module):
@@ -91,7 +69,8 @@ class KEM(nn.Module):
     W_kr, W_vr and W_qw can be applied to the slots' side instead: (R W_qr)(F W_kr)^T = (R W_qr W_kr^T) F^T, and so on.
     The result is the same up to rounding, at O(h L n_s C), and no mapped copy of the tokens is made or kept for the
     backward pass [ours]. sKEM's frame M follows the maps to the slots' side; only task embeddings, which are added
-    among its vertices, need projected tokens. Whichever takes fewer products is used: this, unless h is large.
+    among its vertices, need projected tokens. Whichever takes fewer products is used: this, unless h is large
+    (`products`).
     sKEM is KEM with ``etf_vertices`` set: F is projected onto a fixed simplex ETF before it enters W_kr, W_vr and
     W_qw, so that the choice of tokens is stable; the residual still adds to the un-projected F [paper].
 
@@ -122,6 +101,7 @@ class KEM(nn.Module):
       placement: how batch and tokens are split over a mesh, see `Placement`. Each shard then finds its own k best
         tokens and only those and sums of the size of the slots are exchanged, whatever the number of tokens; values
         and gradients are those of one device. None leaves the splitting to the partitioner, which gathers the scores.
+      products: on which side the maps of the tokens are applied: "tokens", "slots", or whichever is "cheaper".
       rounds: how often retrieve and write run, with the same weights; the slots of a round query the next [ours, 1].
       dtype: of the computation; parameters, scores and softmax stay float32.
 
@@ -130,6 +110,9 @@ class KEM(nn.Module):
       slots: initial slot state (batch, L, d_e) in place of the learned one, so that a workspace can persist over
         scales or frames.
       return_slots: also return R^ of the last round.
+      mask: mapping task -> (batch, *space) bool, False for tokens that are padding: they are not retrieved, and keep
+        their features.
+      change: applied to R^ of every round before it is used, to ask what would be if the slots held something else.
 
     Returns:
       The same mapping: keys, order, shapes and dtype; with ``return_slots`` a pair (mapping, (batch, L, d_e)).
@@ -159,10 +142,44 @@ class KEM(nn.Module):
     temperature: float = 1.0
     rounds: int = 1
     recall: float | None = None
+    products: Literal["cheaper", "tokens", "slots"] = "cheaper"
     placement: Placement | None = None
     dtype: jnp.dtype = jnp.float32
 
     has_slots = True
+
+    @overload
+    def __call__(
+        self,
+        features: Mapping[str, Array],
+        slots: Array | None = None,
+        return_slots: Literal[False] = False,
+        *,
+        mask: Mapping[str, Array] | None = None,
+        change: Callable[[Array], Array] | None = None,
+    ) -> dict[str, Array]: ...
+
+    @overload
+    def __call__(
+        self,
+        features: Mapping[str, Array],
+        slots: Array | None,
+        return_slots: Literal[True],
+        *,
+        mask: Mapping[str, Array] | None = None,
+        change: Callable[[Array], Array] | None = None,
+    ) -> tuple[dict[str, Array], Array]: ...
+
+    @overload
+    def __call__(
+        self,
+        features: Mapping[str, Array],
+        slots: Array | None = None,
+        *,
+        return_slots: Literal[True],
+        mask: Mapping[str, Array] | None = None,
+        change: Callable[[Array], Array] | None = None,
+    ) -> tuple[dict[str, Array], Array]: ...
 
     @nn.compact
     def __call__(
@@ -170,117 +187,65 @@ class KEM(nn.Module):
         features: Mapping[str, Float[Array, "batch *space channels"]],
         slots: Float[Array, "batch slots slot_dim"] | None = None,
         return_slots: bool = False,
+        *,
+        mask: Mapping[str, Bool[Array, "batch *space"]] | None = None,
+        change: Callable[[Array], Array] | None = None,
     ) -> dict[str, Array] | tuple[dict[str, Array], Array]:
-        parts = 1 if self.placement is None else self.placement.shards()
-        tokens, layout = concatenate_tasks(features, "KEM", parts)
-        channels = tokens.shape[-1]
+        check_features(features, "KEM")
+        first = next(iter(features.values()))
+        batch, channels = first.shape[0], first.shape[-1]
         width = channels if self.slot_dim is None else self.slot_dim
         self._check(channels, width)
-
-        initial = self.param("slots", _orthogonal_rows, (self.num_slots, width))
-        if slots is None:
-            slots = jnp.broadcast_to(initial.astype(self.dtype), (tokens.shape[0], *initial.shape))
-        elif slots.shape != (tokens.shape[0], *initial.shape):
+        if slots is not None and slots.shape != (batch, self.num_slots, width):
             raise InputError(
                 f"KEM: the initial slots have shape {slots.shape}; they must have (batch, num_slots, slot_dim) = "
-                f"{(tokens.shape[0], *initial.shape)}."
+                f"{(batch, self.num_slots, width)}."
             )
-        retrieve = _Maps(self.num_heads, (width, width, width), self.dtype, name="retrieve")
-        write = _Maps(self.num_heads, (width, width, channels), self.dtype, name="write")
-        norm = nn.LayerNorm(dtype=self.dtype, name="norm") if self.pre_norm else lambda x: x
-        projection = self._projection()
-        gate = self._per_task("task_gate", 1, layout) if self.task_gate else None
+        projection, chosen = self._projection(channels)
+        source = channels if self.etf_for == "selection" else chosen
+        params: dict[str, Any] = {
+            "slots": self.param("slots", _orthogonal_rows, (self.num_slots, width)),
+            "retrieve": AttentionMaps((width, width), (chosen, width), (source, width), name="retrieve")(),
+            "write": AttentionMaps((chosen, width), (width, width), (width, channels), name="write")(),
+        }
+        if self.pre_norm:
+            params["norm"] = NormScale(channels, name="norm")()
+        # A parameter per task name, not rows of one table: jit sorts the keys of a mapping, which must not swap rows.
+        for option, size in (("task_embedding", chosen), ("task_gate", 1)):
+            if getattr(self, option):
+                for name in features:
+                    path = f"{option}_{name}"
+                    params[path] = self.param(path, nn.initializers.zeros, (size,), jnp.float32)
 
-        embedding: Array | None = None
-        for _ in range(self.rounds):
-            normed = norm(tokens).astype(self.dtype)
-            found = projection(normed)
-            folded = self._folds(found, width)
-            chooser = found if folded and not self.task_embedding else _Tokens(project(*found))
-            source = _Tokens(normed) if self.etf_for == "selection" else chooser
-            if self.task_embedding:  # among the vertices, if there are any
-                if embedding is None:
-                    embedding = self._per_task("task_embedding", chooser.width, layout)
-                chooser = _Tokens(chooser.values + embedding)
-            slots = self._retrieve(retrieve, slots, chooser, source, folded, layout)
-            update = self._write(write, chooser, slots, folded, layout)
-            update = update if gate is None else update * gate
-            self._record("update_ratio", _norm(update) / _norm(tokens))
-            tokens = tokens + update.astype(tokens.dtype)
+        found = knowledge_extraction(
+            params,
+            features,
+            num_heads=self.num_heads,
+            top_k=self.top_k,
+            projection=projection,
+            values_from="features" if self.etf_for == "selection" else "projected",
+            temperature=self.temperature,
+            rounds=self.rounds,
+            recall=self.recall,
+            products=self.products,
+            placement=self.placement,
+            slots=slots,
+            mask=mask,
+            change=change,
+            dtype=self.dtype,
+        )
+        if not self.is_initializing():  # else `init` would return them, and a later `apply` add to them
+            for name, rounds in found.records.items():
+                for value in rounds:
+                    self.sow("diagnostics", name, value)
+        return (found.features, found.slots) if return_slots else found.features
 
-        result = split_tasks(tokens, layout)
-        return (result, slots) if return_slots else result
-
-    def _projection(self) -> Callable[[Array], _Tokens]:
+    def _projection(self, channels: int) -> tuple[Projection | None, int]:
+        """Tokens -> (values, frame), and the width of their product."""
         if self.etf_vertices is None:
-            return _Tokens
+            return None, channels
         module = PROJECTIONS[self.projection](self.etf_vertices, self.etf_seed, name=self.projection)
-        return lambda tokens: _Tokens(*module.factors(tokens))
-
-    def _folds(self, tokens: _Tokens, width: int) -> bool:
-        """Whether a round takes fewer products for a token with its maps on the slots' side; d_e is ``width``."""
-        channels, mapped, rows = tokens.values.shape[-1], tokens.width, self.num_heads * self.num_slots
-        sums = 2 if self.top_k is not None else 3  # over all tokens: the scores of both steps, and what is retrieved
-        folded = sums * rows * (mapped if self.task_embedding else channels)
-        sources = channels if self.etf_for == "selection" else mapped
-        unfolded = (2 * mapped + sources + sums * self.num_slots) * width
-        if tokens.frame is not None and not self.task_embedding:
-            unfolded += channels * mapped
-        return folded <= unfolded
-
-    def _retrieve(
-        self, maps: _Maps, slots: Array, chooser: _Tokens, source: _Tokens, folded: bool, layout: TokenLayout
-    ) -> Array:
-        for_query, for_key, for_value = maps(slots.shape[-1], chooser.width, source.width)
-        query = _by_head(slots, for_query)
-        if folded:
-            query, key, value = chooser.pulled_back(query, for_key), chooser.as_one_head(), source.as_one_head()
-        else:
-            key, value = _by_head(chooser.values, for_key), _by_head(source.values, for_value)
-        scale = 1 / (self.temperature * for_query.shape[-1] ** 0.5)
-        options = {"scale": scale, "recall": self.recall, "placement": self.placement, "located": layout.locate}
-        readout, weights, index = topk_attention(query, key, value, self.top_k, **options)
-        if folded:
-            shape = (len(slots), self.num_heads, self.num_slots, -1)
-            readout = source.map_of_sums(readout.reshape(shape), for_value)
-            weights, index = weights.reshape(shape), None if index is None else index.reshape(shape)
-        readout = readout.reshape(*readout.shape[:2], -1)
-        self._record("retrieve_weights", layout.by_index(weights, 3) if index is None else weights)
-        if index is not None:
-            self._record("retrieve_index", index)
-        self._record("readout", readout)
-        return readout
-
-    def _write(self, maps: _Maps, chooser: _Tokens, slots: Array, folded: bool, layout: TokenLayout) -> Array:
-        for_query, for_key, for_value = maps(chooser.width, slots.shape[-1], slots.shape[-1])
-        key, value = _by_head(slots, for_key), _by_head(slots, for_value)
-        scale = for_query.shape[-1] ** -0.5
-        if folded:
-            scores = attention_scores(chooser.as_one_head(), chooser.pulled_back(key, for_query), scale)
-            scores = scores.reshape(*scores.shape[::2], self.num_heads, self.num_slots).swapaxes(1, 2)
-        else:
-            scores = attention_scores(_by_head(chooser.values, for_query), key, scale)
-        weights = nn.softmax(scores, axis=-1)
-        self._record("write_weights", layout.by_index(weights, 2))
-        update = apply_weights(weights, value)
-        return update.reshape(*update.shape[:2], -1)
-
-    def _per_task(self, option: str, width: int, layout: TokenLayout) -> Float[Array, "tokens width"]:
-        """A learned vector per task, from 0, repeated over the task's tokens.
-
-        A parameter per task name, not rows of one table: jit sorts the keys of a mapping, which must not swap rows.
-        """
-        zeros = nn.initializers.zeros
-        vectors = [
-            self.param(f"{option}_{name}", zeros, (width,), jnp.float32).astype(self.dtype) for name in layout.names
-        ]
-        rows = zip(vectors, layout.part_lengths, strict=True)
-        part = jnp.concatenate([jnp.broadcast_to(vector, (length, width)) for vector, length in rows])
-        return jnp.tile(part, (layout.parts, 1))
-
-    def _record(self, name: str, value: Array) -> None:
-        if not self.is_initializing():  # else `init` would return it, and a later `apply` add to it
-            self.sow("diagnostics", name, value)
+        return module.factors, module.width(channels)
 
     def _check(self, channels: int, width: int) -> None:
         if self.etf_for not in ("all", "selection"):
@@ -292,6 +257,8 @@ class KEM(nn.Module):
                 f"KEM: projection is {self.projection!r} but etf_vertices is None; give the number of vertices whose "
                 "rank the projection is to have."
             )
+        if self.products not in ("cheaper", *PRODUCTS):
+            raise InputError(f"KEM: products is {self.products!r}; it must be one of {['cheaper', *PRODUCTS]}.")
         if not self.temperature > 0:
             raise InputError(f"KEM: temperature is {self.temperature}; it must be positive.")
         if self.recall is not None and not 0 < self.recall <= 1:
@@ -307,16 +274,6 @@ class KEM(nn.Module):
         for name, size in (("slot_dim", width), ("the features' channels", channels)):
             if size % self.num_heads:
                 raise InputError(f"KEM: {name} = {size} does not divide by num_heads = {self.num_heads}.")
-
-
-def _by_head(
-    inputs: Float[Array, "batch rows channels"], kernel: Float[Array, "channels heads dim"]
-) -> Float[Array, "batch rows heads dim"]:
-    return jnp.einsum("brc,chd->brhd", inputs.astype(kernel.dtype), kernel)
-
-
-def _norm(tokens: Float[Array, "batch tokens width"]) -> Float[Array, " batch"]:
-    return jnp.sqrt(jnp.sum(jnp.square(tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32))), axis=(1, 2)))
 
 
 def _orthogonal_rows(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sgw_jax.interactions.tokens import check_features
+from sgw_jax.functional.tokens import check_features
 from sgw_jax.layers.mlp import MLP
 
 

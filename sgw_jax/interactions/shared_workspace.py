@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from data_pipelines.errors import InputError
-from sgw_jax.interactions.tokens import concatenate_tasks, split_tasks
+from sgw_jax.functional.tokens import concatenate_tasks, split_tasks
 from sgw_jax.layers.attention import split_heads
 from sgw_jax.layers.placement import Placement
 from sgw_jax.layers.topk_attention import topk_attention

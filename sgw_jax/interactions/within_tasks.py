@@ -6,8 +6,8 @@ from typing import cast
 import flax.linen as nn
 from jaxtyping import Array, Float
 
+from sgw_jax.functional.tokens import check_features
 from sgw_jax.interactions.knowledge_extraction import KEM
-from sgw_jax.interactions.tokens import check_features
 
 
 class WithinTasks(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from data_pipelines.errors import InputError
 from sgw_jax.layers.placement import Placement
@@ -26,6 +26,7 @@ def topk_attention(
     recall: float | None = None,
     placement: Placement | None = None,
     located: Located | None = None,
+    mask: Bool[Array, "batch tokens"] | None = None,
 ) -> tuple[Float[Array, "batch slots heads width"], Float[Array, "batch heads slots kept"], Int[Array, "..."] | None]:
     """``softmax over the k largest of scale q k^T``, applied to the values (method: retrieve of KEM).
 
@@ -49,6 +50,7 @@ def topk_attention(
         k best (fast on TPUs, where it needs no sort; elsewhere it is exact).
       placement: how batch and tokens lie on a mesh; None leaves it to the partitioner.
       located: of tokens whose order is not their numbering; by default shard s holds tokens s n / shards and on.
+      mask: False for tokens that are padding: their weight is zero, kept or not. None: all are real.
 
     Returns:
       output (batch, slots, heads, width), weights (batch, heads, slots, k or tokens) in float32, and the chosen token
@@ -60,7 +62,7 @@ def topk_attention(
     how = _How(top_k if top_k is not None and top_k < key.shape[1] else None, scale, normalise_over, recall)
     axes = None if placement is None else placement.axes(key.shape[0])
     if axes is None:
-        return _on_one_shard(how, query, key, value)
+        return _on_one_shard(how, query, key, value, mask)
     if key.shape[1] % axes.shards:
         raise InputError(f"topk_attention: {key.shape[1]} tokens do not divide over {axes.shards} shards.")
     split, whole = P(axes.batch, axes.tokens), P(axes.batch)
@@ -72,7 +74,8 @@ def topk_attention(
     else:
         local, weights = functools.partial(_over_shards, how, axes.tokens, located), whole
     out = (whole, weights, None if how.top_k is None else whole)
-    return axes.on_shards(local, (whole, split, split), out)(query, key, value)
+    where = None if mask is None else split
+    return axes.on_shards(local, (whole, split, split, where), out)(query, key, value, mask)
 
 
 class _How(NamedTuple):
@@ -84,25 +87,39 @@ class _How(NamedTuple):
     recall: float | None
 
 
-def _on_one_shard(how: _How, query: Array, key: Array, value: Array) -> tuple[Array, Array, Array | None]:
-    scores = attention_scores(query, key, how.scale)
+def _on_one_shard(
+    how: _How, query: Array, key: Array, value: Array, mask: Array | None
+) -> tuple[Array, Array, Array | None]:
+    scores = _scores(how, query, key, mask)
     if how.top_k is None:
-        weights = jax.nn.softmax(scores, axis=-1)
+        weights = _real(jax.nn.softmax(scores, axis=-1), scores, mask)
         return apply_weights(weights, value), weights, None
     best, index = _best(scores, how.top_k, how.recall)
     if how.normalise_over == "kept":
         weights = jax.nn.softmax(best, axis=-1)
     else:
         weights = jnp.exp(best - jax.nn.logsumexp(scores, axis=-1, keepdims=True))
+    weights = _real(weights, best, mask)
     return _weigh(weights, value, index), weights, index
 
 
+def _scores(how: _How, query: Array, key: Array, mask: Array | None) -> Array:
+    """Of padding the lowest there is: nothing real is behind it, and a row of padding alone has no NaN."""
+    scores = attention_scores(query, key, how.scale)
+    return scores if mask is None else jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+
+
+def _real(weights: Array, scores: Array, mask: Array | None) -> Array:
+    """The weights, none on padding. (A score that is NaN is not the lowest: it stays to be seen.)"""
+    return weights if mask is None else jnp.where(scores == jnp.finfo(scores.dtype).min, 0, weights)
+
+
 def _over_shards(
-    how: _How, axis: str, located: Located | None, query: Array, key: Array, value: Array
+    how: _How, axis: str, located: Located | None, query: Array, key: Array, value: Array, mask: Array | None
 ) -> tuple[Array, Array, Array]:
     """`topk_attention` seen from one shard; what it returns is equal on all of them."""
     shard, tokens, top_k = jax.lax.axis_index(axis), key.shape[1], how.top_k or 1
-    scores = attention_scores(query, key, how.scale)
+    scores = _scores(how, query, key, mask)
     own = min(top_k, tokens)
     candidates, position = _best(scores, own, how.recall)
     index = shard * tokens + position if located is None else located(position, shard)
@@ -116,7 +133,7 @@ def _over_shards(
         weights = jax.nn.softmax(best, axis=-1)
     else:
         weights = jnp.exp(best - _logsumexp(scores, axis))
-    weights = jnp.where(mine, weights, 0)
+    weights = jnp.where(mine, _real(weights, best, mask), 0)
     kept = jnp.take_along_axis(position, jnp.where(mine, chosen % own, 0), axis=-1)
     output = _sum(_weigh(weights, value, kept), axis)
     chosen_index = jnp.where(mine, jnp.take_along_axis(index, chosen, axis=-1), 0)
@@ -124,11 +141,13 @@ def _over_shards(
     return output, jax.lax.psum(weights, axis), jax.lax.psum(chosen_index, axis)
 
 
-def _over_shards_dense(how: _How, axis: str, query: Array, key: Array, value: Array) -> tuple[Array, Array, None]:
+def _over_shards_dense(
+    how: _How, axis: str, query: Array, key: Array, value: Array, mask: Array | None
+) -> tuple[Array, Array, None]:
     """Softmax over all tokens of all shards, of which each keeps its own weights; sums as large as the slots are
     exchanged."""
-    scores = attention_scores(query, key, how.scale)
-    weights = jnp.exp(scores - _logsumexp(scores, axis))
+    scores = _scores(how, query, key, mask)
+    weights = _real(jnp.exp(scores - _logsumexp(scores, axis)), scores, mask)
     return _sum(apply_weights(weights, value), axis), weights, None
 
 

@@ -53,7 +53,7 @@ def stateless(function: Callable[..., Array], **options: Any) -> Weighting:
         if wants is None:
             return function(matrix, mask=mask, **options), state
         if losses is None and wants.default is inspect.Parameter.empty:
-            raise ValueError(f"{function.__name__.removesuffix('_weights')}: the update needs losses=.")
+            raise InputError(f"{function.__name__.removesuffix('_weights')}: the update needs losses=.")
         return function(matrix, mask=mask, losses=losses, **options), state
 
     return Weighting(lambda num_tasks: (), apply)

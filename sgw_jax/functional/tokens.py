@@ -1,12 +1,13 @@
 """The tokens of all tasks as one sequence, and back."""
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from data_pipelines.errors import InputError
 
@@ -66,11 +67,33 @@ def concatenate_tasks(
                 f"{caller}: the map of {name} has {value.shape[1]} rows, which {parts} parts (the mesh's axis of "
                 "tokens) do not divide."
             )
-    flat = [value.reshape(value.shape[0], parts, -1, value.shape[-1]) for value in features.values()]
     shapes = tuple(value.shape for value in features.values())
-    layout = TokenLayout(tuple(features), tuple(parts * f.shape[2] for f in flat), shapes, parts)
-    joined = jnp.concatenate(flat, axis=2)
-    return joined.reshape(joined.shape[0], -1, joined.shape[-1]), layout
+    layout = TokenLayout(tuple(features), tuple(math.prod(shape[1:-1]) for shape in shapes), shapes, parts)
+    return _joined([value.reshape(len(value), -1, value.shape[-1]) for value in features.values()], parts), layout
+
+
+def concatenate_mask(
+    mask: Mapping[str, Bool[Array, "batch *space"]], layout: TokenLayout, caller: str
+) -> Bool[Array, "batch tokens"]:
+    """The mask of every map, in the order of the sequence.
+
+    Raises:
+      ValueError: masks of other tasks, or of other shapes than the maps without their channels.
+    """
+    found = {name: tuple(value.shape) for name, value in mask.items()}
+    wanted = {name: shape[:-1] for name, shape in zip(layout.names, layout.shapes, strict=True)}
+    if found != wanted:
+        raise InputError(f"{caller}: the masks have the shapes {found}; they must have {wanted}.")
+    flat = [jnp.asarray(mask[name], bool).reshape(shape[0], -1, 1) for name, shape in wanted.items()]
+    return _joined(flat, layout.parts)[..., 0]
+
+
+def _joined(maps: Sequence[Float[Array, "batch length channels"]], parts: int) -> Float[Array, "batch tokens channels"]:
+    """One sequence, part by part."""
+    if parts == 1:
+        return jnp.concatenate(maps, axis=1)
+    joined = jnp.concatenate([x.reshape(len(x), parts, -1, x.shape[-1]) for x in maps], axis=2)
+    return joined.reshape(len(joined), -1, joined.shape[-1])
 
 
 def check_features(features: Mapping[str, Float[Array, "batch *space channels"]], caller: str) -> None:
@@ -89,9 +112,7 @@ def check_features(features: Mapping[str, Float[Array, "batch *space channels"]]
 
 def split_tasks(tokens: Float[Array, "batch tokens channels"], layout: TokenLayout) -> dict[str, Array]:
     """The inverse of `concatenate_tasks`."""
-    parts = tokens.reshape(tokens.shape[0], layout.parts, -1, tokens.shape[-1])
-    result, start = {}, 0
-    for name, length, shape in zip(layout.names, layout.part_lengths, layout.shapes, strict=True):
-        result[name] = parts[:, :, start : start + length].reshape(shape)
-        start += length
-    return result
+    parts = tokens if layout.parts == 1 else tokens.reshape(tokens.shape[0], layout.parts, -1, tokens.shape[-1])
+    ends = [*itertools.accumulate(layout.part_lengths)][:-1]
+    by_task = jnp.split(parts, ends, axis=-2)
+    return {name: x.reshape(shape) for name, x, shape in zip(layout.names, by_task, layout.shapes, strict=True)}

@@ -1,0 +1,195 @@
+"""KEM and sKEM as a function of arrays: slots retrieve from all tasks, write back, and what is written is broadcast."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sgw_jax.functional.linear import layer_norm
+from sgw_jax.functional.products import PRODUCTS, Maps, Products, Tokens, by_head, cheaper, maps_of
+from sgw_jax.functional.tokens import TokenLayout, concatenate_mask, concatenate_tasks, split_tasks
+from sgw_jax.layers.placement import Placement
+from sgw_jax.layers.topk_attention import apply_weights, topk_attention
+
+Params = Mapping[str, Any]
+Projection = Callable[[Array], tuple[Array, Array | None]]  # tokens -> (values, frame or None), whose product it is
+
+
+class Extraction(NamedTuple):
+    """What a call of `knowledge_extraction` returns.
+
+    features: the mapping, as it came in. slots: R^ of the last round, (batch, L, d_e). records: what happened, a list
+    with an entry for each round: retrieve_weights (batch, heads, L, kept), retrieve_index likewise (absent without
+    selection), readout (batch, L, d_e), write_weights (batch, heads, tokens, L) and update_ratio (batch,), which is
+    ||F^|| / ||F||. Under jit what nobody reads costs nothing.
+    """
+
+    features: dict[str, Array]
+    slots: Float[Array, "batch slots width"]
+    records: dict[str, list[Array]]
+
+
+class Seen(NamedTuple):
+    """The tokens as the slots see them: what makes keys and queries, and what makes values."""
+
+    chooser: Tokens
+    source: Tokens
+
+
+class Retrieved(NamedTuple):
+    """R^ (batch, L, d_e), and behind it the weights (batch, heads, L, kept) of which tokens (None: of all)."""
+
+    readout: Float[Array, "batch slots width"]
+    weights: Float[Array, "batch heads slots kept"]
+    tokens: Int[Array, "batch heads slots kept"] | None
+
+
+class Written(NamedTuple):
+    """F^ (batch, tokens, C) and the weights (batch, heads, tokens, L) behind it."""
+
+    update: Float[Array, "batch tokens channels"]
+    weights: Float[Array, "batch heads tokens slots"]
+
+
+def knowledge_extraction(
+    params: Params,
+    features: Mapping[str, Float[Array, "batch *space channels"]],
+    *,
+    num_heads: int = 1,
+    top_k: int | None = None,
+    projection: Projection | None = None,
+    values_from: Literal["projected", "features"] = "projected",
+    temperature: float = 1.0,
+    rounds: int = 1,
+    recall: float | None = None,
+    products: Literal["cheaper", "tokens", "slots"] = "cheaper",
+    placement: Placement | None = None,
+    slots: Float[Array, "batch slots width"] | None = None,
+    mask: Mapping[str, Bool[Array, "batch *space"]] | None = None,
+    change: Callable[[Array], Array] | None = None,
+    dtype: Any = jnp.float32,
+) -> Extraction:
+    """The module of arXiv 2410.03778 as a pure function; `sgw_jax.KEM` says what each option is for.
+
+    Args:
+      params: {"slots": (L, d_e), "retrieve": {"query": {"kernel": (d_e, d_e)}, "key": {"kernel": (C', d_e)}, "value":
+        ...}, "write": {"query": {"kernel": (C', d_e)}, "key": {"kernel": (d_e, d_e)}, "value": {"kernel": (d_e, C)}}},
+        C' the width of the projected features; and, for the options they stand for, "norm": {"scale", "bias"} (C,),
+        "task_embedding_NAME" (C',) and "task_gate_NAME" (1,) of every task.
+      projection: tokens -> (values, frame or None), such as `etf_projection`'s; None is KEM.
+      products: on which side the tokens' maps are applied, see products.py; "cheaper" counts.
+      mask: True where a token is real; padding is not retrieved and keeps its features. None: all are.
+      change: applied to R^ of every round before it is used: what would be if the slots held something else.
+
+    Raises:
+      ValueError: features that do not fit together, see `check_features`.
+    """
+    parts = 1 if placement is None else placement.shards()
+    tokens, layout = concatenate_tasks(features, "KEM", parts)
+    real = None if mask is None else concatenate_mask(mask, layout, "KEM")
+    if slots is None:
+        initial = params["slots"].astype(dtype)
+        slots = jnp.broadcast_to(initial, (tokens.shape[0], *initial.shape))
+    to_retrieve, to_write = (maps_of(params[name], num_heads, dtype) for name in ("retrieve", "write"))
+    gate = _by_task(params, "task_gate", layout, dtype)
+    embedding = _by_task(params, "task_embedding", layout, dtype)
+
+    records: dict[str, list[Array]] = {}
+
+    def record(**values: Array | None) -> None:
+        for name, value in values.items():
+            if value is not None:
+                records.setdefault(name, []).append(value)
+
+    for _ in range(rounds):
+        normed = layer_norm(params["norm"], tokens, dtype=dtype) if "norm" in params else tokens.astype(dtype)
+        projected = Tokens(normed) if projection is None else Tokens(*projection(normed))
+        side: str = products
+        if products == "cheaper":
+            as_they_are = values_from == "features"
+            costs = {"selects": top_k is not None, "embeds": embedding is not None, "values_as_they_are": as_they_are}
+            side = cheaper(projected, slots=slots.shape[1], heads=num_heads, width=slots.shape[2], **costs)
+        chooser = projected.formed() if side == "tokens" or embedding is not None else projected
+        source = Tokens(normed) if values_from == "features" else chooser
+        if embedding is not None:  # among the vertices, if there are any
+            chooser = Tokens(chooser.values + embedding)
+        seen = Seen(chooser, source)
+
+        found = retrieve(
+            *(slots, seen, to_retrieve, PRODUCTS[side], top_k),
+            temperature=temperature,
+            recall=recall,
+            placement=placement,
+            layout=layout,
+            mask=real,
+        )
+        slots = found.readout if change is None else change(found.readout)
+        written = write(seen, slots, to_write, PRODUCTS[side])
+        update = written.update if gate is None else written.update * gate
+        update = update if real is None else jnp.where(real[..., None], update, 0)
+        record(
+            retrieve_weights=layout.by_index(found.weights, 3) if found.tokens is None else found.weights,
+            retrieve_index=found.tokens,
+            readout=slots,
+            write_weights=layout.by_index(written.weights, 2),
+            update_ratio=_norm(update) / _norm(tokens),
+        )
+        tokens = broadcast(tokens, update)
+    return Extraction(split_tasks(tokens, layout), slots, records)
+
+
+def retrieve(
+    slots: Float[Array, "batch slots width"],
+    seen: Seen,
+    maps: Maps,
+    products: Products,
+    top_k: int | None,
+    *,
+    temperature: float = 1.0,
+    recall: float | None = None,
+    placement: Placement | None = None,
+    layout: TokenLayout | None = None,
+    mask: Bool[Array, "batch tokens"] | None = None,
+) -> Retrieved:
+    """``R^ = topk-softmax((R W_qr)(F W_kr)^T / (temperature sqrt(d))) (F W_vr)`` (the paper's first step)."""
+
+    def attend(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array | None]:
+        scale = 1 / (temperature * maps.query.shape[-1] ** 0.5)
+        located = None if layout is None else layout.locate
+        options: dict[str, Any] = {"scale": scale, "recall": recall, "placement": placement, "located": located}
+        return topk_attention(query, key, value, top_k, mask=mask, **options)
+
+    readout, weights, index = products.retrieve(slots, seen.chooser, seen.source, maps, attend)
+    return Retrieved(readout.reshape(*readout.shape[:2], -1), weights, index)
+
+
+def write(seen: Seen, slots: Float[Array, "batch slots width"], maps: Maps, products: Products) -> Written:
+    """``F^ = softmax((F W_qw)(R^ W_kw)^T / sqrt(d)) (R^ W_vw)`` (the paper's second step)."""
+    scale = maps.query.shape[-1] ** -0.5
+    scores = products.scores(seen.chooser, maps.query, by_head(slots, maps.key), scale)
+    weights = jax.nn.softmax(scores, axis=-1)
+    update = apply_weights(weights, by_head(slots, maps.value))
+    return Written(update.reshape(*update.shape[:2], -1), weights)
+
+
+def broadcast(
+    tokens: Float[Array, "batch tokens channels"], update: Float[Array, "batch tokens channels"]
+) -> Float[Array, "batch tokens channels"]:
+    """``F <- F + F^`` (the paper's third step, residual weight 1), in the dtype of the tokens."""
+    return tokens + update.astype(tokens.dtype)
+
+
+def _by_task(params: Params, option: str, layout: TokenLayout, dtype: Any) -> Float[Array, "tokens width"] | None:
+    """The tasks' vectors of an option, each repeated over its task's tokens; None where the option is off."""
+    if f"{option}_{layout.names[0]}" not in params:
+        return None
+    vectors = [params[f"{option}_{name}"].astype(dtype) for name in layout.names]
+    rows = zip(vectors, layout.part_lengths, strict=True)
+    part = jnp.concatenate([jnp.broadcast_to(vector, (length, *vector.shape)) for vector, length in rows])
+    return jnp.tile(part, (layout.parts, 1))
+
+
+def _norm(tokens: Float[Array, "batch tokens width"]) -> Float[Array, " batch"]:
+    return jnp.sqrt(jnp.sum(jnp.square(tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32))), axis=(1, 2)))
