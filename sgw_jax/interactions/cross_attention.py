@@ -1,14 +1,16 @@
 """Dense cross-task attention: every task's tokens attend to the tokens of all tasks (the baseline KEM argues with)."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from data_pipelines.errors import InputError
-from sgw_jax.functional.tokens import concatenate_tasks, split_tasks
-from sgw_jax.layers.attention import attention, split_heads
+from sgw_jax.functional.cross_attention import cross_task_attention
+from sgw_jax.functional.tokens import check_features
+from sgw_jax.layers.parameters import DenseParameters, Initializer, NormParameters
 
 
 class CrossTaskAttention(nn.Module):
@@ -22,28 +24,37 @@ class CrossTaskAttention(nn.Module):
       pre_norm: LayerNorm on F before the projections.
       dtype: of the computation; softmax stays float32.
 
-    Call: mapping task -> (batch, *space, C); returns the same mapping, shapes and key order.
+      param_dtype, kernel_init, kernel_axes: of the four kernels, as in `KEM`.
+
+    Call: mapping task -> (batch, *space, C); returns the same mapping, shapes and key order. ``mask``: mapping task ->
+    (batch, *space) bool, False for tokens that are padding: they are not attended to, and keep their features.
     """
 
     num_heads: int = 1
     query_chunk: int | None = 1024
     pre_norm: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    kernel_axes: tuple[str | None, str | None] | None = None
 
     @nn.compact
-    def __call__(self, features: Mapping[str, Float[Array, "batch *space channels"]]) -> dict[str, Array]:
-        tokens, layout = concatenate_tasks(features, "CrossTaskAttention")
-        channels = tokens.shape[-1]
+    def __call__(
+        self,
+        features: Mapping[str, Float[Array, "batch *space channels"]],
+        mask: Mapping[str, Bool[Array, "batch *space"]] | None = None,
+    ) -> dict[str, Array]:
+        check_features(features, "CrossTaskAttention")
+        channels = next(iter(features.values())).shape[-1]
         if channels % self.num_heads:
             raise InputError(
                 f"CrossTaskAttention: the features' channels = {channels} do not divide by "
                 f"num_heads = {self.num_heads}."
             )
-        normed = nn.LayerNorm(dtype=self.dtype, name="norm")(tokens) if self.pre_norm else tokens
-
-        def project(name: str, inputs: Array) -> Array:
-            return nn.Dense(channels, use_bias=False, dtype=self.dtype, name=name)(inputs)
-
-        query, key, value = (split_heads(project(name, normed), self.num_heads) for name in ("query", "key", "value"))
-        mixed = attention(query, key, value, self.query_chunk).reshape(tokens.shape)
-        return split_tasks(tokens + project("output", mixed).astype(tokens.dtype), layout)
+        square = (channels, channels, False, self.kernel_init, self.param_dtype, self.kernel_axes)
+        maps = ("query", "key", "value", "output")
+        params: dict[str, Any] = {name: DenseParameters(*square, name=name)() for name in maps}
+        if self.pre_norm:
+            params["norm"] = NormParameters(channels, self.param_dtype, name="norm")()
+        options: dict[str, Any] = {"num_heads": self.num_heads, "query_chunk": self.query_chunk, "dtype": self.dtype}
+        return cross_task_attention(params, features, mask=mask, **options)

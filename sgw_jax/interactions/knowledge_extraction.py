@@ -12,47 +12,9 @@ from data_pipelines.errors import InputError
 from sgw_jax.functional.knowledge_extraction import Projection, knowledge_extraction
 from sgw_jax.functional.products import PRODUCTS
 from sgw_jax.functional.tokens import check_features
+from sgw_jax.layers.parameters import AttentionParameters, Initializer, NormParameters, named
 from sgw_jax.layers.placement import Placement
 from sgw_jax.projections import PROJECTIONS
-
-
-class Kernel(nn.Module):
-    """The kernel of a linear map without bias, by the names of nn.Dense; called, its parameters."""
-
-    inputs: int
-    outputs: int
-
-    @nn.compact
-    def __call__(self) -> dict[str, Array]:
-        shape = self.inputs, self.outputs
-        return {"kernel": self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)}
-
-
-class AttentionMaps(nn.Module):
-    """Query, key and value maps of an attention, without biases; called, their parameters.
-
-    Attributes: the widths (inputs, outputs) of each.
-    """
-
-    query: tuple[int, int]
-    key: tuple[int, int]
-    value: tuple[int, int]
-
-    @nn.compact
-    def __call__(self) -> dict[str, dict[str, Array]]:
-        widths = {"query": self.query, "key": self.key, "value": self.value}
-        return {name: Kernel(*width, name=name)() for name, width in widths.items()}
-
-
-class NormScale(nn.Module):
-    """Scale and bias of a layer normalisation; called, its parameters."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self) -> dict[str, Array]:
-        ones, zeros = nn.initializers.ones, nn.initializers.zeros
-        return {"scale": self.param("scale", ones, (self.width,)), "bias": self.param("bias", zeros, (self.width,))}
 
 
 class KEM(nn.Module):
@@ -103,7 +65,11 @@ class KEM(nn.Module):
         and gradients are those of one device. None leaves the splitting to the partitioner, which gathers the scores.
       products: on which side the maps of the tokens are applied: "tokens", "slots", or whichever is "cheaper".
       rounds: how often retrieve and write run, with the same weights; the slots of a round query the next [ours, 1].
-      dtype: of the computation; parameters, scores and softmax stay float32.
+      dtype: of the computation; scores and softmax stay float32.
+      param_dtype: of the parameters.
+      kernel_init: of the six kernels.
+      kernel_axes: logical names of the kernels' two axes for partitioning (`flax.linen.logical_to_mesh`), such as
+        ("embed", "heads"); None names none.
 
     Call:
       features: mapping task -> (batch, *space, C); tasks may differ in *space, not in C.
@@ -144,7 +110,10 @@ class KEM(nn.Module):
     recall: float | None = None
     products: Literal["cheaper", "tokens", "slots"] = "cheaper"
     placement: Placement | None = None
-    dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    kernel_axes: tuple[str | None, str | None] | None = None
 
     has_slots = True
 
@@ -203,19 +172,23 @@ class KEM(nn.Module):
             )
         projection, chosen = self._projection(channels)
         source = channels if self.etf_for == "selection" else chosen
+        rows = named(orthogonal_rows, None if self.kernel_axes is None else (None, self.kernel_axes[1]))
+        options = (self.kernel_init, self.param_dtype, self.kernel_axes)
         params: dict[str, Any] = {
-            "slots": self.param("slots", _orthogonal_rows, (self.num_slots, width)),
-            "retrieve": AttentionMaps((width, width), (chosen, width), (source, width), name="retrieve")(),
-            "write": AttentionMaps((chosen, width), (width, width), (width, channels), name="write")(),
+            "slots": self.param("slots", rows, (self.num_slots, width), self.param_dtype),
+            "retrieve": AttentionParameters(
+                (width, width), (chosen, width), (source, width), *options, name="retrieve"
+            )(),
+            "write": AttentionParameters((chosen, width), (width, width), (width, channels), *options, name="write")(),
         }
         if self.pre_norm:
-            params["norm"] = NormScale(channels, name="norm")()
+            params["norm"] = NormParameters(channels, self.param_dtype, name="norm")()
         # A parameter per task name, not rows of one table: jit sorts the keys of a mapping, which must not swap rows.
         for option, size in (("task_embedding", chosen), ("task_gate", 1)):
             if getattr(self, option):
                 for name in features:
                     path = f"{option}_{name}"
-                    params[path] = self.param(path, nn.initializers.zeros, (size,), jnp.float32)
+                    params[path] = self.param(path, nn.initializers.zeros, (size,), self.param_dtype)
 
         found = knowledge_extraction(
             params,
@@ -276,11 +249,11 @@ class KEM(nn.Module):
                 raise InputError(f"KEM: {name} = {size} does not divide by num_heads = {self.num_heads}.")
 
 
-def _orthogonal_rows(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
+def orthogonal_rows(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
     """Orthogonal rows with entries of unit variance; blocks of them when there are more rows than columns."""
     rows, width = shape
     block = nn.initializers.orthogonal(scale=width**0.5)(key, (min(rows, width), width), dtype)
     if rows <= width:
         return block
     rest = jax.random.fold_in(key, rows)
-    return jnp.concatenate([block, _orthogonal_rows(rest, (rows - width, width), dtype)])
+    return jnp.concatenate([block, orthogonal_rows(rest, (rows - width, width), dtype)])

@@ -1,21 +1,20 @@
 """The shared global workspace that KEM descends from (Goyal et al. 2021), numerically equal to the authors' code."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from data_pipelines.errors import InputError
-from sgw_jax.functional.tokens import concatenate_tasks, split_tasks
-from sgw_jax.layers.attention import split_heads
+from sgw_jax.functional.linear import layer_norm
+from sgw_jax.functional.shared_workspace import TORCH_EPSILON, shared_workspace
+from sgw_jax.functional.tokens import concatenate_mask, concatenate_tasks, split_tasks
+from sgw_jax.layers.parameters import DenseParameters, Initializer, NormParameters
 from sgw_jax.layers.placement import Placement
-from sgw_jax.layers.topk_attention import topk_attention
 
 GATES = ("unit", "memory", None)
-TORCH_EPSILON = 1e-5  # of torch's LayerNorm
 
 
 class SharedWorkspace(nn.Module):
@@ -40,11 +39,13 @@ class SharedWorkspace(nn.Module):
       top_k: weights a slot keeps per head; None (or >= N) is soft competition.
       gate: "unit" (a gate per unit of a slot), "memory" (one per slot) or None (next = mem).
       mlp_layers, rounds: as above, at least 1.
-      dtype: of the computation; parameters, scores and softmax stay float32.
+      dtype: of the computation; scores and softmax stay float32.
       placement: how batch and tokens are split over a mesh, see `Placement`; of the write.
+      param_dtype, kernel_init, kernel_axes: of parameters and of the linear maps' kernels, as in `KEM`.
 
     Call:
-      inputs (batch, N, D); slots: (batch, L, E), the state to start from; None is the authors' eye(L) padded to E.
+      inputs (batch, N, D); slots: (batch, L, E), the state to start from; None is the authors' eye(L) padded to E;
+      mask (batch, N): False for tokens that are padding, which no slot reads and to which 0 is broadcast.
 
     Returns:
       (broadcast (batch, N, E), the new slots (batch, L, E)).
@@ -61,12 +62,18 @@ class SharedWorkspace(nn.Module):
     gate: Literal["unit", "memory"] | None = "unit"
     mlp_layers: int = 1
     rounds: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
     placement: Placement | None = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    kernel_axes: tuple[str | None, str | None] | None = None
 
     @nn.compact
     def __call__(
-        self, inputs: Float[Array, "batch tokens width"], slots: Float[Array, "batch slots unit"] | None = None
+        self,
+        inputs: Float[Array, "batch tokens width"],
+        slots: Float[Array, "batch slots unit"] | None = None,
+        mask: Bool[Array, "batch tokens"] | None = None,
     ) -> tuple[Float[Array, "batch tokens unit"], Float[Array, "batch slots unit"]]:
         key_dim = self.head_dim if self.key_dim is None else self.key_dim
         self._check(key_dim)
@@ -80,49 +87,44 @@ class SharedWorkspace(nn.Module):
                 f"num_heads x head_dim) = {state}."
             )
 
-        def dense(name: str, features: int) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, name=name)
-
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(epsilon=TORCH_EPSILON, dtype=self.dtype, name=name)
-
-        query = dense("query_proj", self.num_heads * key_dim)
-        key = dense("key_proj", self.num_heads * key_dim)
-        value = dense("value_proj", width)
-        mlp = dense("attention_mlp", width)
-        norms = norm("attended_memory_layernorm"), norm("attended_memory_layernorm2")
-
-        def attend(to: Array, source: Array, top_k: int | None, placement: Placement | None = None) -> Array:
-            q, k, v = (split_heads(x, self.num_heads) for x in (query(to), key(source), value(source)))
-            options: dict[str, Any] = {"scale": 1.0, "normalise_over": "all", "placement": placement}
-            attended, _, _ = topk_attention(q, k, v, top_k, **options)
-            return attended.reshape(*attended.shape[:2], -1)
-
-        tokens = dense("input_projector", width)(inputs.astype(self.dtype))
-        memory = slots = slots.astype(self.dtype)
-        for _ in range(self.rounds):
-            memory = norms[0](memory + attend(memory, tokens, self.top_k, self.placement))
-            thought = memory
-            for _ in range(self.mlp_layers):
-                thought = nn.relu(mlp(thought))
-            memory = norms[1](memory + thought)
-        if self.gate is not None:
-            opened, kept = self._gates(slots, tokens)
-            memory = opened * jnp.tanh(memory) + kept * slots
-        return attend(tokens, memory, None), memory
-
-    def _gates(self, slots: Array, tokens: Array) -> tuple[Array, Array]:
-        """Input and forget gate, (batch, L, E) or (batch, L, 1), from the slots as they were before the rounds."""
-        width = slots.shape[-1]
-        gates = 2 * (width if self.gate == "unit" else 1)
-        from_inputs = _InputGate(gates, self.dtype, name="input_gate_projector")(tokens)
-        from_slots = _SlotGate(gates, self.dtype, name="memory_gate_projector")(jnp.tanh(slots))
-        opened, kept = jnp.split(from_inputs[:, None] + from_slots, 2, axis=-1)
-        open_bias = self.param("input_bias", nn.initializers.zeros, ())
-        keep_bias = self.param("forget_bias", nn.initializers.ones, ())
-        return jax.nn.sigmoid(opened + open_bias.astype(self.dtype)), jax.nn.sigmoid(
-            kept + keep_bias.astype(self.dtype)
+        params = self._parameters(inputs.shape[-1], width, self.num_heads * key_dim)
+        return shared_workspace(
+            params,
+            inputs,
+            slots,
+            num_heads=self.num_heads,
+            top_k=self.top_k,
+            gate=self.gate,
+            mlp_layers=self.mlp_layers,
+            rounds=self.rounds,
+            placement=self.placement,
+            mask=mask,
+            dtype=self.dtype,
         )
+
+    def _parameters(self, inputs: int, width: int, keys: int) -> dict[str, Any]:
+        maps = {
+            "input_projector": (inputs, width),
+            "query_proj": (width, keys),
+            "key_proj": (width, keys),
+            "value_proj": (width, width),
+            "attention_mlp": (width, width),
+        }
+        params: dict[str, Any] = {
+            name: DenseParameters(*sizes, True, self.kernel_init, self.param_dtype, self.kernel_axes, name=name)()
+            for name, sizes in maps.items()
+        }
+        for name in ("attended_memory_layernorm", "attended_memory_layernorm2"):
+            params[name] = NormParameters(width, self.param_dtype, name=name)()
+        if self.gate is not None:
+            gates = 2 * (width if self.gate == "unit" else 1)
+            of_inputs = _InputGate(width, gates, self.kernel_init, self.param_dtype, name="input_gate_projector")
+            params["input_gate_projector"] = of_inputs()
+            of_slots = _SlotGate(self.num_slots, width, gates, self.param_dtype, name="memory_gate_projector")
+            params["memory_gate_projector"] = of_slots()
+            for name, start in (("input_bias", nn.initializers.zeros), ("forget_bias", nn.initializers.ones)):
+                params[name] = self.param(name, start, (), self.param_dtype)
+        return params
 
     def _check(self, key_dim: int) -> None:
         if self.gate not in GATES:
@@ -136,29 +138,40 @@ class SharedWorkspace(nn.Module):
 
 
 class _InputGate(nn.Module):
-    """``mean over tokens of relu(w * X)``, then a linear map."""
+    """Parameters of ``mean over tokens of relu(w * X)`` and of the linear map behind it."""
 
+    width: int
     gates: int
-    dtype: jnp.dtype
+    kernel_init: Initializer
+    param_dtype: Any
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "batch tokens unit"]) -> Float[Array, "batch gates"]:
-        scale = self.param("w", nn.initializers.normal(1.0), (tokens.shape[-1],)).astype(self.dtype)
-        return nn.Dense(self.gates, dtype=self.dtype, name="linear")(jnp.mean(nn.relu(scale * tokens), axis=1))
+    def __call__(self) -> dict[str, Any]:
+        scale = self.param("w", nn.initializers.normal(1.0), (self.width,), self.param_dtype)
+        linear = DenseParameters(self.width, self.gates, True, self.kernel_init, self.param_dtype, name="linear")
+        return {"w": scale, "linear": linear()}
 
 
 class _SlotGate(nn.Module):
     """A matrix and a bias for each slot."""
 
+    count: int
+    width: int
     gates: int
-    dtype: jnp.dtype
+    param_dtype: Any
 
     @nn.compact
-    def __call__(self, slots: Float[Array, "batch slots unit"]) -> Float[Array, "batch slots gates"]:
-        _, count, width = slots.shape
-        kernel = self.param("kernel", nn.initializers.lecun_normal(batch_axis=0), (count, width, self.gates))
-        bias = self.param("bias", nn.initializers.zeros, (count, self.gates))
-        return jnp.einsum("ble,leg->blg", slots, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+    def __call__(self) -> dict[str, Array]:
+        start, shape = nn.initializers.lecun_normal(batch_axis=0), (self.count, self.width, self.gates)
+        bias = self.param("bias", nn.initializers.zeros, (self.count, self.gates), self.param_dtype)
+        return {"kernel": self.param("kernel", start, shape, self.param_dtype), "bias": bias}
+
+
+# What `WorkspaceInteraction` hands on as it is.
+WORKSPACE_OPTIONS = (
+    *("num_slots", "num_heads", "key_dim", "top_k", "gate", "mlp_layers", "rounds", "dtype", "placement"),
+    *("param_dtype", "kernel_init", "kernel_axes"),
+)
 
 
 class WorkspaceInteraction(nn.Module):
@@ -180,10 +193,43 @@ class WorkspaceInteraction(nn.Module):
     gate: Literal["unit", "memory"] | None = "unit"
     mlp_layers: int = 1
     rounds: int = 1
-    dtype: jnp.dtype = jnp.float32
+    dtype: Any = jnp.float32
     placement: Placement | None = None
+    param_dtype: Any = jnp.float32
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    kernel_axes: tuple[str | None, str | None] | None = None
 
     has_slots = True
+
+    @overload
+    def __call__(
+        self,
+        features: Mapping[str, Array],
+        slots: Array | None = None,
+        return_slots: Literal[False] = False,
+        *,
+        mask: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]: ...
+
+    @overload
+    def __call__(
+        self,
+        features: Mapping[str, Array],
+        slots: Array | None,
+        return_slots: Literal[True],
+        *,
+        mask: Mapping[str, Array] | None = None,
+    ) -> tuple[dict[str, Array], Array]: ...
+
+    @overload
+    def __call__(
+        self,
+        features: Mapping[str, Array],
+        slots: Array | None = None,
+        *,
+        return_slots: Literal[True],
+        mask: Mapping[str, Array] | None = None,
+    ) -> tuple[dict[str, Array], Array]: ...
 
     @nn.compact
     def __call__(
@@ -191,6 +237,8 @@ class WorkspaceInteraction(nn.Module):
         features: Mapping[str, Float[Array, "batch *space channels"]],
         slots: Float[Array, "batch slots channels"] | None = None,
         return_slots: bool = False,
+        *,
+        mask: Mapping[str, Bool[Array, "batch *space"]] | None = None,
     ) -> dict[str, Array] | tuple[dict[str, Array], Array]:
         parts = 1 if self.placement is None else self.placement.shards()
         tokens, layout = concatenate_tasks(features, "SharedWorkspace", parts)
@@ -199,20 +247,11 @@ class WorkspaceInteraction(nn.Module):
             raise InputError(
                 f"SharedWorkspace: the features' channels = {channels} do not divide by num_heads = {self.num_heads}."
             )
-        workspace = SharedWorkspace(
-            self.num_slots,
-            self.num_heads,
-            channels // self.num_heads,
-            self.key_dim,
-            self.top_k,
-            self.gate,
-            self.mlp_layers,
-            self.rounds,
-            self.dtype,
-            self.placement,
-            name="workspace",
-        )
-        normed = nn.LayerNorm(epsilon=TORCH_EPSILON, dtype=self.dtype, name="norm")(tokens)
-        broadcast, slots = workspace(normed, slots)
+        options = {field: getattr(self, field) for field in WORKSPACE_OPTIONS}
+        workspace = SharedWorkspace(head_dim=channels // self.num_heads, name="workspace", **options)
+        norm = NormParameters(channels, self.param_dtype, name="norm")()
+        normed = layer_norm(norm, tokens, epsilon=TORCH_EPSILON, dtype=self.dtype)
+        real = None if mask is None else concatenate_mask(mask, layout, "SharedWorkspace")
+        broadcast, slots = workspace(normed, slots, real)
         result = split_tasks(tokens + broadcast.astype(tokens.dtype), layout)
         return (result, slots) if return_slots else result

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from data_pipelines.errors import InputError
 from sgw_jax.layers.topk_attention import apply_weights, attention_scores
@@ -16,8 +16,9 @@ def attention(
     key: Float[Array, "batch tokens heads dim"],
     value: Float[Array, "batch tokens heads width"],
     chunk: int | None = None,
+    mask: Bool[Array, "batch tokens"] | None = None,
 ) -> Float[Array, "batch queries heads width"]:
-    """``softmax(q k^T / sqrt(dim)) v`` with scores and softmax in float32.
+    """``softmax(q k^T / sqrt(dim)) v`` with scores and softmax in float32; ``mask``: False for keys to leave out.
 
     With ``chunk`` the queries are taken ``chunk`` at a time and the scores of a chunk are recomputed in the backward
     pass, so that no array of size queries x tokens ever exists; the result is the same up to rounding. On a TPU the
@@ -29,7 +30,7 @@ def attention(
     """
     if chunk is not None and chunk < 1:
         raise InputError(f"attention: chunk is {chunk}; it must be positive, or None for all queries at once.")
-    return in_groups(lambda part: _dense(part, key, value), (query,), query.shape[1] if chunk is None else chunk)
+    return in_groups(lambda part: _dense(part, key, value, mask), (query,), query.shape[1] if chunk is None else chunk)
 
 
 def in_groups(function: Callable[..., Array], parts: Sequence[Array], size: int) -> Array:
@@ -54,8 +55,11 @@ def in_groups(function: Callable[..., Array], parts: Sequence[Array], size: int)
     return merged.reshape(len(merged), count + padding, *merged.shape[3:])[:, :count]
 
 
-def _dense(query: Array, key: Array, value: Array) -> Array:
-    return apply_weights(jax.nn.softmax(attention_scores(query, key), axis=-1), value)
+def _dense(query: Array, key: Array, value: Array, mask: Array | None) -> Array:
+    scores = attention_scores(query, key)
+    if mask is not None:  # the lowest number, not -inf: a row of padding alone has no NaN
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    return apply_weights(jax.nn.softmax(scores, axis=-1), value)
 
 
 def split_heads(tokens: Float[Array, "batch tokens width"], heads: int) -> Float[Array, "batch tokens heads dim"]:

@@ -1,0 +1,18 @@
+"""The mathematics as pure functions of arrays: parameters are plain dicts, by the names of the linen modules.
+
+For hosts that are no linen modules (plain JAX, Haiku, Equinox); `interactions` and `nnx` are thin layers over it.
+"""
+
+from sgw_jax.functional.cross_attention import cross_task_attention
+from sgw_jax.functional.knowledge_extraction import Extraction, broadcast, knowledge_extraction, retrieve, write
+from sgw_jax.functional.shared_workspace import shared_workspace
+
+__all__ = [
+    "Extraction",
+    "broadcast",
+    "cross_task_attention",
+    "knowledge_extraction",
+    "retrieve",
+    "shared_workspace",
+    "write",
+]

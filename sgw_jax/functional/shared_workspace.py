@@ -1,0 +1,88 @@
+"""The shared global workspace that KEM descends from (Goyal et al. 2021) as a function of arrays."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sgw_jax.functional.linear import dense, layer_norm
+from sgw_jax.layers.attention import split_heads
+from sgw_jax.layers.placement import Placement
+from sgw_jax.layers.topk_attention import topk_attention
+
+TORCH_EPSILON = 1e-5  # of torch's LayerNorm
+
+Params = Mapping[str, Any]
+
+
+def shared_workspace(
+    params: Params,
+    inputs: Float[Array, "batch tokens width"],
+    slots: Float[Array, "batch slots unit"],
+    *,
+    num_heads: int,
+    top_k: int | None = None,
+    gate: Literal["unit", "memory"] | None = "unit",
+    mlp_layers: int = 1,
+    rounds: int = 1,
+    placement: Placement | None = None,
+    mask: Bool[Array, "batch tokens"] | None = None,
+    dtype: Any = jnp.float32,
+) -> tuple[Float[Array, "batch tokens unit"], Float[Array, "batch slots unit"]]:
+    """Write, gate and broadcast of arXiv 2103.01197, section 2; `sgw_jax.SharedWorkspace` has the formulas.
+
+    Args:
+      params: the linear maps input_projector, query_proj, key_proj, value_proj and attention_mlp ({"kernel", "bias"}),
+        the norms attended_memory_layernorm and attended_memory_layernorm2 ({"scale", "bias"}); with a gate also
+        input_gate_projector ({"w" (E,), "linear"}), memory_gate_projector ({"kernel" (L, E, gates), "bias"}),
+        input_bias and forget_bias ().
+      slots: the state to start from.
+      mask: False for tokens that are padding: no slot reads them, and their broadcast is 0.
+
+    Returns:
+      (broadcast, the new slots).
+    """
+
+    def attend(to: Array, source: Array, keep: int | None, **options: Any) -> Array:
+        inputs = (("query_proj", to), ("key_proj", source), ("value_proj", source))
+        q, k, v = (split_heads(dense(params[name], x, dtype=dtype), num_heads) for name, x in inputs)
+        attended, _, _ = topk_attention(q, k, v, keep, scale=1.0, normalise_over="all", **options)
+        return attended.reshape(*attended.shape[:2], -1)
+
+    def norm(name: str, x: Array) -> Array:
+        return layer_norm(params[name], x, epsilon=TORCH_EPSILON, dtype=dtype)
+
+    tokens = dense(params["input_projector"], inputs, dtype=dtype)
+    memory = slots = slots.astype(dtype)
+    for _ in range(rounds):
+        written = attend(memory, tokens, top_k, placement=placement, mask=mask)
+        memory = norm("attended_memory_layernorm", memory + written)
+        thought = memory
+        for _ in range(mlp_layers):
+            thought = jax.nn.relu(dense(params["attention_mlp"], thought, dtype=dtype))
+        memory = norm("attended_memory_layernorm2", memory + thought)
+    if gate is not None:
+        opened, kept = _gates(params, slots, tokens, mask, dtype)
+        memory = opened * jnp.tanh(memory) + kept * slots
+    broadcast = attend(tokens, memory, None)
+    return broadcast if mask is None else jnp.where(mask[..., None], broadcast, 0), memory
+
+
+def _gates(params: Params, slots: Array, tokens: Array, mask: Array | None, dtype: Any) -> tuple[Array, Array]:
+    """Input and forget gate, (batch, L, E) or (batch, L, 1), from the slots as they were before the rounds."""
+    of_inputs, of_slots = params["input_gate_projector"], params["memory_gate_projector"]
+    seen = jax.nn.relu(of_inputs["w"].astype(dtype) * tokens)
+    if mask is None:
+        mean = jnp.mean(seen, axis=1)
+    else:
+        real = jnp.maximum(jnp.sum(mask, axis=1, keepdims=True), 1).astype(dtype)
+        mean = jnp.sum(jnp.where(mask[..., None], seen, 0), axis=1) / real
+    from_inputs = dense(of_inputs["linear"], mean, dtype=dtype)
+    from_slots = jnp.einsum("ble,leg->blg", jnp.tanh(slots), of_slots["kernel"].astype(dtype))
+    both = from_inputs[:, None] + (from_slots + of_slots["bias"].astype(dtype))
+    opened, kept = jnp.split(both, 2, axis=-1)
+    biases = (params[name].astype(dtype) for name in ("input_bias", "forget_bias"))
+    opened, kept = (jax.nn.sigmoid(x + bias) for x, bias in zip((opened, kept), biases, strict=True))
+    return opened, kept
