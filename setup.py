@@ -26,8 +26,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["sgw_jax", "sgw_jax.*", "data_pipelines", "data_pipelines.*", "configs"]),
-    package_data={"sgw_jax": ["py.typed", "report.html.jinja"]},
+    # sgw_jax/configs, data_pipelines and launch are links to the folders of the top level: all is one name, installed.
+    packages=find_packages(include=["sgw_jax", "sgw_jax.*"]),
+    package_data={"sgw_jax": ["py.typed"], "sgw_jax.report": ["page.html.jinja"]},
     install_requires=[
         "jax>=0.10,<0.13",
         "flax>=0.12",

@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from measure import environment, in_turn, medians
 from rich.console import Console
 
-from sgw_jax.chips import chip_of
-from sgw_jax.hlo import traffic
-from sgw_jax.host_memory import keep_freed_memory
+from sgw_jax.host import keep_freed_memory
 from sgw_jax.layers.attention import attention
-from sgw_jax.pod import topology_devices
-from sgw_jax.writers import write_atomically
+from sgw_jax.plan.chips import chip_of
+from sgw_jax.plan.hlo import traffic
+from sgw_jax.plan.pod import topology_devices
+from sgw_jax.run.logs import write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "attention.json"
 BATCH, HEADS, DIM = 4, 16, 64

@@ -25,7 +25,7 @@ from measure import environment, in_turn, medians
 from rich.console import Console
 
 from sgw_jax.backbones.pretrained import load_pretrained
-from sgw_jax.writers import write_atomically
+from sgw_jax.run.logs import write_atomically
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}

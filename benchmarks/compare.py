@@ -30,15 +30,17 @@ from measure import environment
 from rich.console import Console
 from rich.progress import Progress
 
-from sgw_jax.build import Experiment, build
-from sgw_jax.config_files import read_config
-from sgw_jax.diagnostics import diagnose
-from sgw_jax.host_memory import keep_freed_memory
-from sgw_jax.results import count_parameters, without_nan
+from sgw_jax.evaluation.diagnostics import diagnose
+from sgw_jax.experiment.build import build
+from sgw_jax.experiment.config_files import read_config
+from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.host import keep_freed_memory
+from sgw_jax.report.results import count_parameters, without_nan
+from sgw_jax.run.logs import write_atomically
+from sgw_jax.run.steps import evaluate_split
 from sgw_jax.sharding import replicated
-from sgw_jax.train import evaluate_split, train
+from sgw_jax.train import train
 from sgw_jax.train_step import make_eval_step
-from sgw_jax.writers import write_atomically
 
 TASKS = ("semseg", "depth", "normals", "edges", "saliency", "human_parts")
 UNWEIGHTED = {f"task_weights.{task}": "1" for task in TASKS}

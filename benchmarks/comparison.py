@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 from scipy import stats
 
-from sgw_jax.metrics import delta_m
+from sgw_jax.evaluation.metrics import delta_m
 from sgw_jax.tasks.base import Task
 
 SINGLE = "single_"  # prefix of the runs of one task

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 from measure import environment
 from rich.console import Console
 
-from configs.base import SYSTEMS
-from sgw_jax.build import build_model, build_tasks
-from sgw_jax.config_files import read_config
+from sgw_jax.configs.base import SYSTEMS
+from sgw_jax.experiment.build import build_model, build_tasks
+from sgw_jax.experiment.config_files import read_config
 from sgw_jax.optimizers import make_optimizer
-from sgw_jax.plan import plan, target_shapes
+from sgw_jax.plan.network import plan, target_shapes
+from sgw_jax.run.logs import write_atomically
 from sgw_jax.train_step import init_state, make_eval_step, make_train_step
-from sgw_jax.writers import write_atomically
 
 CONFIGS = ("nyud", "pascal_context", "cityscapes")
 INTERACTIONS = ("none", "cross_attention", "shared_workspace", "kem", "skem")

@@ -29,10 +29,10 @@ import numpy as np
 from measure import environment
 from rich.console import Console
 
-from sgw_jax.cost import multiply_accumulates
 from sgw_jax.interactions import KEM, CrossTaskAttention
 from sgw_jax.interactions.shared_workspace import WorkspaceInteraction
-from sgw_jax.writers import write_atomically
+from sgw_jax.plan.cost import multiply_accumulates
+from sgw_jax.run.logs import write_atomically
 
 TASKS, CHANNELS, SLOTS, TOP_K = 4, 64, 16, 32
 MEMORY_LIMIT = 12e9  # bytes

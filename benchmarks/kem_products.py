@@ -18,10 +18,10 @@ import numpy as np
 from measure import environment, in_turn, medians
 from rich.console import Console
 
-from sgw_jax.cost import multiply_accumulates
-from sgw_jax.host_memory import keep_freed_memory
+from sgw_jax.host import keep_freed_memory
 from sgw_jax.interactions import KEM
-from sgw_jax.writers import write_atomically
+from sgw_jax.plan.cost import multiply_accumulates
+from sgw_jax.run.logs import write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TASKS = 4

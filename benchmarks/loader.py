@@ -24,12 +24,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from data_pipelines.colour import ColourDistortion
-from data_pipelines.loader import Stream, train_batches
-from data_pipelines.nyud import Nyud
-from data_pipelines.prepare import _locally, prepare
-from data_pipelines.prepared import Prepared
-from data_pipelines.transforms import Augmentation, Target
+from sgw_jax.data_pipelines.colour import ColourDistortion
+from sgw_jax.data_pipelines.loader import Stream, train_batches
+from sgw_jax.data_pipelines.nyud import Nyud
+from sgw_jax.data_pipelines.prepare import _locally, prepare
+from sgw_jax.data_pipelines.prepared import Prepared
+from sgw_jax.data_pipelines.transforms import Augmentation, Target
 
 SIZE, BATCH = (425, 560), 8
 TARGETS = {

@@ -31,7 +31,7 @@ from rich.console import Console
 
 from sgw_jax.interactions import KEM, CrossTaskAttention
 from sgw_jax.layers.topk_attention import topk_attention
-from sgw_jax.writers import write_atomically
+from sgw_jax.run.logs import write_atomically
 
 matplotlib.use("Agg")
 

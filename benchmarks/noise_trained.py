@@ -24,7 +24,7 @@ from rich.console import Console
 
 from sgw_jax.interactions import KEM, CrossTaskAttention
 from sgw_jax.interactions.shared_workspace import WorkspaceInteraction
-from sgw_jax.writers import write_atomically
+from sgw_jax.run.logs import write_atomically
 
 TOPICS, RELEVANT, CHANNELS, STEPS = 4, 8, 32, 300
 TOKENS = 64  # of each task

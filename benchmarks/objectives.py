@@ -28,15 +28,15 @@ import numpy as np
 from measure import environment, in_turn, medians
 from rich.console import Console
 
-from sgw_jax.build import build_model, build_tasks
-from sgw_jax.config_files import read_config
-from sgw_jax.host_memory import keep_freed_memory
+from sgw_jax.experiment.build import build_model, build_tasks
+from sgw_jax.experiment.config_files import read_config
+from sgw_jax.host import keep_freed_memory
 from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS, Scalarizer, WeightedAggregator
 from sgw_jax.optimizers import make_optimizer
-from sgw_jax.plan import plan, target_shapes
+from sgw_jax.plan.network import plan, target_shapes
+from sgw_jax.run.logs import write_atomically
 from sgw_jax.tasks.base import Task
 from sgw_jax.train_step import init_state, make_train_step
-from sgw_jax.writers import write_atomically
 
 DEFAULT = ("uncertainty", "upgrad", "nash_mtl", "cagrad", "mgda", "aligned_mtl", "pcgrad")
 

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from sgw_jax.build import build_model, build_tasks
-from sgw_jax.config_files import read_config
-from sgw_jax.cost import multiply_accumulates, operations
+from sgw_jax.experiment.build import build_model, build_tasks
+from sgw_jax.experiment.config_files import read_config
 from sgw_jax.optimizers import make_optimizer
-from sgw_jax.plan import target_shapes
+from sgw_jax.plan.cost import multiply_accumulates, operations
+from sgw_jax.plan.network import target_shapes
+from sgw_jax.run.logs import write_atomically
 from sgw_jax.train_step import init_state, make_train_step
-from sgw_jax.writers import write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "products.json"
 SYSTEMS = ["nyud:swin_l,interaction=skem", "nyud:vit_l,interaction=kem"]

@@ -32,14 +32,14 @@ import numpy as np
 from measure import environment, in_turn, medians
 from rich.console import Console
 
-from sgw_jax.build import build_model, build_tasks
-from sgw_jax.config_files import read_config
-from sgw_jax.cost import multiply_accumulates
-from sgw_jax.host_memory import keep_freed_memory
+from sgw_jax.experiment.build import build_model, build_tasks
+from sgw_jax.experiment.config_files import read_config
+from sgw_jax.host import keep_freed_memory
 from sgw_jax.interactions import KEM
 from sgw_jax.optimizers import make_optimizer
+from sgw_jax.plan.cost import multiply_accumulates
+from sgw_jax.run.logs import write_atomically
 from sgw_jax.train_step import init_state, make_train_step
-from sgw_jax.writers import write_atomically
 
 RATE = 1e-4
 TASKS = ("semseg", "depth", "normals")

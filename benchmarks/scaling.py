@@ -19,8 +19,8 @@ from typing import Any
 
 from rich.console import Console
 
-from sgw_jax.chips import CHIPS, GIB
-from sgw_jax.writers import write_atomically
+from sgw_jax.plan.chips import CHIPS, GIB
+from sgw_jax.run.logs import write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "scaling.json"
 SLICES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4")

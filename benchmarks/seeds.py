@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from comparison import interval, shown, spread
 
-from sgw_jax.build import build_tasks
-from sgw_jax.config_files import read_config
-from sgw_jax.metrics import delta_m
+from sgw_jax.evaluation.metrics import delta_m
+from sgw_jax.experiment.build import build_tasks
+from sgw_jax.experiment.config_files import read_config
 
 KEPT = ("step", "split", "tasks", "metrics", "references", "diagnostics", "parameters", "environment", "speed")
 

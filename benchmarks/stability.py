@@ -33,15 +33,15 @@ from comparison import shown, spread
 from measure import environment
 from rich.console import Console
 
-from sgw_jax.build import Experiment
-from sgw_jax.checkpoints import Checkpoints
+from sgw_jax.etf.neural_collapse import class_means, collapse_sums, collapse_values, disagreement_sums
+from sgw_jax.evaluation.selection import jaccard, selection_between_images
+from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.heads import TaskStem
-from sgw_jax.host_memory import keep_freed_memory
-from sgw_jax.neural_collapse import class_means, collapse_sums, collapse_values, disagreement_sums
-from sgw_jax.selection import jaccard, selection_between_images
-from sgw_jax.starting_state import restored_state
+from sgw_jax.host import keep_freed_memory
+from sgw_jax.run.checkpoints import Checkpoints
+from sgw_jax.run.logs import write_atomically
+from sgw_jax.run.state import restored_state
 from sgw_jax.train import train
-from sgw_jax.writers import write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results" / "stability.json"
 LOOKS = 3  # evenly over the steps

@@ -24,7 +24,7 @@ from measure import environment, in_turn, medians
 from rich.console import Console
 
 from sgw_jax.layers.topk_attention import apply_weights, attention_scores, topk_attention
-from sgw_jax.writers import write_atomically
+from sgw_jax.run.logs import write_atomically
 
 BATCH, SLOTS, WIDTH, TOP_K = 2, 32, 192, 32
 

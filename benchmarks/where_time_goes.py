@@ -22,15 +22,17 @@ import jax
 from measure import environment
 from rich.console import Console
 
-from sgw_jax.build import Experiment, build
-from sgw_jax.config_files import read_config
-from sgw_jax.hlo import parse
-from sgw_jax.host_memory import keep_freed_memory
-from sgw_jax.plan import PARTS, part_of
+from sgw_jax.experiment.build import build
+from sgw_jax.experiment.config_files import read_config
+from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.host import keep_freed_memory
+from sgw_jax.plan.hlo import parse
+from sgw_jax.plan.network import PARTS, part_of
+from sgw_jax.run.logs import write_atomically
+from sgw_jax.run.state import initial_state
+from sgw_jax.run.steps import compiled_steps
 from sgw_jax.sharding import global_batch
-from sgw_jax.starting_state import initial_state
-from sgw_jax.train import compiled_steps, train
-from sgw_jax.writers import write_atomically
+from sgw_jax.train import train
 
 RESULTS = Path(__file__).resolve().parent / "results"
 WARM_UP, STEPS = 20, 10

@@ -26,7 +26,7 @@ import seeds
 import stability
 import where_time_goes
 
-from sgw_jax.writers import write_atomically
+from sgw_jax.run.logs import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"

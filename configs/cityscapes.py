@@ -3,7 +3,7 @@
 Command:   python -m sgw_jax train --config=cityscapes --config.data.root=DIR --workdir=runs/cityscapes
 Weights:   --config.backbone_weights=PATH: an AugReg .npz or a hub folder (docs/backbones.md); without, from scratch.
 Data:      DIR holds leftImg8bit/ gtFine/ disparity/, or, with --config.data.format=prepared, what
-           `python -m data_pipelines.prepare cityscapes` wrote. Sky has disparity 0, which is valid; unknown is -1.
+           `sgw-jax prepare cityscapes` wrote. Sky has disparity 0, which is valid; unknown is -1.
 Recipe:    MTMamba's, as published: no augmentation, the network sees 512 x 1024, labels and predictions stay at
            1024 x 2048; 40,000 steps of 8 images, AdamW 1e-4, decay 1e-6, poly 0.9, Swin-L with windows of 12.
            Difference: invalid disparity is masked (the released code trains on it as -1), and the losses are summed.
@@ -13,7 +13,7 @@ Variants:  --config=cityscapes:swin_b,interaction=skem,protocol=published
            of 0 are left out of the error.
 """
 
-from configs import base
+from sgw_jax.configs import base
 
 
 def get_config(arg: str | None = None):

@@ -2,7 +2,7 @@
 
 Command:   python -m sgw_jax train --config=mtan --config.data.root=DIR --workdir=runs/mtan
 Data:      DIR holds {train,val}/{image,label,depth,normal}/<i>.npy, or, with --config.data.format=prepared, what
-           `python -m data_pipelines.prepare mtan_nyuv2` (mtan_cityscapes) wrote. Depth of Cityscapes is inverse depth.
+           `sgw-jax prepare mtan_nyuv2` (mtan_cityscapes) wrote. Depth of Cityscapes is inverse depth.
 Recipe:    LibMTL's, as published: batch 8, Adam 1e-4, decay 1e-5, halved at half of 200 epochs; NYUv2 with random
            crops enlarged by 1, 1.2 or 1.5 and flips, Cityscapes without augmentation. Differences: a ViT-S in place of
            the dilated ResNet-50, decoupled decay, images normalised by ImageNet's mean and deviation, L1 loss of
@@ -11,7 +11,7 @@ Hardware:  one accelerator.
 Variants:  --config=mtan:data=cityscapes,interaction=skem
 """
 
-from configs import base
+from sgw_jax.configs import base
 
 TASKS = {"nyuv2": ("semseg", "depth", "normals"), "cityscapes": ("semseg", "depth")}
 

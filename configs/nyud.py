@@ -3,7 +3,7 @@
 Command:   python -m sgw_jax train --config=nyud --config.data.root=DIR --workdir=runs/nyud
 Weights:   --config.backbone_weights=PATH: an AugReg .npz or a hub folder (docs/backbones.md); without, from scratch.
 Data:      DIR holds images/ segmentation/ depth/ normals/ edge/ gt_sets/, any of the three archives that look alike,
-           or, with --config.data.format=prepared, what `python -m data_pipelines.prepare nyud` wrote.
+           or, with --config.data.format=prepared, what `sgw-jax prepare nyud` wrote.
 Recipe:    InvPT's, as published: zoom 0.5 to 2, crop 448 x 576 (no class over 75 %), flip, photometric distortion;
            40,000 steps of 6 images, Adam 2e-5, decay 1e-6, poly 0.9, drop path 0.15, losses 1 / 1 / 10 / 50 (edge
            weight 0.95), predictions before the interaction supervised too. Differences: decoupled decay (AdamW),
@@ -13,7 +13,7 @@ Variants:  --config=nyud:swin_b,interaction=skem,tasks=semseg+depth,protocol=pub
            protocol=published repeats the quirks of the published numbers, here the outlined edge masks.
 """
 
-from configs import base
+from sgw_jax.configs import base
 
 TASKS = ("semseg", "depth", "normals", "edges")
 

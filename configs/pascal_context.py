@@ -3,7 +3,7 @@
 Command:   python -m sgw_jax train --config=pascal_context --config.data.root=DIR --workdir=runs/pascal
 Weights:   --config.backbone_weights=PATH: an AugReg .npz or a hub folder (docs/backbones.md); without, from scratch.
 Data:      DIR holds JPEGImages/ ImageSets/ semseg/ human_parts/ pascal-context/ normals_distill/ sal_distill/, or, with
-           --config.data.format=prepared, what `python -m data_pipelines.prepare pascal_context` wrote (images without a
+           --config.data.format=prepared, what `sgw-jax prepare pascal_context` wrote (images without a
            person have no labels of human parts).
 Recipe:    InvPT's, as configs/nyud.py, at 512 x 512; losses 1 / 2 / 5 / 10 / 50 (edge weight 0.95).
 Hardware:  as configs/nyud.py.
@@ -11,7 +11,7 @@ Variants:  --config=pascal_context:swin_b,interaction=skem,tasks=semseg+human_pa
            protocol=published: saliency's maxF with the field's second sigmoid, absent classes as 0.
 """
 
-from configs import base
+from sgw_jax.configs import base
 
 TASKS = ("semseg", "human_parts", "saliency", "normals", "edges")
 

@@ -6,7 +6,7 @@ Time:      five to six minutes; results in docs/results.md
 Variants:  --config=configs/scenes.py:interaction=none,tasks=semseg+depth
 """
 
-from configs import base
+from sgw_jax.configs import base
 
 
 def get_config(arg: str | None = None):

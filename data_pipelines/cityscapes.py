@@ -12,9 +12,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from data_pipelines import readers
-from data_pipelines.errors import InputError
-from data_pipelines.transforms import Example
+from sgw_jax.data_pipelines import readers
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.transforms import Example
 
 # The official numbers of the 19 evaluated classes, in the order of Cityscapes.CLASSES; the other 15 of 0..33 are void.
 # The 35th label, licence plate, is number -1: the official tool does not draw it, and another's cast to 8 bits is 255.

@@ -5,7 +5,7 @@ import dataclasses
 import cv2
 import numpy as np
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines import readers
-from data_pipelines.errors import InputError
-from data_pipelines.transforms import Example, Target
+from sgw_jax.data_pipelines import readers
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.transforms import Example, Target
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # The suffixes a target of each kind may have.

@@ -18,8 +18,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from data_pipelines.errors import InputError, UserError
-from data_pipelines.transforms import (
+from sgw_jax.data_pipelines.errors import InputError, UserError
+from sgw_jax.data_pipelines.transforms import (
     Augmentation,
     Example,
     Size,
@@ -116,8 +116,9 @@ def _example(source: Source, item: int, transform: Callable[[Example], Example])
         return transform(source[item])
     except Exception as error:
         file = f", file {source.file_of(item)}" if hasattr(source, "file_of") else ""
+        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         kind = UnreadableExampleError if isinstance(error, UserError | OSError) else ExampleError
-        raise kind(f"{_name(source)}, item {item}{file}: {type(error).__name__}: {error}") from error
+        raise kind(f"{_name(source)}, item {item}{file}: {said}") from error
 
 
 def _name(source: Source) -> str:

@@ -14,9 +14,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from data_pipelines import readers
-from data_pipelines.errors import InputError
-from data_pipelines.transforms import Example
+from sgw_jax.data_pipelines import readers
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.transforms import Example
 
 
 class _Arrays:

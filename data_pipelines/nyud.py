@@ -19,9 +19,9 @@ from typing import ClassVar
 import cv2
 import numpy as np
 
-from data_pipelines import readers
-from data_pipelines.errors import InputError
-from data_pipelines.transforms import Example
+from sgw_jax.data_pipelines import readers
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.transforms import Example
 
 FOLDERS = {"image": "images", "semseg": "segmentation", "depth": "depth", "normals": "normals", "edges": "edge"}
 # Archive -> folder -> suffix of its files.

@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 import cv2
 import numpy as np
 
-from data_pipelines import readers
-from data_pipelines.errors import InputError
-from data_pipelines.transforms import Example
+from sgw_jax.data_pipelines import readers
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.transforms import Example
 
 PERSON = 15  # VOC's class index
 # The 24 parts of a person in PASCAL-Parts, by the index that they get in PART_CLASSES.

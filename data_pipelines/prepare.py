@@ -1,7 +1,7 @@
 """Writes an archive once as sharded ArrayRecord files in TFDS's format, checked, resumable, whole or not there at all.
 
-    python -m data_pipelines.prepare nyud --source=ARCHIVE --out=DIR [--workers=8]
-    python -m data_pipelines.prepare cityscapes --source=ARCHIVE --out=DIR --pipeline=beam --runner=DataflowRunner ...
+    sgw-jax prepare nyud --source=ARCHIVE --out=DIR [--workers=8]
+    sgw-jax prepare cityscapes --source=ARCHIVE --out=DIR --pipeline=beam --runner=DataflowRunner ...
 
 The set appears as DIR/NAME/1.0.0 when it is whole; until then its shards gather in DIR/NAME/1.0.0.partial. A shard is a
 pure function of the source and its number and appears when it is complete, so the same command goes on after any
@@ -28,13 +28,13 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from rich.console import Console
 from rich.progress import Progress
 
-from data_pipelines.cityscapes import Cityscapes
-from data_pipelines.errors import InputError, UserError, files_named
-from data_pipelines.mtan import MtanCityscapes, MtanNYUv2
-from data_pipelines.nyud import Nyud
-from data_pipelines.pascal_context import PascalContext
-from data_pipelines.prepared import RECORD, VERSION, encode, features_of
-from data_pipelines.transforms import Example
+from sgw_jax.data_pipelines.cityscapes import Cityscapes
+from sgw_jax.data_pipelines.errors import InputError, UserError, files_named
+from sgw_jax.data_pipelines.mtan import MtanCityscapes, MtanNYUv2
+from sgw_jax.data_pipelines.nyud import Nyud
+from sgw_jax.data_pipelines.pascal_context import PascalContext
+from sgw_jax.data_pipelines.prepared import RECORD, VERSION, encode, features_of
+from sgw_jax.data_pipelines.transforms import Example
 
 SOURCES: Mapping[str, Callable[[Path, str], Any]] = {
     "nyud": Nyud,
@@ -57,7 +57,7 @@ class PrepareError(InputError):
 def main(argv: Sequence[str] | None = None, sources: Mapping[str, Callable[[Path, str], Any]] = SOURCES) -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(
-        "python -m data_pipelines.prepare",
+        "sgw-jax prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

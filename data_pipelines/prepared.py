@@ -11,8 +11,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from data_pipelines.errors import InputError
-from data_pipelines.transforms import Example
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.transforms import Example
 
 VERSION = "1.0.0"
 RECORD = "preparation.json"  # what was prepared, beside TFDS's own metadata
@@ -63,7 +63,7 @@ class Prepared:
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{self.directory} holds no prepared set: {RECORD} does not exist there. Give the directory that ends "
-                f"in {VERSION}, which `python -m data_pipelines.prepare NAME --source=ARCHIVE --out=DIR` writes, or "
+                f"in {VERSION}, which `sgw-jax prepare NAME --source=ARCHIVE --out=DIR` writes, or "
                 "use --config.data.format=archive."
             ) from error
         if split not in record["splits"]:

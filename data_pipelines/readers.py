@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 
 IGNORE = 255  # of labels
 MILLIMETRES_PER_METRE = 1000

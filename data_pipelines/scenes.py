@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.errors import InputError
-from data_pipelines.rooms import cache
-from data_pipelines.rooms.record import SEMSEG_CLASSES, SPLITS, VERSION, Collection, render_stored, unpack
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.rooms import cache
+from sgw_jax.data_pipelines.rooms.record import SEMSEG_CLASSES, SPLITS, VERSION, Collection, render_stored, unpack
 
 __all__ = [
     "LENGTHS",

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 import cv2
 import numpy as np
 
-from data_pipelines.colour import ColourDistortion, distort_colour
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.colour import ColourDistortion, distort_colour
+from sgw_jax.data_pipelines.errors import InputError
 
 Example = dict[str, np.ndarray]
 Size = tuple[int, int]

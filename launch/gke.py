@@ -17,8 +17,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import command_line
-from command_line import matching, whole
+from sgw_jax.launch import command_line
+from sgw_jax.launch.command_line import matching, whole
 
 CHIPS_PER_HOST = 4
 SMALL = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")  # all that v5e and v6e come in, but for parts of a host

@@ -14,8 +14,8 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-import command_line
-from command_line import matching, whole
+from sgw_jax.launch import command_line
+from sgw_jax.launch.command_line import matching, whole
 
 WORD = matching(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", "letters, digits and _ . + -")
 TIME = r"[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2}|[0-9]+(:[0-9]{1,2}){0,2}"

@@ -24,8 +24,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-import command_line
-from command_line import matching, whole
+from sgw_jax.launch import command_line
+from sgw_jax.launch.command_line import matching, whole
 
 RUNTIMES = {  # by the accelerator type before its dash
     "v4": "tpu-ubuntu2204-base",

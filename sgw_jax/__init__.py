@@ -1,43 +1,124 @@
-"""sgw_jax: one network, many dense vision tasks, with shared-workspace interactions (KEM, sKEM), in JAX and Flax."""
+"""sgw_jax: one network, many dense vision tasks, with shared-workspace interactions (KEM, sKEM), in JAX and Flax.
 
+A name is loaded when it is first used: importing the package costs next to nothing, and processes that only read and
+augment images (`sgw_jax.data_pipelines`) never import JAX.
+"""
+
+import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sgw_jax.backbones.pretrained import load_pretrained
-from sgw_jax.etf import SimplexETF, simplex_etf
-from sgw_jax.interactions import INTERACTIONS, KEM, CrossTaskAttention
-from sgw_jax.interactions.shared_workspace import SharedWorkspace
-from sgw_jax.interactions.shared_workspace_checkpoint import shared_workspace_params
-from sgw_jax.layers.placement import Placement
-from sgw_jax.metrics import delta_m
-from sgw_jax.model import MultiTaskModel
-from sgw_jax.tasks import TASKS, Task
-from sgw_jax.train_step import make_eval_step, make_train_step
+from sgw_jax import moved
+
+if TYPE_CHECKING:
+    from sgw_jax.backbones import BACKBONES
+    from sgw_jax.backbones.pretrained import load_pretrained
+    from sgw_jax.etf import SimplexETF, simplex_etf
+    from sgw_jax.evaluation import boundary
+    from sgw_jax.evaluation.metrics import delta_m
+    from sgw_jax.experiment.build import build
+    from sgw_jax.experiment.config_files import read_config
+    from sgw_jax.interactions import INTERACTIONS, KEM, CrossTaskAttention
+    from sgw_jax.interactions.shared_workspace import SharedWorkspace
+    from sgw_jax.interactions.shared_workspace_checkpoint import shared_workspace_params
+    from sgw_jax.layers.placement import Placement
+    from sgw_jax.model import MultiTaskModel
+    from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS
+    from sgw_jax.prediction.predictor import Predictor
+    from sgw_jax.tasks import TASKS, Task
+    from sgw_jax.train_step import TrainState, init_state, make_eval_step, make_train_step
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AGGREGATORS",
+    "BACKBONES",
     "INTERACTIONS",
     "KEM",
+    "SCALARIZERS",
     "TASKS",
     "CrossTaskAttention",
     "MultiTaskModel",
     "Placement",
+    "Predictor",
     "SharedWorkspace",
     "SimplexETF",
     "Task",
+    "TrainState",
+    "boundary",
+    "build",
     "delta_m",
+    "init_state",
     "load",
     "load_pretrained",
     "make_eval_step",
     "make_train_step",
+    "read_config",
     "shared_workspace_params",
     "simplex_etf",
 ]
 
+# The module that each public name comes from; the imports above are the same for type checkers (test_structure.py).
+_HOMES = {
+    "AGGREGATORS": "multi_objective",
+    "BACKBONES": "backbones",
+    "CrossTaskAttention": "interactions",
+    "INTERACTIONS": "interactions",
+    "KEM": "interactions",
+    "MultiTaskModel": "model",
+    "Placement": "layers.placement",
+    "Predictor": "prediction.predictor",
+    "SCALARIZERS": "multi_objective",
+    "SharedWorkspace": "interactions.shared_workspace",
+    "SimplexETF": "etf",
+    "TASKS": "tasks",
+    "Task": "tasks",
+    "TrainState": "train_step",
+    "build": "experiment.build",
+    "delta_m": "evaluation.metrics",
+    "init_state": "train_step",
+    "load_pretrained": "backbones.pretrained",
+    "make_eval_step": "train_step",
+    "make_train_step": "train_step",
+    "read_config": "experiment.config_files",
+    "shared_workspace_params": "interactions.shared_workspace_checkpoint",
+    "simplex_etf": "etf",
+}
 
-def load(workdir: str | Path, which: str = "best", **options: Any) -> Any:
-    """A `sgw_jax.predict.Predictor` from the checkpoints of a finished or running training; see its `from_workdir`."""
-    from sgw_jax.predict import Predictor  # what commands need is not needed to import the modules
+_MODULES = {"boundary": "evaluation.boundary"}
+
+moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        value: Any = importlib.import_module(f"sgw_jax.{_MODULES[name]}")
+    elif name in _HOMES:
+        value = getattr(importlib.import_module(f"sgw_jax.{_HOMES[name]}"), name)
+    else:
+        raise AttributeError(f"module 'sgw_jax' has no attribute {name!r}")
+    globals()[name] = value  # found without this function the next time
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def load(workdir: str | Path, which: str = "best", **options: Any) -> "Predictor":
+    """The `Predictor` of a finished or running training, from its checkpoint alone.
+
+    Args:
+      workdir: the run's directory.
+      which: "best" (by validation) or "last" checkpoint.
+      options: of `Predictor.from_workdir`.
+
+    Returns:
+      A function of images of any size: uint8 (H, W, 3) -> {task: map}.
+
+    Raises:
+      CheckpointError: there is no complete checkpoint, or it is damaged.
+    """
+    from sgw_jax.prediction.predictor import Predictor
 
     return Predictor.from_workdir(workdir, which, **options)

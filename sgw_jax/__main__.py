@@ -17,20 +17,20 @@ from absl import logging
 from rich.console import Console
 from rich.markup import escape
 
-from data_pipelines.errors import UserError, files_named
-from sgw_jax.build import Experiment, build, build_model, build_tasks
-from sgw_jax.config_files import UsageError, read_config
-from sgw_jax.host_memory import keep_freed_memory
-from sgw_jax.host_threads import enough_threads
-from sgw_jax.image_files import predict_files
-from sgw_jax.plan import plan, print_plan
-from sgw_jax.pod import pod_plan, print_pod_plan, topology_devices
-from sgw_jax.restore import open_run
-from sgw_jax.results import finish
+from sgw_jax.data_pipelines.errors import UserError, files_named
+from sgw_jax.experiment.build import build, build_model, build_tasks
+from sgw_jax.experiment.config_files import UsageError, read_config
+from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.host import enough_threads, keep_freed_memory
+from sgw_jax.plan.network import plan, print_plan
+from sgw_jax.plan.pod import pod_plan, print_pod_plan, topology_devices
+from sgw_jax.prediction.image_files import predict_files
+from sgw_jax.report.results import finish
+from sgw_jax.run.logs import write_atomically
+from sgw_jax.run.saved_run import open_run
+from sgw_jax.run.workdir import DiskFullError, wait_for_all
 from sgw_jax.sharding import MESHES, make_mesh, mesh_sizes
 from sgw_jax.train import check_start, train
-from sgw_jax.workdir import DiskFullError, wait_for_all
-from sgw_jax.writers import write_atomically
 
 EPILOG = """\
 configuration:

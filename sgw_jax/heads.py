@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.layers.resize import depth_to_space, resize
 
 UPSAMPLES = ("bilinear", "subpixel")

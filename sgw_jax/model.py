@@ -1,5 +1,6 @@
 """The whole network: backbone -> stems -> interaction -> heads."""
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -7,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.heads import PredictionHead, TaskStem
 from sgw_jax.layers.resize import resize
 from sgw_jax.sharding import constrain_activations
@@ -123,3 +124,16 @@ class MultiTaskModel(nn.Module):
             raise InputError(
                 f"MultiTaskModel: persist needs an interaction with slots; {type(self.interaction).__name__} has none."
             )
+
+
+TRUNK = "backbone/"  # what comes before the representation
+
+
+def owner(path: str, tasks: Sequence[str], mixes: bool) -> str | None:
+    """The task that alone uses a parameter; None if tasks share it.
+
+    Heads belong to their task. Stems do too unless the interaction mixes tasks, when stem t feeds every task.
+    """
+    parts = r"head|preliminary" if mixes else r"head|preliminary|stem\d*"
+    found = re.match(rf"({parts})_(?P<task>[^/]+)/", path)
+    return found["task"] if found and found["task"] in tasks else None

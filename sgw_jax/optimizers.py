@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import optax.contrib
 
-from data_pipelines.errors import InputError
-from sgw_jax.layer_rates import scale_by_layer
+from sgw_jax.backbones.layer_rates import scale_by_layer
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.sharding import path_name
 
 # What weight decay shrinks: matrices. Biases, norms, slots, embeddings and gates keep their scale.

@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 
 # The batch is split over `data` and `fsdp`, parameters over `fsdp`, image rows (and tokens) over `context`.
 AXES = ("data", "fsdp", "context")

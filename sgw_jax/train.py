@@ -3,32 +3,28 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from data_pipelines.errors import InputError, files_named
-from sgw_jax.build import Experiment
-from sgw_jax.checkpoints import Checkpoints
-from sgw_jax.evaluate import Evaluation, evaluate
-from sgw_jax.fine_tuning import (
-    fine_tuning_source,
-    fine_tuning_start,
-    pretrained_parameters,
-    pretrained_start,
-)
-from sgw_jax.finite import check_finite, check_finite_losses, check_finite_step
+from sgw_jax.data_pipelines.errors import InputError, files_named
+from sgw_jax.evaluation.evaluate import Evaluation
+from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.optimizers import learning_rates
-from sgw_jax.sharding import global_batch, replicated
-from sgw_jax.starting_state import abstract_state, initial_state, restored_state
-from sgw_jax.step_profile import StepProfile
-from sgw_jax.stop_signal import StopSignal
-from sgw_jax.train_step import TrainState, make_eval_step, make_train_step
-from sgw_jax.workdir import check_workdir, claim_workdir, disk_full_named, has_checkpoint
-from sgw_jax.writers import MetricsWriter, TrainProgress
+from sgw_jax.run.checkpoints import Checkpoints
+from sgw_jax.run.finite import check_finite, check_finite_losses, check_finite_step
+from sgw_jax.run.logs import MetricsWriter, TrainProgress
+from sgw_jax.run.state import abstract_state, starting_state
+from sgw_jax.run.step_profile import StepProfile
+from sgw_jax.run.steps import compiled_steps, evaluate_split
+from sgw_jax.run.stop_signal import StopSignal
+from sgw_jax.run.warm_start import fine_tuning_source, pretrained_parameters
+from sgw_jax.run.workdir import check_workdir, claim_workdir, disk_full_named, has_checkpoint
+from sgw_jax.sharding import global_batch
+from sgw_jax.train_step import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,25 +104,6 @@ def train(
     return Trained(state, done, stop.number, progress.images_per_second)
 
 
-def compiled_steps(experiment: Experiment, state: TrainState) -> tuple[Any, Any]:
-    """The training step, which updates the state in place and leaves it where it lies, and the evaluation step."""
-    settings, everywhere = experiment.settings, replicated(experiment.mesh)
-    step = make_train_step(
-        experiment.model,
-        experiment.tasks,
-        experiment.optimizer,
-        objective=experiment.objective,
-        gradients=experiment.gradients,
-        accumulate=settings.accumulate,
-        ema_decay=settings.ema_decay,
-    )
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return (
-        jax.jit(step, out_shardings=(shardings, everywhere), donate_argnums=0),
-        jax.jit(make_eval_step(experiment.model, experiment.tasks), out_shardings=everywhere),
-    )
-
-
 class _LateLog:
     """Fetches metrics one step late, so that the device always has the next step to work on; checks and writes them."""
 
@@ -152,25 +129,6 @@ class _LateLog:
         settings = self._experiment.settings
         if step % settings.log_every == 0 or step == settings.steps:
             self._writer.write(step, "train", {**values, "learning_rate": float(self._rates[step - 1])})
-
-
-def starting_state(
-    experiment: Experiment, checkpoints: Checkpoints, start: int, init_from: Path | str | None, console: Console
-) -> TrainState:
-    """The state at step ``start``: restored, or new, with another run's parameters if asked for."""
-    if start:
-        console.print(f"Resuming {checkpoints.directory.parent} at step {start}.", soft_wrap=True)
-        return restored_state(experiment, checkpoints, start)
-    state = initial_state(experiment)
-    if init_from is not None:
-        return fine_tuning_start(state, Path(init_from), console)
-    return pretrained_start(state, experiment, console) if experiment.backbone_weights else state
-
-
-def evaluate_split(experiment: Experiment, eval_step: Callable, variables: Any, split: str) -> Evaluation:
-    """The metrics of one split."""
-    with experiment.data.evaluation(split) as batches:
-        return evaluate(eval_step, variables, batches, experiment.mesh, experiment.tasks)
 
 
 def summary(experiment: Experiment, found: Evaluation) -> str:

@@ -10,10 +10,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt32
 
-from data_pipelines.errors import InputError
-from sgw_jax.model import FEATURES, PRELIMINARY
-from sgw_jax.multi_objective import Scalarizer, weighted_sum
-from sgw_jax.objective import (
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.differentiate import (
     GRADIENTS,
     Objective,
     Program,
@@ -22,9 +20,10 @@ from sgw_jax.objective import (
     by_scalar,
     flat,
     initial_state,
-    owner,
     unflat,
 )
+from sgw_jax.model import FEATURES, PRELIMINARY, owner
+from sgw_jax.multi_objective import Scalarizer, weighted_sum
 from sgw_jax.tasks.base import Task
 
 Batch = Mapping[str, Array]

@@ -10,7 +10,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.envir
 
 import jax
 
-from sgw_jax.host_threads import enough_threads
+from sgw_jax.host import enough_threads
 
 enough_threads()
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sgw_jax import boundary
+from sgw_jax.evaluation import boundary
 
 THRESHOLDS = (0.1, 0.4, 0.7)
 

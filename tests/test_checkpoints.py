@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgw_jax.checkpoints import CheckpointError, Checkpoints
+from sgw_jax.run.checkpoints import CheckpointError, Checkpoints
 from sgw_jax.sharding import make_mesh, state_sharding
 
 SIZE = 2**16  # large enough that a save is still under way when the next step runs

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.cityscapes import LABEL_IDS, Cityscapes
-from data_pipelines.transforms import Target, check_example
+from sgw_jax.data_pipelines.cityscapes import LABEL_IDS, Cityscapes
+from sgw_jax.data_pipelines.transforms import Target, check_example
 
 TARGETS = {"semseg": Target("labels", 255), "depth": Target("disparity", -1.0)}
 HEIGHT, WIDTH = 8, 16

@@ -5,12 +5,12 @@ import sys
 import jax
 import pytest
 
-from data_pipelines.errors import UserError
 from sgw_jax import __main__ as command
 from sgw_jax.__main__ import main
-from sgw_jax.config_files import UsageError, read_config
+from sgw_jax.data_pipelines.errors import UserError
+from sgw_jax.experiment.config_files import UsageError, read_config
 
-HEAD = "from configs import base\ndef get_config():\n  c = base.get_config()\n"  # of a configuration file
+HEAD = "from sgw_jax.configs import base\ndef get_config():\n  c = base.get_config()\n"  # of a configuration file
 
 
 def everything_below(kind):

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import seeds
 
-from sgw_jax.build import build
-from sgw_jax.config_files import read_config
+from sgw_jax.experiment.build import build
+from sgw_jax.experiment.config_files import read_config
 from sgw_jax.tasks import Depth, SemSeg
 
 TASKS = (SemSeg(), Depth())

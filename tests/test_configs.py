@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.base import SYSTEMS
-from sgw_jax.build import build, build_model, build_tasks
-from sgw_jax.config_files import read_config
-from sgw_jax.data_sets import DATA_SETS
+from sgw_jax.configs.base import SYSTEMS
+from sgw_jax.experiment.build import build, build_model, build_tasks
+from sgw_jax.experiment.config_files import read_config
+from sgw_jax.experiment.data_sets import DATA_SETS
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(file.stem for file in FOLDER.glob("[!_]*.py") if file.stem != "base")

@@ -9,10 +9,10 @@ import test_mtan
 import test_nyud
 import test_pascal_context
 
-from data_pipelines.prepare import SOURCES
-from data_pipelines.prepare import main as prepare
-from data_pipelines.prepared import VERSION, Prepared
 from sgw_jax.__main__ import main
+from sgw_jax.data_pipelines.prepare import SOURCES
+from sgw_jax.data_pipelines.prepare import main as prepare
+from sgw_jax.data_pipelines.prepared import VERSION, Prepared
 
 # A shipped configuration at toy size; the archives' images of 8 x 16 to 16 x 24 pixels are padded to 32 x 32.
 TOY = [

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
-from sgw_jax import diagnostics
-from sgw_jax.diagnostics import SHOWN_SLOTS, collect_examples, diagnose
-from sgw_jax.evaluate import evaluate
+from sgw_jax.data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
+from sgw_jax.evaluation import diagnostics
+from sgw_jax.evaluation.diagnostics import SHOWN_SLOTS, collect_examples, diagnose
+from sgw_jax.evaluation.evaluate import evaluate
 from sgw_jax.heads import PredictionHead
 from sgw_jax.interactions import KEM, NoInteraction
 from sgw_jax.model import MultiTaskModel

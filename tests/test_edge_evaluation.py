@@ -5,9 +5,9 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines.transforms import Target, valid_pixels
-from sgw_jax import boundary
-from sgw_jax.edge_evaluation import edge_scores
+from sgw_jax.data_pipelines.transforms import Target, valid_pixels
+from sgw_jax.evaluation import boundary
+from sgw_jax.evaluation.edge_scores import edge_scores
 from sgw_jax.sharding import make_mesh
 from sgw_jax.tasks import Edges
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgw_jax.etf import SimplexETF, simplex_etf
+from sgw_jax.etf.simplex import SimplexETF, simplex_etf
 
 EPS32 = float(np.finfo(np.float32).eps)
 EPS64 = float(np.finfo(np.float64).eps)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from sgw_jax.gallery import gallery
-from sgw_jax.panels import GAP, MARGIN
+from sgw_jax.pictures.gallery import gallery
+from sgw_jax.pictures.panels import GAP, MARGIN
 
 
 def test_gallery_shows_every_task_of_the_first_images() -> None:

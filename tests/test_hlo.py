@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sgw_jax.hlo import group_size, memory_by, parse, traffic
+from sgw_jax.plan.hlo import group_size, memory_by, parse, traffic
 from sgw_jax.sharding import make_mesh
 
 MIB = 2**20

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sgw_jax.host_threads import COLLECTIVES_AT_ONCE, THREADS, enough_threads
+from sgw_jax.host import COLLECTIVES_AT_ONCE, THREADS, enough_threads
 
 FLAG = "--xla_force_host_platform_device_count"
 

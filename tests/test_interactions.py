@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from sgw_jax.cost import multiply_accumulates
-from sgw_jax.etf import orthonormal_frame, simplex_etf
+from sgw_jax.etf.simplex import orthonormal_frame, simplex_etf
 from sgw_jax.interactions import INTERACTIONS, KEM, CrossTaskAttention
 from sgw_jax.layers.attention import attention
 from sgw_jax.layers.topk_attention import topk_attention
+from sgw_jax.plan.cost import multiply_accumulates
 
 EPS32 = float(np.finfo(np.float32).eps)
 CHANNELS = 8

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sgw_jax.backbones.layer_rates import scale_by_layer
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.vit import ViT
-from sgw_jax.layer_rates import scale_by_layer
 from sgw_jax.optimizers import make_optimizer
 from sgw_jax.sharding import path_name
 

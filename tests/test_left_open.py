@@ -1,11 +1,12 @@
 """Commands close what they open: every set of checkpoints, and every loader with its threads."""
 
+import jax
 import pytest
 
-from data_pipelines.loader import Batches
 from sgw_jax.__main__ import main
-from sgw_jax.checkpoints import CheckpointError, Checkpoints
-from sgw_jax.restore import open_run
+from sgw_jax.data_pipelines.loader import Batches
+from sgw_jax.run.checkpoints import CheckpointError, Checkpoints
+from sgw_jax.run.saved_run import open_run
 
 TINY = [
     "data.size=32,32",
@@ -20,6 +21,7 @@ TINY = [
     "channels=8",
     "boundary.max_dist=0.05",
     "schedule.warmup_steps=0",
+    "optimizer.name=sgd",
     "steps=1",
     "checkpoint_every=1",
     "eval_every=1",
@@ -51,7 +53,9 @@ def opened(monkeypatch):
 
     watch(Checkpoints)
     watch(Batches)
-    return found
+    cache_dir = jax.config.jax_compilation_cache_dir
+    yield found
+    jax.config.update("jax_compilation_cache_dir", cache_dir)
 
 
 def test_training_from_another_run_and_evaluating_leave_nothing_open(tmp_path, opened):

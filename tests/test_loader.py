@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines import loader, transforms
-from data_pipelines.colour import ColourDistortion
-from data_pipelines.transforms import Augmentation, Target
+from sgw_jax.data_pipelines import loader, transforms
+from sgw_jax.data_pipelines.colour import ColourDistortion
+from sgw_jax.data_pipelines.transforms import Augmentation, Target
 
 TARGETS = {
     "classes": Target("labels", 255),
@@ -276,7 +276,7 @@ def test_the_stream_is_picklable():
 SCRIPT = """
 import sys
 
-from data_pipelines import loader
+from sgw_jax.data_pipelines import loader
 from test_loader import AUGMENTATION, TARGETS, Numbered
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 import sgw_jax
-from data_pipelines.scenes import Scenes
 from sgw_jax.__main__ import main
+from sgw_jax.data_pipelines.scenes import Scenes
 
 
 @pytest.mark.slow

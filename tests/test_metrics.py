@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgw_jax.metrics import add_sums, delta_m
+from sgw_jax.evaluation.metrics import add_sums, delta_m
 from sgw_jax.tasks import Depth, Edges, SemSeg
 
 TASKS = (SemSeg(), Depth(), Edges(name="contours"))

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.mtan import MtanCityscapes, MtanNYUv2
-from data_pipelines.transforms import Target, check_example
+from sgw_jax.data_pipelines.mtan import MtanCityscapes, MtanNYUv2
+from sgw_jax.data_pipelines.transforms import Target, check_example
 
 NYU_TARGETS = {"semseg": Target("labels", 255), "depth": Target("depth", 0.0), "normals": Target("vectors", 0.0)}
 CITY_TARGETS = {"semseg": Target("labels", 255), "depth": Target("disparity", 0.0)}

@@ -19,14 +19,14 @@ from rich.console import Console
 from test_train_step import DEPTHS, MESHES, ROWS, SGD, assert_gradients_close, selecting_model, selecting_start
 
 from sgw_jax.__main__ import main
-from sgw_jax.build import build
-from sgw_jax.checkpoints import Checkpoints
-from sgw_jax.restore import open_run
+from sgw_jax.experiment.build import build
+from sgw_jax.run.checkpoints import Checkpoints
+from sgw_jax.run.logs import read_metrics
+from sgw_jax.run.saved_run import open_run
+from sgw_jax.run.state import restored_state
 from sgw_jax.sharding import global_batch, make_mesh, mesh_sizes, own_rows, replicated, state_sharding
-from sgw_jax.starting_state import restored_state
 from sgw_jax.train import train
 from sgw_jax.train_step import make_train_step
-from sgw_jax.writers import read_metrics
 
 pytestmark = pytest.mark.multiprocess
 

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgw_jax.etf import simplex_etf
-from sgw_jax.metrics import add_all
-from sgw_jax.neural_collapse import (
+from sgw_jax.etf.neural_collapse import (
     class_means,
     collapse_sums,
     collapse_values,
     disagreement_sums,
     dot_regression_loss,
 )
-from sgw_jax.selection import jaccard, selection_between_images, selection_overlap
+from sgw_jax.etf.simplex import simplex_etf
+from sgw_jax.evaluation.metrics import add_all
+from sgw_jax.evaluation.selection import jaccard, selection_between_images, selection_overlap
 from sgw_jax.sharding import batch_sharding, make_mesh
 
 EPS32 = float(np.finfo(np.float32).eps)

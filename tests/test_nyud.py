@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from data_pipelines import loader
-from data_pipelines.nyud import ARCHIVES, Nyud
-from data_pipelines.transforms import Target, check_example
+from sgw_jax.data_pipelines import loader
+from sgw_jax.data_pipelines.nyud import ARCHIVES, Nyud
+from sgw_jax.data_pipelines.transforms import Target, check_example
 
 TARGETS = {
     "semseg": Target("labels", 255),

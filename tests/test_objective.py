@@ -11,12 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sgw_jax.backbones.vit import ViT
-from sgw_jax.charts import loss_curves
-from sgw_jax.cost import multiply_accumulates
-from sgw_jax.interactions import KEM, NoInteraction
-from sgw_jax.model import MultiTaskModel
-from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS, upgrad, weights
-from sgw_jax.objective import (
+from sgw_jax.differentiate import (
     Program,
     by_parameters,
     by_representation,
@@ -24,9 +19,13 @@ from sgw_jax.objective import (
     flat,
     gradient_metrics,
     initial_state,
-    owner,
 )
+from sgw_jax.interactions import KEM, NoInteraction
+from sgw_jax.model import MultiTaskModel, owner
+from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS, upgrad, weights
 from sgw_jax.optimizers import make_optimizer
+from sgw_jax.pictures.charts import loss_curves
+from sgw_jax.plan.cost import multiply_accumulates
 from sgw_jax.sharding import constrain_rows, global_batch, make_mesh, path_name, replicated, state_sharding
 from sgw_jax.tasks import Depth, Saliency, SemSeg
 from sgw_jax.train_step import init_state, make_train_step, task_losses

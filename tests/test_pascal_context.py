@@ -10,8 +10,8 @@ from PIL import Image
 from scipy.io import savemat
 from skimage.morphology import thin
 
-from data_pipelines.pascal_context import NORMALS_CLASSES, PART_INDEX, PascalContext
-from data_pipelines.transforms import Target, check_example
+from sgw_jax.data_pipelines.pascal_context import NORMALS_CLASSES, PART_INDEX, PascalContext
+from sgw_jax.data_pipelines.transforms import Target, check_example
 
 TARGETS = {
     "semseg": Target("labels", 255),

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from configs.base import SYSTEMS
 from sgw_jax.__main__ import main
 from sgw_jax.backbones.vit import Block
-from sgw_jax.build import build_model, build_tasks
-from sgw_jax.config_files import read_config
-from sgw_jax.cost import largest_arrays, multiply_accumulates, residual_bytes
+from sgw_jax.configs.base import SYSTEMS
+from sgw_jax.experiment.build import build_model, build_tasks
+from sgw_jax.experiment.config_files import read_config
 from sgw_jax.interactions import INTERACTIONS, CrossTaskAttention, NoInteraction
 from sgw_jax.optimizers import make_optimizer
-from sgw_jax.plan import Plan, plan, print_plan, target_shapes
+from sgw_jax.plan.cost import largest_arrays, multiply_accumulates, residual_bytes
+from sgw_jax.plan.network import Plan, plan, print_plan, target_shapes
 from sgw_jax.tasks import Depth
 from sgw_jax.train_step import init_state, make_eval_step, make_train_step
 

@@ -7,10 +7,10 @@ import pytest
 from rich.console import Console
 
 from sgw_jax.__main__ import main
-from sgw_jax.build import build
-from sgw_jax.chips import CHIPS, GIB, chip_of
-from sgw_jax.config_files import read_config
-from sgw_jax.pod import PodPlan, pod_plan, print_pod_plan, topology_devices
+from sgw_jax.experiment.build import build
+from sgw_jax.experiment.config_files import read_config
+from sgw_jax.plan.chips import CHIPS, GIB, chip_of
+from sgw_jax.plan.pod import PodPlan, pod_plan, print_pod_plan, topology_devices
 from sgw_jax.sharding import make_mesh, mesh_sizes
 
 SMALL = (

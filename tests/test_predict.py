@@ -15,15 +15,16 @@ from PIL import Image
 from rich.console import Console
 
 import sgw_jax
-from configs import base
-from data_pipelines.scenes import SEMSEG_CLASSES
-from data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
-from sgw_jax import image_files, panels
-from sgw_jax.build import build
-from sgw_jax.checkpoints import CheckpointError
-from sgw_jax.image_files import predict_files
-from sgw_jax.predict import Predictor
-from sgw_jax.restore import open_run, saved_model
+from sgw_jax.configs import base
+from sgw_jax.data_pipelines.scenes import SEMSEG_CLASSES
+from sgw_jax.data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
+from sgw_jax.experiment.build import build
+from sgw_jax.pictures import panels
+from sgw_jax.prediction import image_files
+from sgw_jax.prediction.image_files import predict_files
+from sgw_jax.prediction.predictor import Predictor
+from sgw_jax.run.checkpoints import CheckpointError
+from sgw_jax.run.saved_run import open_run, saved_model
 from sgw_jax.tasks import TASKS, Depth, SemSeg
 from sgw_jax.train import train
 

@@ -13,9 +13,10 @@ import pytest
 import tensorflow_datasets as tfds
 from rich.console import Console
 
-from data_pipelines import prepare as command
-from data_pipelines.prepare import PrepareError, main, prepare
-from data_pipelines.prepared import VERSION, Prepared
+from sgw_jax.data_pipelines import prepare as command
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.prepare import PrepareError, main, prepare
+from sgw_jax.data_pipelines.prepared import VERSION, Prepared
 
 LENGTHS = {"train": 7, "validation": 4}
 SHARD = 3
@@ -64,7 +65,7 @@ class Broken(Tiny):
 
     def __getitem__(self, index):
         if self.split == "train" and index == 5:
-            raise ValueError("bad bytes")
+            raise InputError("bad bytes")
         return super().__getitem__(index)
 
 

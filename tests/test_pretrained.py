@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from configs.base import SYSTEMS
 from sgw_jax.__main__ import main
 from sgw_jax.backbones.hub import FAMILIES, HALF, IMAGENET
 from sgw_jax.backbones.pretrained import ARCHITECTURE, PretrainedError, fit, load_pretrained, read_pretrained
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.vit import ViT, hidden_width
-from sgw_jax.build import build_model, build_tasks
-from sgw_jax.checkpoints import Checkpoints
-from sgw_jax.config_files import read_config
+from sgw_jax.configs.base import SYSTEMS
+from sgw_jax.experiment.build import build_model, build_tasks
+from sgw_jax.experiment.config_files import read_config
 from sgw_jax.layers.resize import cubic_matrix
+from sgw_jax.run.checkpoints import Checkpoints
 
 EPS32 = float(np.finfo(np.float32).eps)
 CONFIGS = {

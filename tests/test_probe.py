@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sgw_jax import probe
+from sgw_jax.evaluation import probe
 from sgw_jax.tasks import TASKS, Depth, Edges, HumanParts, Normals, Saliency, SemSeg
 
 HEIGHT, WIDTH = 8, 12

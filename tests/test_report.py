@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sgw_jax import charts, report
-from sgw_jax.report import number, print_table, relative_gain, write_report
+from sgw_jax.pictures import charts
+from sgw_jax.report import page as report
+from sgw_jax.report.interaction import IMAGES_WITH_MAPS
+from sgw_jax.report.page import write_report
+from sgw_jax.report.tables import number, print_table, relative_gain
 
 SLOTS = 4
 NAMES = ["semseg", "depth", "mine"]
@@ -221,7 +224,7 @@ def test_large_pictures_shrink_until_the_page_fits(tmp_path):
     """Noise, which no compression helps."""
     source = written(tmp_path, examples=make_examples(count=4, size=(200, 300)))
     assert len(source) < 4_000_000
-    assert len(Page(source).images) == 4 * (1 + 2 * 3) + report.IMAGES_WITH_MAPS * (1 + 2 * 3)
+    assert len(Page(source).images) == 4 * (1 + 2 * 3) + IMAGES_WITH_MAPS * (1 + 2 * 3)
 
 
 def test_an_ordinary_run_with_long_history_is_small(tmp_path):

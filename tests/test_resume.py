@@ -14,23 +14,24 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from configs import base
-from data_pipelines.errors import FileError
-from data_pipelines.loader import Stream
 from sgw_jax import train as train_module
-from sgw_jax.build import build
-from sgw_jax.checkpoints import CheckpointError, Checkpoints
-from sgw_jax.evaluate import Evaluation
-from sgw_jax.fine_tuning import fine_tuning_start
-from sgw_jax.finite import NonFiniteError, check_finite, check_finite_losses
+from sgw_jax.configs import base
+from sgw_jax.data_pipelines.errors import FileError
+from sgw_jax.data_pipelines.loader import Stream
+from sgw_jax.evaluation.evaluate import Evaluation
+from sgw_jax.experiment.build import build
 from sgw_jax.layers.drop_path import DropPath
 from sgw_jax.optimizers import learning_rates
+from sgw_jax.run.checkpoints import CheckpointError, Checkpoints
+from sgw_jax.run.finite import NonFiniteError, check_finite, check_finite_losses
+from sgw_jax.run.logs import read_metrics
+from sgw_jax.run.state import abstract_state, initial_state, restored_state
+from sgw_jax.run.steps import compiled_steps
+from sgw_jax.run.warm_start import fine_tuning_start
+from sgw_jax.run.workdir import WorkdirError, claim_workdir
 from sgw_jax.sharding import make_mesh, mesh_sizes
-from sgw_jax.starting_state import abstract_state, initial_state, restored_state
 from sgw_jax.tasks import Depth
-from sgw_jax.train import check_start, compiled_steps, train
-from sgw_jax.workdir import WorkdirError, claim_workdir
-from sgw_jax.writers import read_metrics
+from sgw_jax.train import check_start, train
 
 STEPS = 7  # no multiple of the evaluations' interval: the last step is evaluated too
 SIZE = (8, 16)

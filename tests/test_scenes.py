@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.rooms import cache, targets
-from data_pipelines.rooms.intersection import BOX, CAPSULE, ELLIPSOID, FRUSTUM, crossing
-from data_pipelines.rooms.raycast import ROOM_FACES, Rays, Solids, cast, shadowed, surface_points
-from data_pipelines.scenes import PART_CLASSES, SEMSEG_CLASSES, SPLITS, Scenes, render_scene
+from sgw_jax.data_pipelines.rooms import cache, targets
+from sgw_jax.data_pipelines.rooms.intersection import BOX, CAPSULE, ELLIPSOID, FRUSTUM, crossing
+from sgw_jax.data_pipelines.rooms.raycast import ROOM_FACES, Rays, Solids, cast, shadowed, surface_points
+from sgw_jax.data_pipelines.scenes import PART_CLASSES, SEMSEG_CLASSES, SPLITS, Scenes, render_scene
 
 SIZE = (24, 32)
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def records() -> list[dict[str, np.ndarray]]:
 
 def test_a_scene_is_the_same_in_another_process(tmp_path):
     code = (
-        "import sys, pickle; from data_pipelines.scenes import render_scene\n"
+        "import sys, pickle; from sgw_jax.data_pipelines.scenes import render_scene\n"
         f"pickle.dump([render_scene(3, 'test', i, {SIZE}) for i in (9, 2)], open(sys.argv[1], 'wb'))"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "scenes")], check=True, cwd=ROOT)
@@ -401,7 +401,7 @@ def test_a_failing_worker_is_named_and_leaves_nothing(tmp_path, monkeypatch):
 
 PREPARE = """
 import sys
-from data_pipelines.scenes import Scenes
+from sgw_jax.data_pipelines.scenes import Scenes
 Scenes("train", {length}, (24, 32), cache_dir=sys.argv[1], workers={workers}, progress=True).prepare()
 """
 

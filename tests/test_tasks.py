@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgw_jax.etf import simplex_etf
-from sgw_jax.metrics import add_sums
+from sgw_jax.etf.simplex import simplex_etf
+from sgw_jax.evaluation.metrics import add_sums
 from sgw_jax.tasks import TASKS, Depth, Edges, HumanParts, Normals, Saliency, SemSeg, Task, task_from_dict
 from sgw_jax.tasks.base import IGNORED_COLOUR, count
+from sgw_jax.tasks.colours import spread_colours
 from sgw_jax.tasks.mask import float32_at_least, logit_of
-from sgw_jax.tasks.semseg import spread_colours
 
 SHAPE = (4, 6, 8)
 PIXELS = math.prod(SHAPE)

@@ -12,7 +12,6 @@ import pytest
 
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.vit import ViT
-from sgw_jax.cost import operations
 from sgw_jax.heads import TaskStem
 from sgw_jax.interactions import KEM, CrossTaskAttention, NoInteraction
 from sgw_jax.layers.drop_path import DropPath
@@ -21,6 +20,7 @@ from sgw_jax.layers.placement import Placement
 from sgw_jax.model import PRELIMINARY, MultiTaskModel
 from sgw_jax.multi_objective import Scalarizer
 from sgw_jax.optimizers import make_optimizer
+from sgw_jax.plan.cost import operations
 from sgw_jax.sharding import BATCH, CONTEXT, global_batch, make_mesh, path_name, replicated, state_sharding
 from sgw_jax.tasks import Depth, Saliency, SemSeg
 from sgw_jax.train_step import (

@@ -5,9 +5,9 @@ import copy
 import numpy as np
 import pytest
 
-from data_pipelines import colour, transforms
-from data_pipelines.colour import ColourDistortion
-from data_pipelines.transforms import Augmentation, Target
+from sgw_jax.data_pipelines import colour, transforms
+from sgw_jax.data_pipelines.colour import ColourDistortion
+from sgw_jax.data_pipelines.transforms import Augmentation, Target
 
 TARGETS = {
     "classes": Target("labels", 255),

@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto import event_pb2
 
-from sgw_jax import writers
-from sgw_jax.writers import MetricsWriter, TrainProgress, read_metrics, write_atomically
+from sgw_jax.run import logs as writers
+from sgw_jax.run.logs import MetricsWriter, TrainProgress, read_metrics, write_atomically
 
 
 def write_steps(workdir, steps, resume_step=0):

@@ -22,8 +22,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data_pipelines.errors import InputError
-from data_pipelines.rooms.record import STORED, Collection, render_stored
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.rooms.record import STORED, Collection, render_stored
 
 META = "meta.json"
 FEWEST_PER_WORKER = 16  # scenes: below that a process costs more to start than it renders
@@ -144,7 +144,7 @@ def _render_in_processes(directory: Path, collection: Collection, count: int, re
         **dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
     }
     described = json.dumps([str(directory), collection.split, collection.length, collection.size, collection.seed])
-    command = [sys.executable, "-m", "data_pipelines.rooms.worker", described]
+    command = [sys.executable, "-m", "sgw_jax.data_pipelines.rooms.worker", described]
     reader, writer = os.pipe()
     processes: list[subprocess.Popen] = []
     with open(reader, "rb", buffering=0) as finished, tempfile.TemporaryFile() as complaints:

@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 
-from data_pipelines.rooms.furniture import Piece
-from data_pipelines.rooms.materials import Material, colour, draw, plain
-from data_pipelines.rooms.solids import Solid, Vector, ball, limb
+from sgw_jax.data_pipelines.rooms.furniture import Piece
+from sgw_jax.data_pipelines.rooms.materials import Material, colour, draw, plain
+from sgw_jax.data_pipelines.rooms.solids import Solid, Vector, ball, limb
 
 HEAD, TORSO, UPPER_ARMS, LOWER_ARMS, UPPER_LEGS, LOWER_LEGS = range(1, 7)
 

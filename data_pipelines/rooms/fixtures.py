@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from data_pipelines.rooms.furniture import Piece, between
-from data_pipelines.rooms.materials import GRADIENT, Material, draw, plain
-from data_pipelines.rooms.solids import box, cone, limb
+from sgw_jax.data_pipelines.rooms.furniture import Piece, between
+from sgw_jax.data_pipelines.rooms.materials import GRADIENT, Material, draw, plain
+from sgw_jax.data_pipelines.rooms.solids import box, cone, limb
 
 
 def window(random: np.random.Generator) -> Piece:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.rooms.furniture import Piece
+from sgw_jax.data_pipelines.rooms.furniture import Piece
 
 
 class Placed(NamedTuple):

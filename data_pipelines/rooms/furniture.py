@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_pipelines.rooms.materials import Material, draw, plain
-from data_pipelines.rooms.solids import Solid, ball, box, cone, legs, limb
+from sgw_jax.data_pipelines.rooms.materials import Material, draw, plain
+from sgw_jax.data_pipelines.rooms.solids import Solid, ball, box, cone, legs, limb
 
 
 class Piece(NamedTuple):

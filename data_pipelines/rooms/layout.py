@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 
-from data_pipelines.rooms import fixtures, furniture, materials
-from data_pipelines.rooms.figure import person
-from data_pipelines.rooms.floor_plan import FloorPlan, Placed
-from data_pipelines.rooms.intersection import BOX
-from data_pipelines.rooms.raycast import ROOM_FACES, Solids
+from sgw_jax.data_pipelines.rooms import fixtures, furniture, materials
+from sgw_jax.data_pipelines.rooms.figure import person
+from sgw_jax.data_pipelines.rooms.floor_plan import FloorPlan, Placed
+from sgw_jax.data_pipelines.rooms.intersection import BOX
+from sgw_jax.data_pipelines.rooms.raycast import ROOM_FACES, Solids
 
 FACE_NAMES = ("wall", "wall", "wall", "wall", "floor", "ceiling")
 

@@ -8,7 +8,16 @@ import dataclasses
 
 import numpy as np
 
-from data_pipelines.rooms.intersection import BOX, CAPSULE, FRUSTUM, KINDS, Components, crossing, outward_normal, slab
+from sgw_jax.data_pipelines.rooms.intersection import (
+    BOX,
+    CAPSULE,
+    FRUSTUM,
+    KINDS,
+    Components,
+    crossing,
+    outward_normal,
+    slab,
+)
 
 ROOM_FACES = 6  # surfaces 0..5 are the room's faces: low x, high x, low y, high y, floor, ceiling; solid i is 6 + i
 NEAR = 0.05  # metres: nothing nearer than this along the axis is seen

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.rooms.layout import draw_scene
-from data_pipelines.rooms.render import render
+from sgw_jax.data_pipelines.rooms.layout import draw_scene
+from sgw_jax.data_pipelines.rooms.render import render
 
 VERSION = 1  # raise whenever any picture or target changes: it keys the random numbers, the cache and the fingerprint
 SPLITS = {"train": 0, "validation": 1, "test": 2}

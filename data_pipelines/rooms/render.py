@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from data_pipelines.rooms import materials, shading, targets
-from data_pipelines.rooms.layout import Scene
-from data_pipelines.rooms.raycast import Rays, Solids, cast, surface_points
-from data_pipelines.rooms.shading import look_up
+from sgw_jax.data_pipelines.rooms import materials, shading, targets
+from sgw_jax.data_pipelines.rooms.layout import Scene
+from sgw_jax.data_pipelines.rooms.raycast import Rays, Solids, cast, surface_points
+from sgw_jax.data_pipelines.rooms.shading import look_up
 
 IGNORE = 255
 BUILT_IN = ("wall", "floor", "ceiling", "window", "door")

@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from data_pipelines.rooms import materials
-from data_pipelines.rooms.raycast import Rays, Solids, shadowed
+from sgw_jax.data_pipelines.rooms import materials
+from sgw_jax.data_pipelines.rooms.raycast import Rays, Solids, shadowed
 
 LIFT = 0.004  # metres: points are lifted off their surface by this before shadow rays start
 

@@ -3,8 +3,8 @@
 import math
 from typing import NamedTuple
 
-from data_pipelines.rooms.intersection import BOX, CAPSULE, ELLIPSOID, FRUSTUM
-from data_pipelines.rooms.materials import Material
+from sgw_jax.data_pipelines.rooms.intersection import BOX, CAPSULE, ELLIPSOID, FRUSTUM
+from sgw_jax.data_pipelines.rooms.materials import Material
 
 Vector = tuple[float, float, float]
 UPRIGHT = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from data_pipelines.rooms.raycast import Rays
+from sgw_jax.data_pipelines.rooms.raycast import Rays
 
 DEPTH_RANGE = 6.5  # metres: the sensor sees no further
 JUMP = 0.04  # share of the depth: a larger gap is a depth discontinuity

@@ -5,8 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from data_pipelines.rooms.cache import render_share
-from data_pipelines.rooms.record import Collection
+from sgw_jax.data_pipelines.rooms.cache import render_share
+from sgw_jax.data_pipelines.rooms.record import Collection
 
 
 def main() -> None:

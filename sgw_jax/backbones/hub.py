@@ -5,11 +5,11 @@ from typing import Any
 
 import flax.linen as nn
 
-from data_pipelines.errors import InputError
 from sgw_jax.backbones.swin import EPSILON as SWIN_EPSILON
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.tensors import PretrainedError, Tensors, stacked
 from sgw_jax.backbones.vit import ViT, hidden_width
+from sgw_jax.data_pipelines.errors import InputError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of the channels, of 0..1
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

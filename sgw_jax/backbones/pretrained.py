@@ -16,10 +16,10 @@ from etils import epath
 
 from sgw_jax.backbones.augreg import read_augreg
 from sgw_jax.backbones.hub import FAMILIES, HALF
+from sgw_jax.backbones.layer_rates import ADDED
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.tensors import PretrainedError, Tensors
 from sgw_jax.backbones.vit import ViT
-from sgw_jax.layer_rates import ADDED
 from sgw_jax.layers.resize import cubic_matrix
 
 # Heads, pooling, masked-image tokens and index buffers, which a feature extractor has no use for.

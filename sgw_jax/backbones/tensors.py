@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 
 
 class PretrainedError(InputError):

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.layers.attention import SelfAttention
 from sgw_jax.layers.drop_path import DropPath
 from sgw_jax.layers.mlp import MLP

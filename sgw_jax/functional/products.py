@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sgw_jax.etf import project
+from sgw_jax.etf.simplex import project
 from sgw_jax.layers.attention import split_heads
 from sgw_jax.layers.topk_attention import attention_scores
 

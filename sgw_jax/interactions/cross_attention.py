@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.functional.cross_attention import cross_task_attention
 from sgw_jax.functional.tokens import check_features
 from sgw_jax.layers.parameters import DenseParameters, Initializer, NormParameters

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.etf.projections import PROJECTIONS
 from sgw_jax.functional.knowledge_extraction import Projection, knowledge_extraction
 from sgw_jax.functional.products import PRODUCTS
 from sgw_jax.functional.tokens import check_features
 from sgw_jax.layers.parameters import AttentionParameters, Initializer, NormParameters, named
 from sgw_jax.layers.placement import Placement
-from sgw_jax.projections import PROJECTIONS
 
 
 class KEM(nn.Module):

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.functional.linear import layer_norm
 from sgw_jax.functional.shared_workspace import TORCH_EPSILON, shared_workspace
 from sgw_jax.functional.tokens import concatenate_mask, concatenate_tasks, split_tasks

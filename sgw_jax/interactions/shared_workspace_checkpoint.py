@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 
 LINEAR = ("input_projector", "query_proj", "key_proj", "value_proj")
 NORMS = ("attended_memory_layernorm", "attended_memory_layernorm2")

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 
 
 class PatchEmbed(nn.Module):

@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 
 # "full" keeps a block's input alone; "dots" also the results of its matrix products that have no batch axis (the
 # projections and the MLP, not the attention scores), so that little more than norms and softmaxes are computed twice.

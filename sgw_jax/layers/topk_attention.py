@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.layers.placement import Placement
 
 Located = Callable[[Array, Array], Array]  # (position among a shard's tokens, shard) -> the token's index in the whole

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.layers.attention import in_groups, split_heads
 from sgw_jax.layers.topk_attention import apply_weights, attention_scores
 

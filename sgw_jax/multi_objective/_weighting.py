@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from optax.experimental import aggregating
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.multi_objective.gramian import gramian, standardise
 
 

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.tasks.base import Task
 from sgw_jax.tasks.depth import Depth
 from sgw_jax.tasks.edges import Edges

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, ratio, scalar_map
 
 COLORMAPS = {"depth": "magma_r", "disparity": "magma", "inverse_depth": "magma"}  # uniform steps; near is bright

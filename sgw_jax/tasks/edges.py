@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.tasks.base import Sums, ratio
 from sgw_jax.tasks.mask import MaskTask, bce_terms, logit_of, maximum_f
 

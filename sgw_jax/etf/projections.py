@@ -1,0 +1,99 @@
+"""What sKEM may select by: the fixed simplex ETF, and the fair controls that tell what the ETF itself brings."""
+
+from typing import Protocol
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sgw_jax.etf.simplex import SimplexETF, check_rank, direction, orthonormal_frame, project
+
+
+class Projection(Protocol):
+    """Makes a projection module of K vertices: features (..., d) -> (..., some width), entries of unit variance.
+
+    Its method ``factors`` returns (features' directions (..., d), a frame (d, some width) or None): the projection is
+    their product.
+    """
+
+    def __call__(self, num_vertices: int, seed: int, *, name: str) -> nn.Module: ...
+
+
+class Direction(nn.Module):
+    """``z = sqrt(d) f / ||f||`` alone: what the normalisation does without a frame. K and the seed are not used.
+
+    With K = d + 1 a learned map behind an ETF can be whatever one behind this is (method: the same function class).
+    """
+
+    num_vertices: int
+    seed: int = 0
+
+    def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch dim"]:
+        return project(*self.factors(features))
+
+    def width(self, dim: int) -> int:
+        """Of the projection of features of width ``dim``."""
+        return dim
+
+    def factors(self, features: Float[Array, "*batch dim"]) -> tuple[Array, None]:
+        """(z, no frame)."""
+        return direction(features), None
+
+
+class OrthonormalFrame(nn.Module):
+    """``z = sqrt(d) Q^T f / ||f||`` with a fixed random orthonormal Q (d, K - 1): the ETF's rank without its angles.
+
+    Q lives in the collection ``constants``, as the ETF does.
+    """
+
+    num_vertices: int
+    seed: int = 0
+
+    def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch rank"]:
+        return project(*self.factors(features))
+
+    def width(self, dim: int) -> int:
+        """Of the projection of features of width ``dim``."""
+        check_rank(self.num_vertices - 1, dim)
+        return self.num_vertices - 1
+
+    @nn.compact
+    def factors(self, features: Float[Array, "*batch dim"]) -> tuple[Array, Float[Array, "dim rank"]]:
+        """(``sqrt(d) f / ||f||``, Q)."""
+
+        def make(dim: int) -> Array:
+            return jnp.asarray(orthonormal_frame(dim, self.num_vertices - 1, seed=self.seed), jnp.float32)
+
+        return direction(features), self.variable("constants", "frame", make, features.shape[-1]).value
+
+
+class LearnedFrame(nn.Module):
+    """``z = sqrt(d) W^T f / ||f||`` with a learned W (d, K - 1) that starts orthonormal: the ETF's rank, learned."""
+
+    num_vertices: int
+    seed: int = 0
+
+    def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch rank"]:
+        return project(*self.factors(features))
+
+    def width(self, dim: int) -> int:
+        """Of the projection of features of width ``dim``."""
+        check_rank(self.num_vertices - 1, dim)
+        return self.num_vertices - 1
+
+    @nn.compact
+    def factors(self, features: Float[Array, "*batch dim"]) -> tuple[Array, Float[Array, "dim rank"]]:
+        """(``sqrt(d) f / ||f||``, W)."""
+
+        def start(_: Array, shape: tuple[int, int]) -> Array:
+            return jnp.asarray(orthonormal_frame(*shape, seed=self.seed), jnp.float32)
+
+        return direction(features), self.param("kernel", start, (features.shape[-1], self.num_vertices - 1))
+
+
+PROJECTIONS: dict[str, Projection] = {
+    "etf": SimplexETF,
+    "direction": Direction,
+    "orthonormal": OrthonormalFrame,
+    "learned": LearnedFrame,
+}

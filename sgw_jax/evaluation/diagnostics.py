@@ -1,0 +1,316 @@
+"""What a KEM does on a split: what its slots read, who uses them, and what the metrics lose without them."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import entr
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
+from sgw_jax.evaluation.metrics import add_all
+from sgw_jax.evaluation.selection import jaccard, selection_between_images, selection_overlap
+from sgw_jax.functional.tokens import TokenLayout, concatenate_tasks
+from sgw_jax.interactions.knowledge_extraction import KEM
+from sgw_jax.sharding import global_batch, replicated
+from sgw_jax.tasks.base import Task
+from sgw_jax.train_step import make_eval_step
+
+ABLATIONS = ("zeroed", "swapped")
+NOISE = 0.1  # of the selection's perturbation: standard deviation, in units of the normalised image (about 6 levels)
+SHOWN_SLOTS = 5  # whose retrieve maps `collect_examples` returns
+
+Batch = Mapping[str, Any]
+Features = dict[str, Array]
+Intervention = Callable[[Float[Array, "batch slots slot_dim"]], Array]
+
+
+def diagnose(
+    model: nn.Module,
+    variables: Any,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    tasks: Sequence[Task],
+    length: int | None = None,
+) -> dict[str, Any] | None:
+    """How the KEM of a `MultiTaskModel` works on a whole split; exact on any number of devices and processes.
+
+    As in `evaluate`, a jitted step returns sums over a global batch and the host adds them. All attention is averaged
+    over images, heads and rounds; T tasks, L slots, k kept tokens, n_s tokens of all tasks.
+
+    Args:
+      batches: as `eval_batches` yields them, this process's rows.
+      length: of the split; rows beyond it are padding and do not count. None counts every row.
+
+    Returns: None where ``model.interaction`` is not a KEM, else plain data (None where a number is not defined):
+      tasks: the names, the order of the matrices below.   images: how many counted.
+      slot_diversity: 1 - Jaccard overlap (intersection / union) of the token sets that two slots keep in the same
+        image, head and round, averaged over all pairs of slots; None without top-k (all are equal) or with one slot.
+      retrieve_entropy: entropy of a slot's retrieve weights / log k (log n_s without top-k); 1 = a plain average.
+      write_entropy: entropy of a token's write weights / log L; 1 = every token takes all slots alike.
+      readout_cosine: mean cosine between the read-outs R^ of the same slot (and round) in two different images, over
+        all pairs of images of the split (not of a batch only: the sum over pairs follows from the sum of the unit
+        vectors); 1 = the same read-out for every image. A read-out of zero counts as cosine 0.
+      selection_stability: Jaccard overlap of the tokens that a slot keeps for an image and for a copy of it with
+        Gaussian noise of standard deviation NOISE, drawn alike for every batch; None without top-k. Read it beside
+      selection_between_images: the same overlap between two images of a batch; a selection that ignores its input is
+        stable under anything. None without top-k or where no batch has two images.
+      update_ratio: mean over images of ||F^|| / ||F||, the norms over all tokens and channels.
+      task_gates: {task: the learned factor of its update}; empty without KEM's ``task_gate``.
+      reads (L, T): share of slot l's retrieved attention that falls on tokens of task t; rows sum to 1.
+      writes (T, L): mean attention of task t's tokens to slot l; rows sum to 1.
+      flow (T, T): mean over images and heads of writes times reads, the composed map from token to token summed by
+        task: what share of task t's update comes from tokens of task s; rows sum to 1.
+      ablations: {"zeroed", "swapped"} -> {"metrics": {task: {metric: value}}, "losses": {task: loss}}, as `evaluate`
+        gives them, with R^ = 0 in every round, and with R^ taken from another image: the one before in the batch, for
+        the first the last (an image that is alone in its batch keeps its own).
+    """
+    if not isinstance(getattr(model, "interaction", None), KEM):
+        return None
+    step = _make_step(model, tasks, mesh)
+
+    def sums() -> Iterator[Any]:
+        seen = 0
+        for batch in batches:
+            arrays = global_batch(batch, mesh)
+            rows = arrays["image"].shape[0]
+            real = rows if length is None else min(length - seen, rows)
+            seen += rows
+            yield step(variables, arrays, np.int32(real))
+
+    with jax.set_mesh(mesh):
+        total = add_all(sums())
+    if total is None:
+        raise InputError("diagnose: there were no batches; the split is empty.")
+    return {
+        "tasks": [task.name for task in tasks],
+        **_means(total["module"]),
+        "task_gates": _task_gates(variables["params"]["interaction"], tasks) if model.interaction.task_gate else {},
+        "ablations": {name: _values(total["ablations"][name], tasks) for name in ABLATIONS},  # jit sorts keys
+    }
+
+
+def _task_gates(params: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, float]:
+    # A single number is on every device.
+    return {task.name: float(jax.device_get(params[f"task_gate_{task.name}"])[0]) for task in tasks}
+
+
+def _make_step(model: nn.Module, tasks: Sequence[Task], mesh: Mesh) -> Callable[[Any, Batch, Any], dict[str, Any]]:
+    """Jits ``step(variables, batch, real rows) -> sums``: of the module itself, and of the metrics under ablation."""
+    eval_step = make_eval_step(model, tasks)
+
+    def step(variables: Any, batch: Batch, real: Int[Array, ""]) -> dict[str, Any]:
+        features: Features = {}
+        with _intervene(features):
+            _, sown = _apply(model, variables, batch["image"])
+        noise = NOISE * jax.random.normal(jax.random.key(0), batch["image"].shape)
+        _, perturbed = _apply(model, variables, batch["image"] + noise)
+        rows = jnp.arange(batch["image"].shape[0])
+        valid = rows < real
+        another = jnp.where(valid, (rows - 1) % jnp.maximum(real, 1), rows)
+        changes: Sequence[Intervention] = (jnp.zeros_like, lambda readout: readout[another])
+        found = {}
+        for name, change in zip(ABLATIONS, changes, strict=True):
+            with _intervene(features, change):
+                found[name] = eval_step(variables, batch)
+        layout = _layout(features)
+        module = _module_sums(sown, layout, [layout.names.index(task.name) for task in tasks], valid)
+        module |= _selection_sums(sown, perturbed, valid)
+        return {"module": module, "ablations": found}
+
+    return jax.jit(step, out_shardings=replicated(mesh))
+
+
+def _intervene(features: Features, change: Intervention | None = None):
+    """A context in which a model's KEM has ``change`` made to every R^ it retrieves.
+
+    ``features`` is empty the first time and receives the KEM's input; after that the KEM gets this input, so that what
+    comes before it in a second ``apply`` of the same trace is dead code: the backbone is computed once.
+    """
+
+    def intercept(method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
+        if not isinstance(context.module, KEM) or context.method_name != "__call__":
+            return method(*args, **kwargs)
+        if not features:
+            features.update(args[0])
+        return method(features, *args[1:], **kwargs, change=change)
+
+    return nn.intercept_methods(intercept)
+
+
+def _layout(features: Features) -> TokenLayout:
+    return concatenate_tasks(features, "diagnostics")[1]
+
+
+def _apply(model: nn.Module, variables: Any, image: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Predictions, and what the KEM sows, rounds stacked in front (empty for another interaction)."""
+    fresh = {name: tree for name, tree in variables.items() if name != "diagnostics"}  # `init` leaves its own there
+    predictions, collections = model.apply(fresh, image, mutable=["diagnostics"])
+    sown = collections.get("diagnostics", {}).get("interaction", {})
+    return predictions, {name: jnp.stack(rounds) for name, rounds in sown.items()}
+
+
+def _module_sums(
+    sown: Mapping[str, Array], layout: TokenLayout, order: Sequence[int], valid: Bool[Array, " batch"]
+) -> dict[str, Array]:
+    """Sums over the valid images of what `diagnose` describes; tasks in the given order of the layout's."""
+    weights, write = sown["retrieve_weights"], sown["write_weights"]  # round batch head slot kept; ... token slot
+    index = sown.get("retrieve_index", jnp.arange(weights.shape[-1]))
+    ends = np.cumsum(layout.lengths)
+    spans = [(ends[i] - layout.lengths[i], ends[i]) for i in order]
+    inside = [(index >= start) & (index < end) for start, end in spans]
+    reads = jnp.stack([jnp.sum(jnp.where(mask, weights, 0), axis=-1) for mask in inside], axis=-1)
+    writes = jnp.stack([jnp.mean(write[..., start:end, :], axis=-2) for start, end in spans], axis=-2)
+    flow = jnp.einsum("rbhtl,rbhls->rbhts", writes, reads)
+
+    by_image = {
+        "reads": jnp.mean(reads, axis=(0, 2)),
+        "writes": jnp.mean(writes, axis=(0, 2)),
+        "flow": jnp.mean(flow, axis=(0, 2)),
+        "update_ratio": jnp.mean(sown["update_ratio"], axis=0),
+    }
+    kept, slots = weights.shape[-1], write.shape[-1]
+    if kept > 1:
+        entropy = jnp.sum(entr(weights), axis=-1) / math.log(kept)
+        by_image["retrieve_entropy"] = jnp.mean(entropy, axis=(0, 2, 3))
+    if slots > 1:
+        entropy = jnp.sum(entr(write), axis=-1) / math.log(slots)
+        by_image["write_entropy"] = jnp.mean(entropy, axis=(0, 2, 3))
+    if slots > 1 and "retrieve_index" in sown:
+        by_image["slot_diversity"] = 1 - jnp.mean(_mean_overlap(index), axis=(0, 2))
+
+    readout = sown["readout"].astype(jnp.float32)
+    length = jnp.linalg.norm(readout, axis=-1, keepdims=True)
+    unit = jnp.where(valid[:, None, None] & (length > 0), readout / jnp.where(length > 0, length, 1), 0)
+    return {
+        **{name: _sum_valid(value, valid) for name, value in by_image.items()},
+        "images": jnp.sum(valid, dtype=jnp.int32),
+        "unit_readout": jnp.sum(unit, axis=1),
+        "unit_readout_squared": jnp.sum(jnp.square(unit), axis=(1, 3)),
+    }
+
+
+def _sum_valid(values: Float[Array, "batch *rest"], valid: Bool[Array, " batch"]) -> Array:
+    # `where`, not a product: what a padded row holds, NaN included, must not enter.
+    return jnp.sum(jnp.where(valid.reshape(-1, *(1,) * (values.ndim - 1)), values, 0), axis=0)
+
+
+def _mean_overlap(index: Int[Array, "*batch slots kept"]) -> Float[Array, "*batch"]:
+    """Jaccard overlap of the slots' token sets, averaged over pairs of different slots."""
+    overlap = jaccard(index[..., :, None, :], index[..., None, :, :])
+    first, second = np.triu_indices(index.shape[-2], k=1)
+    return jnp.mean(overlap[..., first, second], axis=-1)
+
+
+def _selection_sums(
+    sown: Mapping[str, Array], perturbed: Mapping[str, Array], valid: Bool[Array, " batch"]
+) -> dict[str, Array]:
+    """Sums over the valid images, and over pairs of them, of how the kept tokens overlap; rounds averaged."""
+    if "retrieve_index" not in sown:
+        return {}
+    stable = jax.vmap(selection_overlap)(sown["retrieve_index"], perturbed["retrieve_index"])
+    between, pairs = jax.vmap(lambda index: selection_between_images(index, valid))(sown["retrieve_index"])
+    return {
+        "selection_stability": _sum_valid(jnp.mean(stable, axis=0), valid),
+        "selection_between_images": jnp.mean(between),
+        "pairs_in_batches": pairs[0],
+    }
+
+
+def _means(sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """The numbers of `diagnose` from the sums over all images, as plain floats and lists."""
+    images = int(sums["images"])
+    scalars = ("slot_diversity", "retrieve_entropy", "write_entropy", "selection_stability", "update_ratio")
+    numbers: dict[str, Any] = {name: float(sums[name] / images) if name in sums else None for name in scalars}
+    pairs = images * (images - 1)
+    between = np.sum(np.square(sums["unit_readout"]), axis=-1) - sums["unit_readout_squared"]
+    numbers["readout_cosine"] = float(np.mean(between)) / pairs if pairs else None
+    together = int(sums.get("pairs_in_batches", 0))
+    numbers["selection_between_images"] = float(sums["selection_between_images"]) / together if together else None
+    matrices = {name: (sums[name] / images).tolist() for name in ("reads", "writes", "flow")}
+    return {"images": images, **numbers, **matrices}
+
+
+def _values(sums: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, Any]:
+    return {
+        "metrics": {task.name: task.metric_values(sums[task.name]["metrics"]) for task in tasks},
+        "losses": {task.name: float(sums[task.name]["loss"] / max(sums[task.name]["count"], 1)) for task in tasks},
+    }
+
+
+def collect_examples(
+    model: nn.Module, variables: Any, batch: Batch, mesh: Mesh, tasks: Sequence[Task], count: int
+) -> dict[str, Any]:
+    """The first ``count`` images of a (global) batch as pictures, for the report; NumPy arrays throughout.
+
+    Returns:
+      image: uint8 (n, H, W, 3).
+      tasks: {task: {"prediction": decoded (n, ...), "target": (n, ...), "pictures": {"truth", "prediction"} -> uint8
+        (n, H, W, 3), drawn with one range of colours, that of all n targets, and its "legend"}}.
+      retrieve: None where the interaction is not a KEM, else {"slots": numbers, "maps": {task: (n, slots, h, w)}}: how
+        much attention a slot pays to each token, averaged over heads, in the last round; the maps of a slot sum to 1
+        over all tasks. Shown are the SHOWN_SLOTS slots that tokens of these images take most from, in that order.
+    """
+    is_kem = isinstance(getattr(model, "interaction", None), KEM)
+
+    def run(variables: Any, batch: Batch) -> dict[str, Any]:
+        features: Features = {}
+        with _intervene(features):
+            predictions, sown = _apply(model, variables, batch["image"])
+        image = batch["image"] * jnp.asarray(IMAGE_STD) + jnp.asarray(IMAGE_MEAN)
+        found = {
+            "image": jnp.round(255 * jnp.clip(image, 0, 1)).astype(jnp.uint8),
+            "prediction": {task.name: task.decode(predictions[task.name]) for task in tasks},
+            "target": {task.name: batch[task.name] for task in tasks},
+        }
+        if is_kem:
+            last = {name: value[-1] for name, value in sown.items()}
+            found["use"] = jnp.mean(last["write_weights"], axis=(1, 2))
+            found["maps"] = _retrieve_maps(last["retrieve_weights"], last.get("retrieve_index"), _layout(features))
+        return jax.tree.map(lambda array: array[:count], found)
+
+    with jax.set_mesh(mesh):
+        found = jax.device_get(jax.jit(run, out_shardings=replicated(mesh))(variables, global_batch(batch, mesh)))
+    retrieve = None
+    if is_kem:
+        slots = np.argsort(-found["use"].mean(axis=0), kind="stable")[:SHOWN_SLOTS]
+        retrieve = {"slots": slots.tolist(), "maps": {t.name: found["maps"][t.name][:, slots] for t in tasks}}
+    return {
+        "image": found["image"],
+        "tasks": {t.name: _pictures(t, found["prediction"][t.name], found["target"][t.name]) for t in tasks},
+        "retrieve": retrieve,
+    }
+
+
+def _retrieve_maps(
+    weights: Float[Array, "batch heads slots kept"], index: Int[Array, "..."] | None, layout: TokenLayout
+) -> dict[str, Float[Array, "batch slots h w"]]:
+    """The weights put back where the tokens were, by task."""
+    if index is not None:
+        zeros = jnp.zeros(sum(layout.lengths), weights.dtype)
+        weights = jnp.vectorize(lambda w, i: zeros.at[i].set(w), signature="(k),(k)->(n)")(weights, index)
+    dense = jnp.mean(weights, axis=1)
+    parts = jnp.split(dense, np.cumsum(layout.lengths)[:-1], axis=-1)
+    return {
+        name: part.reshape(*part.shape[:2], *shape[1:-1])
+        for name, part, shape in zip(layout.names, parts, layout.shapes, strict=True)
+    }
+
+
+def _pictures(task: Task, predictions: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+    together = targets.reshape(-1, *targets.shape[2:])  # one map, its images one below the other
+    return {
+        "prediction": predictions,
+        "target": targets,
+        "pictures": {
+            "truth": np.stack([task.draw(target, like=together) for target in targets]),
+            "prediction": np.stack([task.draw(prediction, like=together) for prediction in predictions]),
+        },
+        "legend": task.legend(together),
+    }

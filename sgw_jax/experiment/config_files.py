@@ -1,0 +1,170 @@
+"""Reading `--config=NAME_OR_FILE[:args]` and `--config.key=value`."""
+
+import difflib
+import importlib.resources
+import importlib.util
+import math
+import re
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict, FieldReference
+
+from sgw_jax.data_pipelines.errors import InputError
+
+INTERNAL = ("__init__", "base")
+
+
+class UsageError(InputError):
+    """The command line asks for something that is not there."""
+
+
+def read_config(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The configuration of a file, or of a shipped one by name, with ``--config.key=value`` applied, locked.
+
+    Raises:
+      UsageError: no such file or name, a file that fails, a key that does not exist (names the nearest that does), a
+        value of another type.
+    """
+    config = _load(argument)
+    keys = _leaves(config)
+    for override in overrides:
+        key, separator, text = override.removeprefix("--config.").partition("=")
+        if not override.startswith("--config.") or not separator:
+            raise UsageError(f"Unknown argument {override!r}. Keys of the configuration are set as --config.key=value.")
+        if key not in keys:
+            raise UsageError(f"--config={argument} has no key {key!r}. {_hint(key, keys)}")
+        section, name = _owner(config, key)
+        section[name] = _parse(key, text, dict(section.items(preserve_field_references=True))[name])
+    return config.lock()
+
+
+def config_file(name: str) -> Path:
+    """A file as it is, or the shipped configuration of that name."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    folder = Path(str(importlib.resources.files("sgw_jax.configs")))
+    shipped = {file.stem: file for file in folder.glob("*.py") if file.stem not in INTERNAL}
+    # `configs/scenes.py` works outside a checkout too.
+    if path.stem in shipped and path.name in (path.stem, f"{path.stem}.py") and path.parent.name in ("", "configs"):
+        return shipped[path.stem]
+    near = difflib.get_close_matches(path.stem, shipped, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"--config: there is no file {name!r}; the shipped configurations are {sorted(shipped)}.{hint}")
+
+
+def _load(argument: str) -> ConfigDict:
+    """What the file's get_config returns, with every key of configs/base.py."""
+    name, colon, arg = argument.partition(":")
+    path = config_file(name)
+    base = importlib.import_module("sgw_jax.configs.base")
+    try:
+        get_config = getattr(_execute(path), "get_config", None)
+        if get_config is None:
+            raise UsageError(f"--config={argument}: {path} defines no get_config().")
+        config = get_config(arg) if colon else get_config()
+    except UsageError:
+        raise
+    except Exception as error:  # the file is a program: it may raise anything
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise UsageError(f"--config={argument}: {where}: {type(error).__name__}: {_brief(error)}") from error
+    missing = [key for key in _leaves(base.get_config()) if key not in _leaves(config)]
+    if missing:
+        some = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise UsageError(f"--config={argument}: {path} lacks the keys {some}; start from base.get_config().")
+    return config
+
+
+def _execute(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--config: {path} is not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _brief(error: Exception) -> str:
+    """The message without ml_collections' dump of the whole configuration."""
+    head, dump, rest = str(error).strip("'\"").partition(" Other fields present:")
+    meant = re.search(r'Did you mean "[^"]+"', rest)
+    return f"{head} {meant[0]}?" if dump and meant else head
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> list[str]:
+    """All keys, dotted; those that hold None too."""
+    keys: list[str] = []
+    for key, value in config.items():
+        keys += _leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [f"{prefix}{key}"]
+    return keys
+
+
+def _owner(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+    """The section that holds the key, and its name there."""
+    *sections, name = key.split(".")
+    for section in sections:
+        config = config[section]
+    return config, name
+
+
+def _hint(key: str, keys: Sequence[str]) -> str:
+    """Which key was probably meant: one of the same name elsewhere, else the nearest in its section, else anywhere."""
+    if inside := [other for other in keys if other.startswith(f"{key}.")]:
+        return f"It is a section; its keys are {', '.join(inside)}."
+    section, _, name = key.rpartition(".")
+    siblings = [other for other in keys if section and other.rpartition(".")[0] == section]
+    near = [other for other in keys if other.rpartition(".")[2] == name]
+    near.sort(key=lambda other: -difflib.SequenceMatcher(None, key, other).ratio())  # of several the most alike
+    names = [other.rpartition(".")[2] for other in siblings]
+    near = near or [f"{section}.{other}" for other in difflib.get_close_matches(name, names)]
+    near = near or ([] if siblings else difflib.get_close_matches(key, keys))
+    meant = f"Did you mean --config.{near[0]}? " if near else ""
+    return meant + (f"That section has {', '.join(siblings)}." if siblings else "configs/base.py has all keys.")
+
+
+def _parse(key: str, text: str, old: Any) -> Any:
+    """The text as a value of the old one's type; None where the key is optional (a reference, see configs/base.py)."""
+    optional = isinstance(old, FieldReference)
+    kind = old.get_type() if optional else type(old)
+    if optional and text in ("None", "none"):
+        return None
+    try:
+        return _tuple(text, old) if kind is tuple else _scalar(text, kind)
+    except ValueError as error:
+        wanted = f"{error}{' or None' if optional else ''}"
+        now = old.get() if optional else old
+        raise UsageError(f"--config.{key}={text}: expected {wanted}; it is {now!r} now.") from error
+
+
+def _tuple(text: str, old: tuple) -> tuple:
+    """As many numbers as there were (any, if there were none), or any number of names; brackets and quotes are
+    optional."""
+    kind = type(old[0]) if old else float
+    separators = ",+" if kind is str else ","
+    parts = [part.strip(" '\"") for part in re.split(f"[{separators}]", text.strip("()[]"))]
+    values = tuple(_scalar(part, kind) for part in parts if part)
+    if not old:  # whole numbers where they are
+        return tuple(int(value) if value == int(value) and "." not in text else value for value in values)
+    if kind is not str and len(values) != len(old):
+        raise ValueError(f"{len(old)} numbers with a comma between them")
+    return values
+
+
+def _scalar(text: str, kind: type) -> Any:
+    """Raises a ValueError that says what was expected."""
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError("true or false")
+        return text.lower() == "true"
+    try:
+        value = kind(text)
+    except ValueError as error:
+        raise ValueError("a whole number" if kind is int else "a number") from error
+    if kind is float and not math.isfinite(value):
+        raise ValueError("a finite number")
+    return value

@@ -1,0 +1,154 @@
+"""Everything a configuration describes, as objects, and what must be equal for a run to go on."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sgw_jax.data_pipelines.loader import Batches, Source, eval_batches, train_batches
+from sgw_jax.data_pipelines.transforms import Augmentation, Target
+from sgw_jax.differentiate import Objective
+from sgw_jax.model import MultiTaskModel
+from sgw_jax.tasks.base import Task
+
+# Keys that may differ between a run and its resumption: they change no number of the run on the same mesh.
+FREE_KEYS = (
+    *("log_every", "keep", "mesh", "data.workers", "data.threads", "data.root", "data.format", "boundary"),
+    *("profile_after", "profile_steps"),
+    "backbone_weights",  # read at step 0 alone
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The loop's own numbers; see configs/base.py for their meaning."""
+
+    seed: int
+    steps: int
+    batch_size: int
+    accumulate: int
+    ema_decay: float | None
+    log_every: int
+    checkpoint_every: int
+    eval_every: int
+    keep: int
+    profile_after: int | None
+    profile_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Boundary:
+    """How boundaries are matched at the end of a run; see boundary.py. ``max_dist`` None: not at all."""
+
+    max_dist: float | None
+    outline_targets: bool
+    workers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The sources by split, and how their examples become batches."""
+
+    sources: Mapping[str, Source]
+    targets: Mapping[str, Target]
+    augmentation: Augmentation
+    batch_size: int
+    seed: int
+    block: tuple[int, int]  # this process's, of how many blocks of the batch's rows
+    workers: int
+    threads: int
+
+    def train(self, start_step: int, steps: int) -> Batches:
+        """Augmented batches of this process's rows for steps start_step .. steps - 1."""
+        return train_batches(
+            self.sources["train"],
+            self.targets,
+            self.augmentation,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            start_step=start_step,
+            num_steps=steps,
+            **self._reading(),
+        )
+
+    def evaluation(self, split: str) -> Batches:
+        """Every example of the split once; the last batch is padded with ignored rows."""
+        return eval_batches(
+            self.sources[split],
+            self.targets,
+            batch_size=self.batch_size,
+            size=self.augmentation.size,
+            **self._reading(),
+        )
+
+    def _reading(self) -> dict[str, int]:
+        return {
+            "process_index": self.block[0],
+            "process_count": self.block[1],
+            "num_workers": self.workers,
+            "num_threads": self.threads,
+        }
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Which data this is, by split."""
+        return {split: source.fingerprint() for split, source in self.sources.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that a configuration describes."""
+
+    config: ConfigDict
+    tasks: tuple[Task, ...]
+    model: MultiTaskModel
+    size: tuple[int, int]
+    mesh: Mesh
+    data: Data
+    settings: Settings
+    boundary: Boundary
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    objective: Objective
+    gradients: Literal["parameters", "representation"]
+    backbone_weights: str  # a pretrained backbone's file or folder; empty for none
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a run to go on: the configuration but for FREE_KEYS, and the data."""
+        flat = flatten(self.config.to_dict())
+        kept = {k: v for k, v in flat.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE_KEYS)}
+        return {
+            **kept,
+            **{f"tasks.{task.name}": task.to_dict() for task in self.tasks},
+            **flatten(self.data.fingerprint(), "data."),
+        }
+
+    def metadata(self) -> dict[str, Any]:
+        """What prediction needs to know, as JSON: kept in every checkpoint."""
+        return {
+            "config": self.config.to_json(),
+            "tasks": [task.to_dict() for task in self.tasks],
+            "identity": self.identity(),
+        }
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as {"a.b.c": value}; tuples become lists, as in JSON."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[str]:
+    """One line per key whose value differs."""
+    missing = "(absent)"
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key, missing), new.get(key, missing)
+        if before != after:
+            yield f"{key}: {before!r} there, {after!r} now"

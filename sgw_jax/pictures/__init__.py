@@ -1,0 +1,1 @@
+"""Drawing: panels of predictions, galleries, charts, and pictures inside a page."""

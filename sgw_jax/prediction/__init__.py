@@ -1,0 +1,1 @@
+"""Predictions of a trained network: on arrays (`predictor`) and on image files (`image_files`)."""

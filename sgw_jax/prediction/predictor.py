@@ -1,0 +1,209 @@
+"""Prediction for images of any size: arrays in, decoded maps out."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.transforms import normalise, pad, resize_to_fit
+from sgw_jax.model import MultiTaskModel
+from sgw_jax.run.saved_run import open_run, saved_model
+from sgw_jax.tasks.base import Task
+
+PIXELS = 2**16  # decoded at once: one compiled program then serves images of every size
+
+
+class Predictor:
+    """A trained network as a function of images of any size.
+
+    An image is scaled to the largest copy that fits into the training size with its aspect (area averages where it
+    shrinks, bilinear where it grows), normalised, and padded, centred, with 0, the mean colour. Of the raw predictions
+    the padding is cut off; they are interpolated bilinearly (pixel centres aligned) at the pixels of the original and
+    only then decoded. So labels are the argmax of interpolated logits and normals have unit length. Depth is returned
+    as the network predicts it (our decision): resizing a picture changes neither the scene nor the angle of view, so
+    distances stay, unlike under the zoom of training, which stands for a step closer.
+
+    `Task.decode` must treat each pixel by itself, as it does in all tasks of the package.
+
+    Args:
+      model: the network.
+      variables: its collections.
+      tasks: what it predicts.
+      size: (height, width) that it was trained at.
+      config, step: of the run, where there is one.
+      batch_size: images that the network takes at once, always filled up to this number, so that it is compiled once.
+        None: 1 on a CPU, where more gain nothing, else 8.
+    """
+
+    def __init__(
+        self,
+        model: MultiTaskModel,
+        variables: Mapping[str, Any],
+        tasks: Sequence[Task],
+        size: tuple[int, int],
+        *,
+        config: ConfigDict | None = None,
+        step: int | None = None,
+        batch_size: int | None = None,
+    ):
+        if batch_size is None:
+            batch_size = 1 if jax.default_backend() == "cpu" else 8
+        if batch_size < 1:
+            raise InputError(f"Predictor: batch_size is {batch_size}; it must be at least 1.")
+        self.tasks = tuple(tasks)
+        self.config, self.step = config, step
+        self.size, self.batch_size = (int(size[0]), int(size[1])), batch_size
+        self._variables = variables
+        self._network = jax.jit(model.apply)
+        self._decode = jax.jit(self._decoded_at)
+
+    @classmethod
+    def from_workdir(
+        cls,
+        workdir: Path | str,
+        which: str = "best",
+        kinds: dict[str, type[Task]] | None = None,
+        batch_size: int | None = None,
+    ) -> Self:
+        """The predictor of a run, from its checkpoint alone.
+
+        Args:
+          which: "best" or "last" checkpoint.
+          kinds: task classes by name where the run used a user's own, {**TASKS, "Mine": Mine}.
+
+        Raises:
+          CheckpointError: there is no complete checkpoint.
+        """
+        with open_run(workdir, which, kinds) as run:
+            model = saved_model(run)
+            variables = run.variables(model)
+        size = tuple(run.config.data.size)
+        return cls(model, variables, run.tasks, size, config=run.config, step=run.step, batch_size=batch_size)
+
+    def __call__(self, images: Any) -> dict[str, Any]:
+        """Decoded maps by task: labels uint8 (H, W), depth float32 (H, W) in metres, unit normals float32 (H, W, 3),
+        probabilities of edges and saliency float32 (H, W).
+
+        Args:
+          images: RGB, uint8 or float in [0, 1] (rounded to 8 bits, which is what the network was trained on): one
+            (H, W, 3), whose maps are returned as they are; a batch (N, H, W, 3), whose maps get the leading axis N; or
+            a list of images of any sizes, which gives a list per task.
+
+        Raises:
+          ValueError: another shape, type or range; no image.
+        """
+        if isinstance(images, list | tuple):
+            checked = [check_image(image, f"image {index}") for index, image in enumerate(images)]
+            if not checked:
+                raise InputError("predictor: the list of images is empty; give at least one image.")
+            return self._gathered(checked)
+        array = np.asarray(images)
+        if array.ndim != 4:
+            return next(self.stream([array]))
+        if not len(array):
+            raise InputError(f"predictor: the batch has shape {array.shape}, no image; give at least one image.")
+        maps = self._gathered([check_image(image, f"image {index}") for index, image in enumerate(array)])
+        return {name: np.stack(values) for name, values in maps.items()}
+
+    def stream(self, images: Iterable[Any]) -> Iterator[dict[str, np.ndarray]]:
+        """The maps of one image after another, in order; only `batch_size` images are held at a time."""
+        for group in _grouped(images, self.batch_size):
+            checked = [check_image(image, "image") for image in group]
+            fitted = [resize_to_fit(image, self.size) for image in checked]
+            batch = np.zeros((self.batch_size, *self.size, 3), np.float32)
+            for row, image in enumerate(fitted):
+                batch[row] = pad(normalise(image), self.size, 0)
+            raw = self._network(self._variables, batch)
+            for row, (image, copy) in enumerate(zip(checked, fitted, strict=True)):
+                yield self._restored(raw, row, copy.shape[:2], image.shape[:2])
+
+    def _gathered(self, images: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
+        maps = list(self.stream(images))
+        return {task.name: [found[task.name] for found in maps] for task in self.tasks}
+
+    def _restored(
+        self, raw: Mapping[str, Array], row: int, inner: tuple[int, int], size: tuple[int, int]
+    ) -> dict[str, np.ndarray]:
+        """Decoded maps of `size` from the `inner` part, without the padding, of one row of the raw predictions."""
+        height, width = size
+        down, across = (
+            _sampling(outer, part, length) for outer, part, length in zip(self.size, inner, size, strict=True)
+        )
+        pieces = []
+        for start in range(0, height * width, PIXELS):
+            # The last piece is filled up with its last pixel, so that all have one shape.
+            pixel = np.minimum(np.arange(start, start + PIXELS), height * width - 1)
+            y, x = np.divmod(pixel, width)
+            pieces.append(jax.device_get(self._decode(raw, row, *(a[y] for a in down), *(a[x] for a in across))))
+        maps = {}
+        for task in self.tasks:
+            flat = np.concatenate([piece[task.name] for piece in pieces])[: height * width]
+            maps[task.name] = flat.reshape(height, width, *flat.shape[1:])
+        return maps
+
+    def _decoded_at(
+        self,
+        raw: Mapping[str, Float[Array, "batch height width _"]],
+        row: Int[Array, ""],
+        y: Int[Array, " pixels"],
+        y_weight: Float[Array, " pixels"],
+        x: Int[Array, " pixels"],
+        x_weight: Float[Array, " pixels"],
+    ) -> dict[str, Array]:
+        """Every task's decoded prediction at points between pixels (y, x) and their lower and right neighbours."""
+        below, right = y + (y_weight > 0), x + (x_weight > 0)  # without weight there is no neighbour: no padding leaks
+        y_weight, x_weight = y_weight[:, None], x_weight[:, None]
+        maps = {}
+        for task in self.tasks:
+            values = raw[task.name][row]
+            upper = values[y, x] * (1 - x_weight) + values[y, right] * x_weight
+            lower = values[below, x] * (1 - x_weight) + values[below, right] * x_weight
+            maps[task.name] = task.decode((upper * (1 - y_weight) + lower * y_weight)[None])[0]
+        return maps
+
+
+def check_image(image: Any, name: str) -> np.ndarray:
+    """The image as uint8 (H, W, 3), or a ValueError that names it."""
+    array = np.asarray(image)
+    if array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        hint = {2: " Repeat a grey image three times along a last axis.", 3: " Drop an alpha channel: image[..., :3]."}
+        expected = "RGB arrays are (height, width, 3), batches (number, height, width, 3)"
+        raise InputError(f"predictor: {name} has shape {array.shape}; {expected}.{hint.get(array.ndim, '')}")
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise InputError(f"predictor: {name} is {array.dtype}; allowed are uint8 and floating point in [0, 1].")
+    low, high = float(array.min()), float(array.max())
+    if not (low >= 0 and high <= 1):  # NaN fails too
+        raise InputError(
+            f"predictor: {name} is {array.dtype} with values from {low:.4g} to {high:.4g}; floating-point images lie "
+            "in [0, 1]. Divide by 255, or convert to uint8."
+        )
+    return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
+
+
+def _sampling(outer: int, inner: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where centres of `length` pixels lie in the centred `inner` of `outer` pixels: (neighbour, weight of the next).
+
+    s = (i + 1/2) inner / length - 1/2, kept within [0, inner - 1] so that the border is repeated.
+    """
+    source = np.clip((np.arange(length) + 0.5) * inner / length - 0.5, 0, inner - 1)
+    first = np.floor(source).astype(np.int32)
+    return first + (outer - inner) // 2, (source - first).astype(np.float32)
+
+
+def _grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    group: list[Any] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

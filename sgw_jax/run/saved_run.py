@@ -1,0 +1,76 @@
+"""A run's directory opened again: from its checkpoint alone to configuration, tasks and state."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.experiment.build import build_model
+from sgw_jax.model import MultiTaskModel
+from sgw_jax.run.checkpoints import CheckpointError, Checkpoints
+from sgw_jax.tasks import TASKS, task_from_dict
+from sgw_jax.tasks.base import Task
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+    """One checkpoint of a run: its step and what was saved beside the arrays. Leaving a `with` block closes it."""
+
+    checkpoints: Checkpoints
+    step: int
+    config: ConfigDict
+    tasks: tuple[Task, ...]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.checkpoints.close()
+
+    def variables(self, model: MultiTaskModel) -> dict[str, Any]:
+        """The model's variables on the default device: averaged parameters where there are any, and constants."""
+        size = tuple(self.config.data.size)
+        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        saved = self.checkpoints.shapes(self.step)
+        name = "ema" if any(path.startswith("ema/") for path in saved) else "params"
+        wanted = {name: shapes["params"], "constants": shapes.get("constants", {})}
+        abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), wanted)
+        found = self.checkpoints.restore_variables(abstract, self.step)
+        return {"params": found[name], "constants": found["constants"]}
+
+
+def open_run(workdir: Path | str, which: str = "best", kinds: dict[str, type[Task]] | None = None) -> SavedRun:
+    """Opens the best (or, without a validation split, the last) or the last checkpoint.
+
+    Args:
+      which: "best" or "last".
+      kinds: task classes by name where the run used a user's own, {**TASKS, "Mine": Mine}.
+
+    Raises:
+      CheckpointError: no complete checkpoint there.
+    """
+    if which not in ("best", "last"):
+        raise InputError(f"checkpoint {which!r}: it must be 'best' or 'last'.")
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(Path(workdir) / CHECKPOINTS, read_only=True))
+        step = (checkpoints.best_step if which == "best" else None) or checkpoints.latest_step
+        if step is None:
+            raise CheckpointError(f"{workdir} holds no complete checkpoint; training has not saved one yet.")
+        metadata = checkpoints.metadata(step)
+        tasks = tuple(task_from_dict(description, kinds or TASKS) for description in metadata["tasks"])
+        stack.pop_all()  # open for the caller
+    return SavedRun(checkpoints, step, ConfigDict(json.loads(metadata["config"])), tasks)
+
+
+def saved_model(run: SavedRun) -> MultiTaskModel:
+    """The network of the run, without its data."""
+    return build_model(run.config, run.tasks)

@@ -1,0 +1,64 @@
+"""The train state of an experiment on its mesh: new, or from a checkpoint."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.run.checkpoints import Checkpoints
+from sgw_jax.run.warm_start import fine_tuning_start, pretrained_start
+from sgw_jax.sharding import check_split, state_sharding
+from sgw_jax.train_step import TrainState, init_state
+
+
+def initial_state(experiment: Experiment) -> TrainState:
+    """The state at step 0, born under jit where its sharding puts it."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment))
+    with jax.set_mesh(experiment.mesh):
+        return jax.jit(_init(experiment), out_shardings=shardings)(np.uint32(experiment.settings.seed))
+
+
+def restored_state(experiment: Experiment, checkpoints: Checkpoints, step: int) -> TrainState:
+    """The whole state of a checkpoint, on the experiment's mesh."""
+    return checkpoints.restore(abstract_state(experiment), step)
+
+
+def abstract_state(experiment: Experiment) -> TrainState:
+    """Shapes, dtypes and shardings of the state without the numbers. Options that the model refuses show up here, and
+    a mesh over which its parameters cannot be split."""
+    with jax.set_mesh(experiment.mesh):
+        shapes = jax.eval_shape(_init(experiment), np.uint32(0))
+        shardings = state_sharding(shapes, experiment.mesh)
+        check_split(shapes.params, shardings.params, experiment.mesh)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings
+    )
+
+
+def _init(experiment: Experiment) -> Callable[[Any], TrainState]:
+    return lambda seed: init_state(
+        experiment.model,
+        experiment.optimizer,
+        jnp.zeros((experiment.settings.batch_size, *experiment.size, 3), jnp.float32),
+        seed=seed,
+        ema=experiment.settings.ema_decay is not None,
+        objective=experiment.objective,
+    )
+
+
+def starting_state(
+    experiment: Experiment, checkpoints: Checkpoints, start: int, init_from: Path | str | None, console: Console
+) -> TrainState:
+    """The state at step ``start``: restored, or new, with another run's parameters if asked for."""
+    if start:
+        console.print(f"Resuming {checkpoints.directory.parent} at step {start}.", soft_wrap=True)
+        return restored_state(experiment, checkpoints, start)
+    state = initial_state(experiment)
+    if init_from is not None:
+        return fine_tuning_start(state, Path(init_from), console)
+    return pretrained_start(state, experiment, console) if experiment.backbone_weights else state

@@ -1,0 +1,36 @@
+"""The jitted training and evaluation step of an experiment, and the evaluation of one split."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from sgw_jax.evaluation.evaluate import Evaluation, evaluate
+from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.sharding import replicated
+from sgw_jax.train_step import TrainState, make_eval_step, make_train_step
+
+
+def compiled_steps(experiment: Experiment, state: TrainState) -> tuple[Any, Any]:
+    """The training step, which updates the state in place and leaves it where it lies, and the evaluation step."""
+    settings, everywhere = experiment.settings, replicated(experiment.mesh)
+    step = make_train_step(
+        experiment.model,
+        experiment.tasks,
+        experiment.optimizer,
+        objective=experiment.objective,
+        gradients=experiment.gradients,
+        accumulate=settings.accumulate,
+        ema_decay=settings.ema_decay,
+    )
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return (
+        jax.jit(step, out_shardings=(shardings, everywhere), donate_argnums=0),
+        jax.jit(make_eval_step(experiment.model, experiment.tasks), out_shardings=everywhere),
+    )
+
+
+def evaluate_split(experiment: Experiment, eval_step: Callable, variables: Any, split: str) -> Evaluation:
+    """The metrics of one split."""
+    with experiment.data.evaluation(split) as batches:
+        return evaluate(eval_step, variables, batches, experiment.mesh, experiment.tasks)

@@ -1,0 +1,105 @@
+"""Starting from another run's parameters, or from a pretrained backbone."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+
+from sgw_jax.backbones.layer_rates import ADDED
+from sgw_jax.backbones.pretrained import Pretrained, fit, read_pretrained
+from sgw_jax.data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
+from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.run.checkpoints import Checkpoints
+from sgw_jax.run.workdir import WorkdirError
+from sgw_jax.sharding import path_name
+from sgw_jax.train_step import TrainState
+
+BACKBONE = "backbone/"
+
+
+@contextlib.contextmanager
+def fine_tuning_source(source: Path) -> Iterator[tuple[Checkpoints, int]]:
+    """The checkpoints of the run to start from, and its best step (without scores: its last)."""
+    with Checkpoints(source / "checkpoints", read_only=True) as checkpoints:
+        step = checkpoints.best_step or checkpoints.latest_step
+        if step is None:
+            raise WorkdirError(f"--init_from: {source} holds no complete checkpoint.")
+        yield checkpoints, step
+
+
+def fine_tuning_start(state: TrainState, source: Path, console: Console) -> TrainState:
+    """Parameters of another run where name and shape agree; everything else starts fresh, and is listed."""
+    flat, structure = jax.tree_util.tree_flatten_with_path(state.params)
+    names = [path_name(path) for path, _ in flat]
+    with fine_tuning_source(source) as (checkpoints, step):
+        found = checkpoints.shapes(step)
+        collection = "ema" if any(name.startswith("ema/") for name in found) else "params"
+        fits = {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, (_, leaf) in zip(names, flat, strict=True)
+            if found.get(f"{collection}/{name}") == leaf.shape
+        }
+        if not fits:
+            raise WorkdirError(f"--init_from: no parameter of {source} (step {step}) has name and shape of one here.")
+        restored = checkpoints.restore_variables({collection: nested(fits)}, step)[collection]
+    loaded = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
+    fresh = jax.tree.leaves(state.params)
+    leaves = [loaded.get(name, leaf) for name, leaf in zip(names, fresh, strict=True)]
+    params = jax.tree.unflatten(structure, leaves)
+    console.print(f"Initialised {len(fits)} of {len(names)} parameters from {source}, step {step} ({collection}).")
+    for name in names:
+        if name not in fits:
+            there = found.get(f"{collection}/{name}")
+            why = "absent there" if there is None else f"shape {there} there"
+            console.print(f"  fresh: {name} ({why})", soft_wrap=True)
+    for name in found:
+        if name.startswith(f"{collection}/") and name.removeprefix(f"{collection}/") not in names:
+            console.print(f"  unused: {name.removeprefix(f'{collection}/')}", soft_wrap=True)
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return state.replace(params=params, ema=ema)
+
+
+def pretrained_start(state: TrainState, experiment: Experiment, console: Console) -> TrainState:
+    """The state with the backbone's parameters from `Experiment.backbone_weights`, each where its sharding puts it."""
+    found, values = pretrained_parameters(experiment, state.params)
+
+    def place(path: Any, leaf: jax.Array) -> jax.Array:
+        value = values.get(path_name(path).removeprefix(BACKBONE)) if path_name(path).startswith(BACKBONE) else None
+        if value is None:
+            return leaf
+        # Every process has read the whole file; each device takes its part.
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index].astype(leaf.dtype))
+
+    params = jax.tree_util.tree_map_with_path(place, state.params)
+    names = [path_name(path).removeprefix(BACKBONE) for path, _ in jax.tree_util.tree_leaves_with_path(state.params)]
+    fresh = [name for name in names if ADDED.match(name)]
+    console.print(f"Backbone from {found.summary()}", soft_wrap=True)
+    if left := [name for name in fresh if name not in values]:
+        console.print(f"  fresh: {', '.join(left)}", soft_wrap=True)
+    return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+
+
+def pretrained_parameters(experiment: Experiment, params: Any) -> tuple[Pretrained, dict[str, Any]]:
+    """What the file holds, and the backbone's parameters of it by name; ``params`` may be shapes alone.
+
+    Raises:
+      PretrainedError: see `read_pretrained` and `fit`.
+    """
+    found = read_pretrained(experiment.backbone_weights)
+    return found, fit(found, experiment.model.backbone, params["backbone"], IMAGE_MEAN, IMAGE_STD)
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """{"a/b": x} as {"a": {"b": x}}."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
