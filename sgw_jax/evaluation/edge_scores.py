@@ -7,12 +7,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from rich.console import Console
 
 from sgw_jax.evaluation import boundary
-from sgw_jax.sharding import batch_sharding, global_batch
+from sgw_jax.sharding import batch_sharding, from_all_processes, global_batch
 from sgw_jax.tasks.mask import labelled, positive
 
 Batch = Mapping[str, Any]
@@ -94,8 +93,8 @@ def _framed(probability: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np
 
 def _from_all_processes(counts: np.ndarray) -> np.ndarray:
     """The counts of all processes' images; processes may have different numbers of them."""
-    most = int(multihost_utils.process_allgather(np.asarray(len(counts))).max())
+    most = int(from_all_processes(np.asarray(len(counts), np.int32)).max())
     padded = np.zeros((most, *counts.shape[1:]), np.int64)
     padded[: len(counts)] = counts
-    gathered = multihost_utils.process_allgather(padded.astype(np.int32))
+    gathered = from_all_processes(padded.astype(np.int32))
     return np.asarray(gathered, np.int64).reshape(-1, *counts.shape[1:])

@@ -5,7 +5,6 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters import ad
 from jaxtyping import Array, Float
 
 from sgw_jax.data_pipelines.errors import InputError
@@ -74,9 +73,19 @@ def rows_of(pull: Callable[[Any], Any], losses: Losses, mode: str = "unroll") ->
         return [jax.tree.map(lambda leaf, i=i: leaf[i], rows) for i in range(len(ones))]
     if not scalars:
         return [pull(unit) for unit in units]
-    # A symbolic zero, unlike an array of zeros, ends the pass through what the other losses alone depend on.
-    zeros: list[Any] = [ad.Zero(jax.typeof(one).to_ct_aval()) for one in ones]
+    zeros = [_no_slope(one) for one in ones]
     return [pull(jax.tree.unflatten(tree, [*zeros[:i], one, *zeros[i + 1 :]])) for i, one in enumerate(ones)]
+
+
+def _no_slope(one: Array) -> Any:
+    """A symbolic zero, which ends the pass through what the other losses alone depend on; by JAX's legacy API, so that
+    where it is gone an array of zeros stands in: the same gradients for more work."""
+    try:
+        from jax.interpreters import ad
+
+        return ad.Zero(jax.typeof(one).to_ct_aval())
+    except (ImportError, AttributeError):
+        return jnp.zeros_like(one)
 
 
 def stacked(rows: Sequence[Any]) -> Any:

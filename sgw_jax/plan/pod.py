@@ -74,8 +74,10 @@ def topology_devices(name: str) -> list[jax.Device]:
     Raises:
       ValueError: jax[tpu] is not installed, or there is no such slice.
     """
-    from jax.experimental import topologies
-
+    try:
+        from jax.experimental import topologies  # no public name yet
+    except ImportError as error:
+        raise InputError(f"--topology={name}: jax {jax.__version__} compiles for no absent device.") from error
     # Without them the TPU's library asks the network which machine it is on, in vain and aloud, and lets one process at
     # a time load it, although a compiler takes no chip.
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
