@@ -485,8 +485,8 @@ def test_orthogonalise(tasks):
     """Columns 1e6 apart: orthogonal to rounding in units of their lengths, of the singular values' lengths."""
     rng = np.random.default_rng(tasks)
     factor = (rng.normal(size=(2 * tasks, tasks)) * 10 ** np.linspace(-3, 3, tasks)).astype(np.float32)
-    found = jax.jit(jax.vmap(orthogonalise, (None, 0)))(factor, np.eye(tasks, dtype=np.float32))
-    columns, rows = np.asarray(found[0][0], np.float64), np.asarray(found[1], np.float64)
+    columns, rows = jax.jit(orthogonalise)(factor, np.eye(tasks, dtype=np.float32))
+    columns, rows = np.asarray(columns, np.float64), np.asarray(rows, np.float64)
     sizes = np.linalg.norm(columns, axis=0)
     expected = np.linalg.svd(factor.astype(np.float64), compute_uv=False)
     rounding = 10 * tasks * EPS32  # each sweep turns a column T times

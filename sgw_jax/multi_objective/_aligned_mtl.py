@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.data_pipelines.errors import InputError
-from sgw_jax.multi_objective._solvers import orthogonalise
+from sgw_jax.multi_objective._solvers import eigen, orthogonalise
 from sgw_jax.multi_objective.gramian import standardise
 
 SCALES = ("min", "median", "rmse")
@@ -27,7 +27,7 @@ def aligned_mtl_weights(
     G = D C D by lengths and cosines; with C = V L V', the singular vectors of L^(1/2) V' D are found by one-sided
     Jacobi [ours], so that rows may be 1e6 times shorter than others: an eigenproblem of G loses them in rounding.
 
-    Preference: sums to 1. Cost: one symmetric eigenproblem of T x T and 10 sweeps. Scale: equalises the principal
+    Preference: sums to 1. Cost: two eigenproblems of T x T, of 10 sweeps each. Scale: equalises the principal
     directions of the gradients; the update is as short as the weakest of them ("min"), so a short or a near-collinear
     gradient shrinks it. Promise: a condition number of 1; weights may be negative. At stationarity, and for dependent
     rows, a direction is cut as zero when its eigenvalue of C is below 1e-5 (rows that depend on each other up to a
@@ -42,10 +42,11 @@ def aligned_mtl_weights(
     found = standardise(gramian, preference, mask, 0.0, "one")
     largest = jnp.max(jnp.where(found.active, found.norms, 0), initial=1e-30)
     lengths = jnp.where(found.active, found.norms / largest, 0)
-    values, vectors = jnp.linalg.eigh(found.cosines)  # of tasks that do not take part: unit vectors, of length 0
+    values, vectors = eigen(found.cosines)  # of tasks that do not take part: unit vectors, of length 0
     roots = jnp.sqrt(jnp.where(values > RANK, values, 1))
     basis = jnp.where(values > RANK, vectors, 0)
-    columns, along = orthogonalise((basis * roots).T * lengths, jnp.where(found.active, found.preference, 0))
+    wanted = jnp.where(found.active, found.preference, 0)
+    columns, along = orthogonalise((basis * roots).T * lengths, wanted[None])
     sizes = jnp.sqrt(jnp.sum(columns**2, 0))
     rank = jnp.maximum(jnp.sum(values > RANK) - jnp.sum(~found.active), 0)
     order = jnp.sort(sizes, descending=True)
@@ -56,7 +57,7 @@ def aligned_mtl_weights(
         "median": lambda: order[rank // 2],
         "rmse": lambda: jnp.sqrt(jnp.sum(jnp.where(kept, sizes**2, 0)) / jnp.maximum(rank, 1)),
     }[scale]()
-    turned = jnp.where(kept, along / jnp.where(kept, sizes, 1), 0)
+    turned = jnp.where(kept, along[0] / jnp.where(kept, sizes, 1), 0)
     update = common * jnp.einsum("ij,j->i", columns, turned, precision="highest")  # in an orthonormal basis
     weights = jnp.einsum("ij,j->i", basis / roots, update, precision="highest")
     weights = weights / jnp.where(found.active, lengths, 1)

@@ -16,13 +16,13 @@ def config_weights(
 ) -> Float[Array, " tasks"]:
     """``u = U' C^+ p``, U the unit gradients; update ``(sum_i <g_i, u>) u / |u|^2`` (Liu et al. 2024, 2408.11104).
 
-    Preference: sums to T; the cosine to g_i is proportional to p_i. Cost: one system of T equations. Scale: the
-    direction does not depend on the rows' sizes, the length is linear in them. Promise: no conflict (positive, equal
-    cosines) when the gradients are independent. Of exactly dependent ones C^+ drops what float32 does not tell from no
-    direction, and the cosines are as equal as can be; nearly dependent ones (a relative noise of 1e-3 and more) leave
-    an update that vanishes like their common direction, bounded by the cosines' ``eps``. At stationarity likewise.
-    Use it where every task must gain alike in angle, as IMTL-G, from which it differs in length; not with gradients
-    nearly opposite to each other, whose common direction is mostly noise.
+    Preference: sums to T; the cosine to g_i is proportional to p_i. Cost: one eigenproblem and one system of T
+    equations. Scale: the direction does not depend on the rows' sizes, the length is linear in them. Promise: no
+    conflict (positive, equal cosines) when the gradients are independent. Of exactly dependent ones C^+ drops what
+    float32 does not tell from no direction, and the cosines are as equal as can be; nearly dependent ones (a relative
+    noise of 1e-3 and more) leave an update that vanishes like their common direction, bounded by the cosines' ``eps``.
+    At stationarity likewise. Use it where every task must gain alike in angle, as IMTL-G, from which it differs in
+    length; not with gradients nearly opposite to each other, whose common direction is mostly noise.
     """
     found = standardise(gramian, preference, mask, eps, "count")
     wanted = jnp.where(found.active, found.preference, 0)

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sgw_jax.multi_objective._solvers import null_space, project_out, solve_off
+from sgw_jax.multi_objective._solvers import null_space, orthogonalise, project_out, solve_off
 from sgw_jax.multi_objective.gramian import standardise
 
 LEAST_SUM = 0.05  # of the weights, as a share of the sum of their sizes
@@ -18,19 +18,21 @@ def imtl_g_weights(
 ) -> Float[Array, " tasks"]:
     """``w ~ G^+ (p |g|)``, sum w = 1 (Liu et al. 2021, openreview IMPnRXEWpvr).
 
-    Preference: sums to T; the projection onto g_i / |g_i| is proportional to p_i. Cost: one system of T equations.
-    Scale: the direction does not depend on the rows' sizes if they are independent, the length does. Promise: equal
-    projections of independent gradients; weights may be negative, so no descent for a task in conflict with what is
-    common. Directions that float32 does not tell from none are dropped as in `config_weights`. At stationarity the sum
-    of the solution may vanish: it is then taken to be 5 % of the sum of sizes, which bounds the weights [our decision].
-    Use it to balance tasks of different scales; not where they conflict much.
+    Preference: sums to T; the projection onto g_i / |g_i| is proportional to p_i. Cost: one eigenproblem and one system
+    of T equations. Scale: the direction does not depend on the rows' sizes if they are independent, the length does.
+    Promise: equal projections of independent gradients; weights may be negative, so no descent for a task in conflict
+    with what is common. Directions that float32 does not tell from none are dropped as in `config_weights`. At
+    stationarity the sum of the solution may vanish: it is then taken to be 5 % of the sum of sizes, which bounds the
+    weights [our decision]. Use it to balance tasks of different scales; not where they conflict much.
     """
     found = standardise(gramian, preference, mask, eps, "count")
     largest = jnp.max(jnp.where(found.active, found.norms, 0), initial=1e-30)
     sizes = jnp.where(found.active, found.norms / largest, 1)
     null = null_space(found.cosines, eps)
     # G = D C D: what D^-1 takes to the null space of C. Projected out on both sides, as in G^+.
-    basis = jnp.where(jnp.any(null != 0, 0), jnp.linalg.qr(null / sizes[:, None])[0], 0)
+    basis, _ = orthogonalise(null / sizes[:, None], jnp.zeros((0, len(null))))
+    lengths = jnp.sqrt(jnp.sum(basis**2, 0))
+    basis = basis / jnp.where(lengths > 0, lengths, 1)
     wanted = jnp.where(found.active, found.preference, 0) * sizes
     weights = solve_off(found.cosines, null, project_out(basis, wanted) / sizes) / sizes
     weights = jnp.where(found.active, project_out(basis, weights), 0)
