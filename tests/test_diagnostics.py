@@ -65,7 +65,7 @@ def variables_of(model, seed=0):
         fan_in = math.prod(leaf.shape[:-1])
         return jnp.asarray(rng.normal(size=leaf.shape) / math.sqrt(fan_in), jnp.float32)
 
-    variables = jax.tree.map(draw, {name: tree for name, tree in shapes.items() if name != "diagnostics"})
+    variables = jax.tree.map(draw, {name: tree for name, tree in shapes.items() if name != "intermediates"})
     module = variables["params"].get("interaction", {})
     if module:
         module["slots"] *= math.sqrt(module["slots"].shape[0])
@@ -103,14 +103,14 @@ def run(model, variables, batches, length=LENGTH, devices=1):
 @functools.cache
 def forward(model):
     """Jitted (variables, image) -> (predictions, collections with the diagnostics)."""
-    return jax.jit(lambda variables, image: model.apply(variables, image, mutable=["diagnostics"]))
+    return jax.jit(lambda variables, image: model.apply(variables, image, mutable=["intermediates"]))
 
 
 def sown_by(model, variables, batches, length=LENGTH):
     """Round -> name -> the array over the split's real images, as the module sows it."""
     image = np.concatenate([batch["image"] for batch in batches])[:length]
     _, collections = forward(model)(variables, image)
-    sown = collections["diagnostics"]["interaction"]
+    sown = collections["intermediates"]["interaction"]
     rounds = len(sown["readout"])
     return [{name: np.asarray(values[r]) for name, values in sown.items()} for r in range(rounds)]
 

@@ -72,7 +72,7 @@ def test_training_a_users_model_leaves_constants_alone(projection):
     def step(params, state, constants):
         def loss(params):
             outputs, changed = model.apply(
-                {"params": params, "constants": constants}, image, mutable=["constants", "diagnostics"]
+                {"params": params, "constants": constants}, image, mutable=["constants", "intermediates"]
             )
             return loss_of(outputs, target), changed["constants"]
 

@@ -406,9 +406,9 @@ def test_what_is_recorded_matches_the_reference(case):
     expected = {name: {} for name in ("retrieve_weights", "retrieve_index", "write_weights")}
     reference(module, variables, features, record=expected)
     ordered = {name: features[name] for name in shapes}
-    _, sown = module.apply(variables, ordered, mutable=["diagnostics"])
+    _, sown = module.apply(variables, ordered, mutable=["intermediates"])
     for name, entries in expected.items():
-        found = np.asarray(sown["diagnostics"][name][-1])
+        found = np.asarray(sown["intermediates"][name][-1])
         assert found.size == len(entries), name
         for place, value in entries.items():
             np.testing.assert_allclose(found[place], value, rtol=0, atol=1e-4, err_msg=f"{name} {place}")
@@ -609,14 +609,14 @@ def test_bfloat16_is_close_to_float32_with_a_float32_softmax():
     variables = jit(module.init)(jax.random.key(0), wide)
     expected, _, _, largest = reference(module, variables, wide)
     low = module.clone(dtype=jnp.bfloat16)
-    outputs, sown = jit(functools.partial(low.apply, mutable=["diagnostics"]))(variables, features)
+    outputs, sown = jit(functools.partial(low.apply, mutable=["intermediates"]))(variables, features)
     for name in RAGGED:
         assert outputs[name].dtype == jnp.bfloat16
         np.testing.assert_allclose(
             np.asarray(outputs[name], np.float64), expected[name], rtol=0, atol=12 * 2**-8 * largest**2
         )
     for which in ("retrieve_weights", "write_weights"):
-        (weights,) = sown["diagnostics"][which]
+        (weights,) = sown["intermediates"][which]
         assert weights.dtype == jnp.float32
         np.testing.assert_allclose(weights.sum(axis=-1), 1, atol=32 * EPS32)  # bfloat16 weights would miss by 2^-8
 
@@ -626,8 +626,8 @@ def test_diagnostics_are_sown_once_a_round_and_not_by_init():
     features = make_features()
     variables = jit(module.init)(jax.random.key(0), features)
     assert set(variables) == {"params"}
-    _, sown = jit(functools.partial(module.apply, mutable=["diagnostics"]))(variables, features)
-    shapes = {name: [value.shape for value in values] for name, values in sown["diagnostics"].items()}
+    _, sown = jit(functools.partial(module.apply, mutable=["intermediates"]))(variables, features)
+    shapes = {name: [value.shape for value in values] for name, values in sown["intermediates"].items()}
     assert shapes == {
         "retrieve_weights": [(2, 1, 3, 4)] * 2,
         "retrieve_index": [(2, 1, 3, 4)] * 2,

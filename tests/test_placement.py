@@ -206,7 +206,7 @@ def test_what_is_recorded_is_in_the_order_of_one_device(tied, top_k):
     features = jax.tree.map(jnp.ones_like, maps()) if tied else maps()
     plain, placed = KEM(3, top_k=top_k), KEM(3, top_k=top_k, placement=PLACEMENT)
     variables = plain.init(jax.random.key(0), features)
-    record = {"mutable": ["diagnostics"]}
+    record = {"mutable": ["intermediates"]}
     _, expected = plain.apply(variables, features, **record)
     with jax.set_mesh(make_mesh({"data": 2, "context": 4})):
         _, found = jax.jit(lambda v, f: placed.apply(v, f, **record))(variables, features)

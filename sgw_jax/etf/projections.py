@@ -1,12 +1,23 @@
 """What sKEM may select by: the fixed simplex ETF, and the fair controls that tell what the ETF itself brings."""
 
+from collections.abc import Callable
 from typing import Protocol
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sgw_jax.etf.simplex import SimplexETF, check_rank, direction, orthonormal_frame, project
+from sgw_jax.etf.simplex import (
+    SimplexETF,
+    check_rank,
+    direction,
+    etf_in_program,
+    fixed,
+    frame_in_program,
+    orthonormal_frame,
+    project,
+)
 
 
 class Projection(Protocol):
@@ -17,6 +28,19 @@ class Projection(Protocol):
     """
 
     def __call__(self, num_vertices: int, seed: int, *, name: str) -> nn.Module: ...
+
+
+def etf_projection(num_vertices: int, *, seed: int = 0) -> Callable[[Array], tuple[Array, Array]]:
+    """`SimplexETF` as a function of arrays: features (..., d) -> (``sqrt(d) f / ||f||``, M (d, K)), its two factors.
+
+    The program makes M from K and the seed, and no gradient flows into it: for hosts that are no linen modules.
+    """
+
+    def factors(features: Float[Array, "*batch dim"]) -> tuple[Array, Array]:
+        frame = etf_in_program(num_vertices, features.shape[-1], seed=seed)
+        return direction(features), jax.lax.stop_gradient(frame)
+
+    return factors
 
 
 class Direction(nn.Module):
@@ -61,10 +85,14 @@ class OrthonormalFrame(nn.Module):
     def factors(self, features: Float[Array, "*batch dim"]) -> tuple[Array, Float[Array, "dim rank"]]:
         """(``sqrt(d) f / ||f||``, Q)."""
 
-        def make(dim: int) -> Array:
-            return jnp.asarray(orthonormal_frame(dim, self.num_vertices - 1, seed=self.seed), jnp.float32)
-
-        return direction(features), self.variable("constants", "frame", make, features.shape[-1]).value
+        dim, rank, seed = features.shape[-1], self.num_vertices - 1, self.seed
+        frame = fixed(
+            self,
+            "frame",
+            lambda: orthonormal_frame(dim, rank, seed=seed),
+            lambda: frame_in_program(dim, rank, seed=seed),
+        )
+        return direction(features), frame
 
 
 class LearnedFrame(nn.Module):

@@ -1,5 +1,7 @@
 """The fixed simplex equiangular tight frame (ETF) and the projection of features onto its vertices."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -47,10 +49,46 @@ def check_vertices(num_vertices: int, dim: int) -> None:
 
 
 def orthonormal_frame(dim: int, rank: int, *, seed: int = 0) -> np.ndarray:
-    """Random orthonormal columns, float64 (dim, rank), from an explicit seed; ``rank`` must be in [1, dim]."""
+    """Random orthonormal columns, float64 (dim, rank), from an explicit seed; ``rank`` must be in [1, dim].
+
+    ``Q = D C P``: random signs D, the orthonormal DCT-II matrix C, ``rank`` of its columns in random order P (a
+    subsampled randomised cosine transform: every entry is at most sqrt(2 / d), no feature is singled out). In closed
+    form, so that a program can make it from ``dim + rank`` numbers in place of holding it (`frame_in_program`) [our
+    decision; any orthonormal Q will do].
+    """
+    signs, columns = _draws(dim, rank, seed)
+    turns = np.outer(2 * np.arange(dim) + 1, columns) % (4 * dim)  # whole numbers: cos sees one turn at most
+    return signs[:, None] * np.sqrt(np.where(columns, 2, 1) / dim) * np.cos(np.pi / (2 * dim) * turns)
+
+
+def frame_in_program(dim: int, rank: int, *, seed: int = 0) -> Float[Array, "dim rank"]:
+    """`orthonormal_frame` in float32, made by the program that is being traced: O(dim rank) operations, and of its size
+    nothing in the program's text."""
+    signs, columns = _draws(dim, rank, seed)
+    row = jax.lax.broadcasted_iota(jnp.int32, (dim, rank), 0)
+    turns = (2 * row + 1) * jnp.asarray(columns, jnp.int32) % (4 * dim)
+    scale = jnp.asarray(np.sqrt(np.where(columns, 2, 1) / dim), jnp.float32)
+    angles = turns.astype(jnp.float32) * np.float32(np.pi / (2 * dim))
+    return jnp.asarray(signs, jnp.float32)[:, None] * scale * jnp.cos(angles)
+
+
+def etf_in_program(num_vertices: int, dim: int, *, seed: int = 0) -> Float[Array, "dim vertices"]:
+    """`simplex_etf` in float32, made by the program that is being traced, as `frame_in_program`."""
+    check_vertices(num_vertices, dim)
+    frame = frame_in_program(dim, num_vertices - 1, seed=seed)
+    shape = (num_vertices, num_vertices - 1)
+    row, column = (jax.lax.broadcasted_iota(jnp.float32, shape, axis) for axis in (0, 1))
+    basis = jnp.where(row <= column, 1.0, jnp.where(row == column + 1, -(column + 1), 0.0))  # `_helmert`
+    basis = basis * jax.lax.rsqrt((column + 1) * (column + 2))
+    scale = np.float32(np.sqrt(num_vertices / (num_vertices - 1)))
+    return scale * jnp.matmul(frame, basis.T, precision="highest")
+
+
+def _draws(dim: int, rank: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Signs (dim,) and columns (rank,) of the transform."""
     check_rank(rank, dim)
-    frame, upper = np.linalg.qr(np.random.Generator(np.random.Philox(seed)).standard_normal((dim, rank)))
-    return frame * np.where(np.diag(upper) < 0, -1.0, 1.0)  # the sign LAPACK picks is not part of the definition
+    rng = np.random.Generator(np.random.Philox(seed))
+    return rng.choice([-1.0, 1.0], dim), rng.permutation(dim)[:rank]
 
 
 def check_rank(rank: int, dim: int) -> None:
@@ -98,11 +136,28 @@ class SimplexETF(nn.Module):
     @nn.compact
     def factors(self, features: Float[Array, "*batch dim"]) -> tuple[Array, Float[Array, "dim vertices"]]:
         """(``sqrt(d) f / ||f||``, M): their product is z. A map of z can be applied without forming z."""
-        vertices = self.variable("constants", "vertices", self._vertices, features.shape[-1]).value
+        dim, seed = features.shape[-1], self.seed
+        vertices = fixed(
+            self,
+            "vertices",
+            lambda: simplex_etf(self.num_vertices, dim, seed=seed),
+            lambda: etf_in_program(self.num_vertices, dim, seed=seed),
+        )
         return direction(features, self.eps), vertices
 
-    def _vertices(self, dim: int) -> Float[Array, "dim vertices"]:
-        return jnp.asarray(simplex_etf(self.num_vertices, dim, seed=self.seed), jnp.float32)
+
+def fixed(
+    module: nn.Module, name: str, on_host: Callable[[], np.ndarray], in_program: Callable[[], Array]
+) -> Float[Array, "..."]:
+    """A constant of a module: of the collection ``constants``, where `init` puts it, or made by the program.
+
+    Trainers that keep ``params`` alone, and transformations that do not carry the collection, need not know of it. A
+    checkpoint that holds it decides. It is float32, and no gradient flows into it.
+    """
+    if module.is_initializing() and module.is_mutable_collection("constants"):
+        module.variable("constants", name, lambda: jnp.asarray(on_host(), jnp.float32))
+    kept = module.has_variable("constants", name)
+    return jax.lax.stop_gradient(module.get_variable("constants", name) if kept else in_program())
 
 
 def project(

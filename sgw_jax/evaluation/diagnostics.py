@@ -150,9 +150,9 @@ def _layout(features: Features) -> TokenLayout:
 
 def _apply(model: nn.Module, variables: Any, image: Array) -> tuple[dict[str, Array], dict[str, Array]]:
     """Predictions, and what the KEM sows, rounds stacked in front (empty for another interaction)."""
-    fresh = {name: tree for name, tree in variables.items() if name != "diagnostics"}  # `init` leaves its own there
-    predictions, collections = model.apply(fresh, image, mutable=["diagnostics"])
-    sown = collections.get("diagnostics", {}).get("interaction", {})
+    fresh = {name: tree for name, tree in variables.items() if name != "intermediates"}  # `init` leaves its own there
+    predictions, collections = model.apply(fresh, image, mutable=["intermediates"])
+    sown = collections.get("intermediates", {}).get("interaction", {})
     return predictions, {name: jnp.stack(rounds) for name, rounds in sown.items()}
 
 

@@ -5,7 +5,7 @@ For hosts that are no linen modules (plain JAX, Haiku, Equinox); `interactions` 
 
 from sgw_jax.functional.cross_attention import cross_task_attention
 from sgw_jax.functional.knowledge_extraction import Extraction, broadcast, knowledge_extraction, retrieve, write
-from sgw_jax.functional.shared_workspace import shared_workspace
+from sgw_jax.functional.shared_workspace import shared_workspace, workspace_interaction
 
 __all__ = [
     "Extraction",
@@ -14,5 +14,6 @@ __all__ = [
     "knowledge_extraction",
     "retrieve",
     "shared_workspace",
+    "workspace_interaction",
     "write",
 ]

@@ -6,11 +6,13 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sgw_jax.functional.axes import auto_inside
 from sgw_jax.functional.linear import dense, layer_norm
 from sgw_jax.functional.tokens import concatenate_mask, concatenate_tasks, split_tasks
 from sgw_jax.layers.attention import attention, split_heads
 
 
+@auto_inside(lambda layouts, rows: layouts)
 def cross_task_attention(
     params: Mapping[str, Any],
     features: Mapping[str, Float[Array, "batch *space channels"]],

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sgw_jax.functional.axes import auto_inside
 from sgw_jax.functional.linear import layer_norm
 from sgw_jax.functional.products import PRODUCTS, Maps, Products, Tokens, by_head, cheaper, maps_of
 from sgw_jax.functional.tokens import TokenLayout, concatenate_mask, concatenate_tasks, split_tasks
@@ -53,6 +54,7 @@ class Written(NamedTuple):
     weights: Float[Array, "batch heads tokens slots"]
 
 
+@auto_inside(lambda layouts, rows: Extraction(layouts, rows, rows))  # type: ignore[arg-type]
 def knowledge_extraction(
     params: Params,
     features: Mapping[str, Float[Array, "batch *space channels"]],

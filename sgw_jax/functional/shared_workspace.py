@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sgw_jax.functional.axes import auto_inside
 from sgw_jax.functional.linear import dense, layer_norm
+from sgw_jax.functional.tokens import concatenate_mask, concatenate_tasks, split_tasks
 from sgw_jax.layers.attention import split_heads
 from sgw_jax.layers.placement import Placement
 from sgw_jax.layers.topk_attention import topk_attention
@@ -17,11 +19,12 @@ TORCH_EPSILON = 1e-5  # of torch's LayerNorm
 Params = Mapping[str, Any]
 
 
+@auto_inside(lambda layouts, rows: (rows, rows))
 def shared_workspace(
     params: Params,
     inputs: Float[Array, "batch tokens width"],
-    slots: Float[Array, "batch slots unit"],
     *,
+    slots: Float[Array, "batch slots unit"],
     num_heads: int,
     top_k: int | None = None,
     gate: Literal["unit", "memory"] | None = "unit",
@@ -68,6 +71,31 @@ def shared_workspace(
         memory = opened * jnp.tanh(memory) + kept * slots
     broadcast = attend(tokens, memory, None)
     return broadcast if mask is None else jnp.where(mask[..., None], broadcast, 0), memory
+
+
+@auto_inside(lambda layouts, rows: (layouts, rows))
+def workspace_interaction(
+    params: Params,
+    features: Mapping[str, Float[Array, "batch *space channels"]],
+    *,
+    slots: Float[Array, "batch slots channels"],
+    mask: Mapping[str, Bool[Array, "batch *space"]] | None = None,
+    placement: Placement | None = None,
+    dtype: Any = jnp.float32,
+    **options: Any,
+) -> tuple[dict[str, Array], Float[Array, "batch slots channels"]]:
+    """``F <- F + broadcast(LN(F))`` over the tokens F of all tasks, and the new slots.
+
+    Args:
+      params: {"norm": {"scale", "bias"}, "workspace": those of `shared_workspace`}; its options are passed on.
+    """
+    parts = 1 if placement is None else placement.shards()
+    tokens, layout = concatenate_tasks(features, "SharedWorkspace", parts)
+    real = None if mask is None else concatenate_mask(mask, layout, "SharedWorkspace")
+    normed = layer_norm(params["norm"], tokens, epsilon=TORCH_EPSILON, dtype=dtype)
+    options |= {"slots": slots, "mask": real, "placement": placement, "dtype": dtype}
+    broadcast, slots = shared_workspace(params["workspace"], normed, **options)
+    return split_tasks(tokens + broadcast.astype(tokens.dtype), layout), slots
 
 
 def _gates(params: Params, slots: Array, tokens: Array, mask: Array | None, dtype: Any) -> tuple[Array, Array]:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -96,10 +96,46 @@ def _joined(maps: Sequence[Float[Array, "batch length channels"]], parts: int) -
     return joined.reshape(len(joined), -1, joined.shape[-1])
 
 
+def by_name(
+    features: Mapping[str, Any] | Sequence[Any] | None, named: Mapping[str, Any], caller: str
+) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
+    """Maps as {name: map}, and how to return them as they were given: a mapping, a list or a tuple (their names are
+    their places), or keyword arguments, as `nn.Sequential` passes a mapping on.
+
+    Raises:
+      ValueError: an array in place of several maps; maps given both ways.
+    """
+    if features is None:
+        return dict(named), dict
+    if named:
+        raise InputError(f"{caller}: unexpected arguments {sorted(named)} beside the features.")
+    if isinstance(features, Mapping):
+        return dict(features), dict
+    if isinstance(features, list | tuple):
+        kind = type(features) if type(features) in (list, tuple) else tuple
+        return {str(i): value for i, value in enumerate(features)}, lambda maps: kind(maps.values())
+    shape = getattr(features, "shape", None)
+    raise InputError(
+        f"{caller}: the features are {type(features).__name__} {shape if shape is not None else ''}; give a mapping "
+        "task -> map, or a list of maps. Of one array with an axis of tasks: list(features)."
+    )
+
+
 def check_features(features: Mapping[str, Float[Array, "batch *space channels"]], caller: str) -> None:
-    """Raises a ValueError, naming ``caller``, unless there are tasks with equal channels, batch size and dtype."""
+    """Raises a ValueError, naming ``caller``, unless there are tasks with batched maps of floating-point numbers and of
+    equal channels, batch size and dtype, whose names can be parameters' names."""
     if not features:
         raise InputError(f"{caller}: the mapping of features is empty; it needs at least one task.")
+    for name, value in features.items():
+        if not isinstance(name, str) or not name or "/" in name:
+            raise InputError(f"{caller}: {name!r} cannot be a task's name: give text without '/'.")
+        if jnp.ndim(value) < 3:
+            raise InputError(
+                f"{caller}: the map of {name} has shape {jnp.shape(value)}; it must be (batch, *space, channels), such "
+                "as (8, 32, 32, 64) or, of tokens, (8, 1024, 64). Of a single map: value[None]."
+            )
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise InputError(f"{caller}: the map of {name} is {value.dtype}; it must be floating-point.")
     found: dict[str, dict[str, Any]] = {
         "the same number of channels": {name: value.shape[-1] for name, value in features.items()},
         "the same batch size": {name: value.shape[0] for name, value in features.items()},

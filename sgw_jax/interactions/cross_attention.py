@@ -1,7 +1,7 @@
 """Dense cross-task attention: every task's tokens attend to the tokens of all tasks (the baseline KEM argues with)."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, overload
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -9,8 +9,10 @@ from jaxtyping import Array, Bool, Float
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.functional.cross_attention import cross_task_attention
-from sgw_jax.functional.tokens import check_features
+from sgw_jax.functional.tokens import by_name, check_features
 from sgw_jax.layers.parameters import DenseParameters, Initializer, NormParameters
+
+Maps = TypeVar("Maps", bound=Mapping[str, Array] | Sequence[Array])  # what comes in goes out
 
 
 class CrossTaskAttention(nn.Module):
@@ -38,12 +40,22 @@ class CrossTaskAttention(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     kernel_axes: tuple[str | None, str | None] | None = None
 
+    @overload
+    def __call__(self, features: Maps, *, mask: Any = None) -> Maps: ...
+
+    @overload
+    def __call__(self, features: None = None, *, mask: Any = None, **named: Array) -> dict[str, Array]: ...
+
     @nn.compact
     def __call__(
         self,
-        features: Mapping[str, Float[Array, "batch *space channels"]],
-        mask: Mapping[str, Bool[Array, "batch *space"]] | None = None,
-    ) -> dict[str, Array]:
+        features: Mapping[str, Float[Array, "batch *space channels"]] | Sequence[Array] | None = None,
+        *,
+        mask: Mapping[str, Bool[Array, "batch *space"]] | Sequence[Array] | None = None,
+        **named: Float[Array, "batch *space channels"],
+    ) -> Any:
+        features, as_given = by_name(features, named, "CrossTaskAttention")
+        mask = None if mask is None else by_name(mask, {}, "CrossTaskAttention")[0]
         check_features(features, "CrossTaskAttention")
         channels = next(iter(features.values())).shape[-1]
         if channels % self.num_heads:
@@ -57,4 +69,4 @@ class CrossTaskAttention(nn.Module):
         if self.pre_norm:
             params["norm"] = NormParameters(channels, self.param_dtype, name="norm")()
         options: dict[str, Any] = {"num_heads": self.num_heads, "query_chunk": self.query_chunk, "dtype": self.dtype}
-        return cross_task_attention(params, features, mask=mask, **options)
+        return as_given(cross_task_attention(params, features, mask=mask, **options))

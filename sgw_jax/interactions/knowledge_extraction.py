@@ -1,7 +1,7 @@
 """KEM, the knowledge extraction module (and sKEM), in linen: parameters and options of functional/'s."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, overload
 
 import flax.linen as nn
 import jax
@@ -12,9 +12,11 @@ from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.etf.projections import PROJECTIONS
 from sgw_jax.functional.knowledge_extraction import Projection, knowledge_extraction
 from sgw_jax.functional.products import PRODUCTS
-from sgw_jax.functional.tokens import check_features
-from sgw_jax.layers.parameters import AttentionParameters, Initializer, NormParameters, named
+from sgw_jax.functional.tokens import by_name, check_features
+from sgw_jax.layers.parameters import AttentionParameters, Initializer, NormParameters, with_axes
 from sgw_jax.layers.placement import Placement
+
+Maps = TypeVar("Maps", bound=Mapping[str, Array] | Sequence[Array])  # what comes in goes out
 
 
 class KEM(nn.Module):
@@ -68,11 +70,12 @@ class KEM(nn.Module):
       dtype: of the computation; scores and softmax stay float32.
       param_dtype: of the parameters.
       kernel_init: of the six kernels.
-      kernel_axes: logical names of the kernels' two axes for partitioning (`flax.linen.logical_to_mesh`), such as
+      kernel_axes: logical names of the kernels' axes for partitioning (`flax.linen.logical_to_mesh`), such as
         ("embed", "heads"); None names none.
 
     Call:
-      features: mapping task -> (batch, *space, C); tasks may differ in *space, not in C.
+      features: mapping task -> (batch, *space, C); tasks may differ in *space, not in C. A list or tuple of maps will
+        do, and so will the entries as keyword arguments, which is how `nn.Sequential` passes a mapping on.
       slots: initial slot state (batch, L, d_e) in place of the learned one, so that a workspace can persist over
         scales or frames.
       return_slots: also return R^ of the last round.
@@ -80,13 +83,16 @@ class KEM(nn.Module):
         their features.
       change: applied to R^ of every round before it is used, to ask what would be if the slots held something else.
 
+    Nothing is causal: every token takes of every other, as images need it.
+
     Returns:
-      The same mapping: keys, order, shapes and dtype; with ``return_slots`` a pair (mapping, (batch, L, d_e)).
+      The same mapping (or list or tuple): keys, order, shapes and dtype; with ``return_slots`` a pair with the slots
+      (batch, L, d_e).
 
     Collections: ``params`` (slots, retrieve/{query,key,value}/kernel, write/{query,key,value}/kernel; with the options
-    also task_embedding_NAME, task_gate_NAME and norm), ``constants`` (the fixed frame, if any) and, when made mutable,
-    ``diagnostics``: retrieve_weights, retrieve_index, write_weights, readout (R^) and update_ratio (||F^|| / ||F||) of
-    every round.
+    also task_embedding_NAME, task_gate_NAME and norm), ``constants`` (the fixed frame, if any; a host need not keep it,
+    see `SimplexETF`) and, when made mutable, ``intermediates``: retrieve_weights, retrieve_index, write_weights,
+    readout (R^) and update_ratio (||F^|| / ||F||) of every round.
 
     Raises:
       ValueError: no task, tasks of different channels, batch size or dtype, widths that do not divide by the heads,
@@ -120,46 +126,61 @@ class KEM(nn.Module):
     @overload
     def __call__(
         self,
-        features: Mapping[str, Array],
+        features: Maps,
         slots: Array | None = None,
         return_slots: Literal[False] = False,
         *,
-        mask: Mapping[str, Array] | None = None,
+        mask: Any = None,
         change: Callable[[Array], Array] | None = None,
-    ) -> dict[str, Array]: ...
+    ) -> Maps: ...
 
     @overload
     def __call__(
         self,
-        features: Mapping[str, Array],
-        slots: Array | None,
-        return_slots: Literal[True],
-        *,
-        mask: Mapping[str, Array] | None = None,
-        change: Callable[[Array], Array] | None = None,
-    ) -> tuple[dict[str, Array], Array]: ...
-
-    @overload
-    def __call__(
-        self,
-        features: Mapping[str, Array],
+        features: Maps,
         slots: Array | None = None,
         *,
         return_slots: Literal[True],
-        mask: Mapping[str, Array] | None = None,
+        mask: Any = None,
         change: Callable[[Array], Array] | None = None,
-    ) -> tuple[dict[str, Array], Array]: ...
+    ) -> tuple[Maps, Array]: ...
+
+    @overload
+    def __call__(
+        self,
+        features: Maps,
+        slots: Array | None,
+        return_slots: Literal[True],
+        *,
+        mask: Any = None,
+        change: Callable[[Array], Array] | None = None,
+    ) -> tuple[Maps, Array]: ...
+
+    @overload
+    def __call__(
+        self,
+        features: None = None,
+        slots: Array | None = None,
+        return_slots: Literal[False] = False,
+        *,
+        mask: Any = None,
+        change: None = None,
+        **named: Array,
+    ) -> dict[str, Array]: ...
 
     @nn.compact
     def __call__(
         self,
-        features: Mapping[str, Float[Array, "batch *space channels"]],
+        features: Mapping[str, Float[Array, "batch *space channels"]] | Sequence[Array] | None = None,
         slots: Float[Array, "batch slots slot_dim"] | None = None,
         return_slots: bool = False,
         *,
-        mask: Mapping[str, Bool[Array, "batch *space"]] | None = None,
+        mask: Mapping[str, Bool[Array, "batch *space"]] | Sequence[Array] | None = None,
         change: Callable[[Array], Array] | None = None,
-    ) -> dict[str, Array] | tuple[dict[str, Array], Array]:
+        **named: Float[Array, "batch *space channels"],
+    ) -> Any:
+        features, as_given = by_name(features, named, "KEM")
+        mask = None if mask is None else by_name(mask, {}, "KEM")[0]
         check_features(features, "KEM")
         first = next(iter(features.values()))
         batch, channels = first.shape[0], first.shape[-1]
@@ -172,7 +193,7 @@ class KEM(nn.Module):
             )
         projection, chosen = self._projection(channels)
         source = channels if self.etf_for == "selection" else chosen
-        rows = named(orthogonal_rows, None if self.kernel_axes is None else (None, self.kernel_axes[1]))
+        rows = with_axes(orthogonal_rows, None if self.kernel_axes is None else (None, self.kernel_axes[1]))
         options = (self.kernel_init, self.param_dtype, self.kernel_axes)
         params: dict[str, Any] = {
             "slots": self.param("slots", rows, (self.num_slots, width), self.param_dtype),
@@ -210,8 +231,9 @@ class KEM(nn.Module):
         if not self.is_initializing():  # else `init` would return them, and a later `apply` add to them
             for name, rounds in found.records.items():
                 for value in rounds:
-                    self.sow("diagnostics", name, value)
-        return (found.features, found.slots) if return_slots else found.features
+                    self.sow("intermediates", name, value)
+        result = as_given(found.features)
+        return (result, found.slots) if return_slots else result
 
     def _projection(self, channels: int) -> tuple[Projection | None, int]:
         """Tokens -> (values, frame), and the width of their product."""
@@ -252,7 +274,8 @@ class KEM(nn.Module):
 def orthogonal_rows(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
     """Orthogonal rows with entries of unit variance; blocks of them when there are more rows than columns."""
     rows, width = shape
-    block = nn.initializers.orthogonal(scale=width**0.5)(key, (min(rows, width), width), dtype)
+    # In float32: narrower QR there is none.
+    block = nn.initializers.orthogonal(scale=width**0.5)(key, (min(rows, width), width), jnp.float32).astype(dtype)
     if rows <= width:
         return block
     rest = jax.random.fold_in(key, rows)

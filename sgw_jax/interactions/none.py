@@ -1,12 +1,13 @@
 """No interaction: tasks share the backbone alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sgw_jax.functional.tokens import check_features
+from sgw_jax.functional.tokens import by_name, check_features
 from sgw_jax.layers.mlp import MLP
 
 
@@ -24,10 +25,15 @@ class NoInteraction(nn.Module):
     mixes_tasks = False
 
     @nn.compact
-    def __call__(self, features: Mapping[str, Float[Array, "batch *space channels"]]) -> dict[str, Array]:
+    def __call__(
+        self,
+        features: Mapping[str, Float[Array, "batch *space channels"]] | Sequence[Array] | None = None,
+        **named: Float[Array, "batch *space channels"],
+    ) -> Any:
+        features, as_given = by_name(features, named, "NoInteraction")
         check_features(features, "NoInteraction")  # what the others cannot mix is refused here too
         if self.mlp_width is None:
-            return dict(features)
+            return as_given(features)
         norm = nn.LayerNorm(dtype=self.dtype, name="norm")
         mlp = MLP(self.mlp_width, dtype=self.dtype, name="mlp")
-        return {name: value + mlp(norm(value)).astype(value.dtype) for name, value in features.items()}
+        return as_given({name: value + mlp(norm(value)).astype(value.dtype) for name, value in features.items()})

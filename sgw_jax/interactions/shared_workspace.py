@@ -1,16 +1,15 @@
 """The shared global workspace that KEM descends from (Goyal et al. 2021), numerically equal to the authors' code."""
 
-from collections.abc import Mapping
-from typing import Any, Literal, overload
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar, overload
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.data_pipelines.errors import InputError
-from sgw_jax.functional.linear import layer_norm
-from sgw_jax.functional.shared_workspace import TORCH_EPSILON, shared_workspace
-from sgw_jax.functional.tokens import concatenate_mask, concatenate_tasks, split_tasks
+from sgw_jax.functional.shared_workspace import shared_workspace, workspace_interaction
+from sgw_jax.functional.tokens import by_name, check_features
 from sgw_jax.layers.parameters import DenseParameters, Initializer, NormParameters
 from sgw_jax.layers.placement import Placement
 
@@ -68,41 +67,38 @@ class SharedWorkspace(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     kernel_axes: tuple[str | None, str | None] | None = None
 
-    @nn.compact
     def __call__(
         self,
         inputs: Float[Array, "batch tokens width"],
         slots: Float[Array, "batch slots unit"] | None = None,
         mask: Bool[Array, "batch tokens"] | None = None,
     ) -> tuple[Float[Array, "batch tokens unit"], Float[Array, "batch slots unit"]]:
-        key_dim = self.head_dim if self.key_dim is None else self.key_dim
-        self._check(key_dim)
-        width = self.num_heads * self.head_dim
-        state = (inputs.shape[0], self.num_slots, width)
+        start = self.start(inputs.shape[0], slots)
+        return shared_workspace(self.parameters(inputs.shape[-1]), inputs, slots=start, mask=mask, **self.options())
+
+    def start(self, batch: int, slots: Array | None) -> Float[Array, "batch slots unit"]:
+        """The slots to start from: those given, or the authors'."""
+        shape = (batch, self.num_slots, self.num_heads * self.head_dim)
         if slots is None:
-            slots = jnp.broadcast_to(jnp.eye(self.num_slots, width, dtype=self.dtype), state)
-        elif slots.shape != state:
+            return jnp.broadcast_to(jnp.eye(*shape[1:], dtype=self.dtype), shape)
+        if slots.shape != shape:
             raise InputError(
                 f"SharedWorkspace: the initial slots have shape {slots.shape}; they must have (batch, num_slots, "
-                f"num_heads x head_dim) = {state}."
+                f"num_heads x head_dim) = {shape}."
             )
+        return slots
 
-        params = self._parameters(inputs.shape[-1], width, self.num_heads * key_dim)
-        return shared_workspace(
-            params,
-            inputs,
-            slots,
-            num_heads=self.num_heads,
-            top_k=self.top_k,
-            gate=self.gate,
-            mlp_layers=self.mlp_layers,
-            rounds=self.rounds,
-            placement=self.placement,
-            mask=mask,
-            dtype=self.dtype,
-        )
+    def options(self) -> dict[str, Any]:
+        """Of the function behind the module."""
+        names = ("num_heads", "top_k", "gate", "mlp_layers", "rounds", "placement", "dtype")
+        return {name: getattr(self, name) for name in names}
 
-    def _parameters(self, inputs: int, width: int, keys: int) -> dict[str, Any]:
+    @nn.compact
+    def parameters(self, inputs: int) -> dict[str, Any]:
+        """Of a workspace for inputs of this width, in the structure of `functional.shared_workspace`."""
+        key_dim = self.head_dim if self.key_dim is None else self.key_dim
+        self._check(key_dim)
+        width, keys = self.num_heads * self.head_dim, self.num_heads * key_dim
         maps = {
             "input_projector": (inputs, width),
             "query_proj": (width, keys),
@@ -167,6 +163,8 @@ class _SlotGate(nn.Module):
         return {"kernel": self.param("kernel", start, shape, self.param_dtype), "bias": bias}
 
 
+Maps = TypeVar("Maps", bound=Mapping[str, Array] | Sequence[Array])  # what comes in goes out
+
 # What `WorkspaceInteraction` hands on as it is.
 WORKSPACE_OPTIONS = (
     *("num_slots", "num_heads", "key_dim", "top_k", "gate", "mlp_layers", "rounds", "dtype", "placement"),
@@ -204,54 +202,70 @@ class WorkspaceInteraction(nn.Module):
     @overload
     def __call__(
         self,
-        features: Mapping[str, Array],
+        features: Maps,
         slots: Array | None = None,
         return_slots: Literal[False] = False,
         *,
-        mask: Mapping[str, Array] | None = None,
-    ) -> dict[str, Array]: ...
+        mask: Any = None,
+    ) -> Maps: ...
 
     @overload
     def __call__(
         self,
-        features: Mapping[str, Array],
-        slots: Array | None,
-        return_slots: Literal[True],
-        *,
-        mask: Mapping[str, Array] | None = None,
-    ) -> tuple[dict[str, Array], Array]: ...
-
-    @overload
-    def __call__(
-        self,
-        features: Mapping[str, Array],
+        features: Maps,
         slots: Array | None = None,
         *,
         return_slots: Literal[True],
-        mask: Mapping[str, Array] | None = None,
-    ) -> tuple[dict[str, Array], Array]: ...
+        mask: Any = None,
+    ) -> tuple[Maps, Array]: ...
+
+    @overload
+    def __call__(
+        self,
+        features: Maps,
+        slots: Array | None,
+        return_slots: Literal[True],
+        *,
+        mask: Any = None,
+    ) -> tuple[Maps, Array]: ...
+
+    @overload
+    def __call__(
+        self,
+        features: None = None,
+        slots: Array | None = None,
+        return_slots: Literal[False] = False,
+        *,
+        mask: Any = None,
+        **named: Array,
+    ) -> dict[str, Array]: ...
 
     @nn.compact
     def __call__(
         self,
-        features: Mapping[str, Float[Array, "batch *space channels"]],
+        features: Mapping[str, Float[Array, "batch *space channels"]] | Sequence[Array] | None = None,
         slots: Float[Array, "batch slots channels"] | None = None,
         return_slots: bool = False,
         *,
-        mask: Mapping[str, Bool[Array, "batch *space"]] | None = None,
-    ) -> dict[str, Array] | tuple[dict[str, Array], Array]:
-        parts = 1 if self.placement is None else self.placement.shards()
-        tokens, layout = concatenate_tasks(features, "SharedWorkspace", parts)
-        channels = tokens.shape[-1]
+        mask: Mapping[str, Bool[Array, "batch *space"]] | Sequence[Array] | None = None,
+        **named: Float[Array, "batch *space channels"],
+    ) -> Any:
+        features, as_given = by_name(features, named, "SharedWorkspace")
+        mask = None if mask is None else by_name(mask, {}, "SharedWorkspace")[0]
+        check_features(features, "SharedWorkspace")
+        first = next(iter(features.values()))
+        batch, channels = first.shape[0], first.shape[-1]
         if self.num_heads < 1 or channels % self.num_heads:
             raise InputError(
                 f"SharedWorkspace: the features' channels = {channels} do not divide by num_heads = {self.num_heads}."
             )
         options = {field: getattr(self, field) for field in WORKSPACE_OPTIONS}
         workspace = SharedWorkspace(head_dim=channels // self.num_heads, name="workspace", **options)
-        norm = NormParameters(channels, self.param_dtype, name="norm")()
-        normed = layer_norm(norm, tokens, epsilon=TORCH_EPSILON, dtype=self.dtype)
-        real = None if mask is None else concatenate_mask(mask, layout, "SharedWorkspace")
-        broadcast, slots = workspace(normed, slots, real)
-        result = split_tasks(tokens + broadcast.astype(tokens.dtype), layout)
+        params = {
+            "norm": NormParameters(channels, self.param_dtype, name="norm")(),
+            "workspace": workspace.parameters(channels),
+        }
+        start = workspace.start(batch, slots)
+        mixed, slots = workspace_interaction(params, features, slots=start, mask=mask, **workspace.options())
+        result = as_given(mixed)
         return (result, slots) if return_slots else result

@@ -1,12 +1,12 @@
 """The control of a comparison: KEM's parameters and compute, but nothing passes between tasks."""
 
-from collections.abc import Mapping
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from sgw_jax.functional.tokens import check_features
+from sgw_jax.functional.tokens import by_name, check_features
 from sgw_jax.interactions.knowledge_extraction import KEM
 
 
@@ -23,9 +23,14 @@ class WithinTasks(nn.Module):
 
     mixes_tasks = False
 
-    def __call__(self, features: Mapping[str, Float[Array, "batch *space channels"]]) -> dict[str, Array]:
+    def __call__(
+        self,
+        features: Mapping[str, Float[Array, "batch *space channels"]] | Sequence[Array] | None = None,
+        **named: Float[Array, "batch *space channels"],
+    ) -> Any:
+        features, as_given = by_name(features, named, "WithinTasks")
         check_features(features, "WithinTasks")
-        return {name: cast(dict, self.kem({name: value}))[name] for name, value in features.items()}
+        return as_given({name: self.kem({name: value})[name] for name, value in features.items()})
 
 
 def within_tasks(**options) -> WithinTasks:

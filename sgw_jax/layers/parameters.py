@@ -10,7 +10,7 @@ from jaxtyping import Array
 Initializer = Callable[..., Any]
 
 
-def named(init: Initializer, axes: tuple[str | None, ...] | None) -> Initializer:
+def with_axes(init: Initializer, axes: tuple[str | None, ...] | None) -> Initializer:
     """The initializer, its result with logical names of its axes (flax.linen.spmd); None names none."""
     return init if axes is None else nn.with_logical_partitioning(init, axes)
 
@@ -32,9 +32,9 @@ class DenseParameters(nn.Module):
     @nn.compact
     def __call__(self) -> dict[str, Array]:
         shape = self.inputs, self.outputs
-        params = {"kernel": self.param("kernel", named(self.kernel_init, self.axes), shape, self.param_dtype)}
+        params = {"kernel": self.param("kernel", with_axes(self.kernel_init, self.axes), shape, self.param_dtype)}
         if self.use_bias:
-            zeros = named(nn.initializers.zeros, None if self.axes is None else self.axes[1:])
+            zeros = with_axes(nn.initializers.zeros, None if self.axes is None else self.axes[1:])
             params["bias"] = self.param("bias", zeros, (self.outputs,), self.param_dtype)
         return params
 
