@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from measure import environment, in_turn, medians
+from measure import DASH, environment, in_turn, medians
 from rich.console import Console
 
 from sgw_jax.host import keep_freed_memory
@@ -75,7 +75,7 @@ def table(found: dict[str, Any]) -> list[str]:
                 cells = [f"{row['bytes'] / 1e9:.2f} GB" for row in (one, two)]
                 cells.append(f"{two['temporaries'] / 2**20:.0f} MiB")
             else:
-                cells = [f"{1e3 * row['seconds']:.0f} ms" for row in (one, two)] + [""]
+                cells = [f"{1e3 * row['seconds']:.0f} ms" for row in (one, two)] + [DASH]
             lines.append("| " + " | ".join([result["device"], str(chunk or "all"), *cells]) + " |")
     return lines
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import environment, in_turn, medians
+from measure import DASH, environment, in_turn, medians
 from rich.console import Console
 
 from sgw_jax.backbones.pretrained import load_pretrained
@@ -115,10 +115,10 @@ def table(rows: list[dict]) -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        speed, ratio, peak = row["images_per_second"], row["ratio"], row.get("peak_MiB")
-        compiled = [f"{speed['compiled']:.2f}", f"{ratio['compiled']:.2f}"] if "compiled" in ratio else ["", ""]
+        speed, ratio, peak = row["images_per_second"], row["ratio"], row.get("peak_MiB")  # on a CPU alone
+        compiled = [f"{speed['compiled']:.2f}", f"{ratio['compiled']:.2f}"] if "compiled" in ratio else [DASH, DASH]
         cells = [row["model"], row["task"], f"{speed['ours']:.2f}", f"{speed['eager']:.2f}", f"{ratio['eager']:.2f}"]
-        cells += [*compiled, f"{peak['ours']:.0f}, {peak['theirs']:.0f}" if peak else ""]
+        cells += [*compiled, f"{peak['ours']:.0f}, {peak['theirs']:.0f}" if peak else DASH]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from measure import DASH, select
 from scipy import stats
 
 from sgw_jax.evaluation.metrics import delta_m
@@ -74,7 +75,7 @@ def diagnostics_of(runs: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> 
     numbers = {
         key: spread([run["diagnostics"][key] for run in runs])
         for key in NUMBERS
-        if all(run["diagnostics"].get(key) is not None for run in runs)
+        if all(run["diagnostics"][key] is not None for run in runs)
     }
     for name in ("zeroed", "swapped"):
         changed = [delta_m(run["diagnostics"]["ablations"][name]["metrics"], run["metrics"], tasks) for run in runs]
@@ -94,7 +95,7 @@ def interval(value: Mapping[str, Any] | None) -> str:
     Among several rows whose true gain is 0, one in twenty lies outside its interval by chance.
     """
     if value is None:
-        return ""
+        return DASH
     count = len(value["values"])
     if count < 2:
         return f"{value['mean']:+.2f}"
@@ -105,7 +106,7 @@ def interval(value: Mapping[str, Any] | None) -> str:
 def shown(value: Mapping[str, Any] | None, digits: int = 3) -> str:
     """mean ± standard deviation."""
     if value is None:
-        return ""
+        return DASH
     deviation = "" if value["std"] is None else f" ± {value['std']:.2g}"
     return f"{value['mean']:.{digits}g}{deviation}"
 
@@ -121,13 +122,19 @@ def markdown(summary: Mapping[str, Any]) -> str:
         lines.append("| " + " | ".join([*start, *cells, interval(row["delta_m"]), interval(row["over_none"])]) + " |")
     if summary["single"]:
         single = [shown(summary["single"][task["name"]]) for task in summary["tasks"]]
-        lines.append("| " + " | ".join(["single-task models", "", "", *single, "0", ""]) + " |")
+        lines.append("| " + " | ".join(["single-task models", DASH, DASH, *single, "0", DASH]) + " |")
     measured = [row for row in summary["methods"] if row["diagnostics"]]
     if measured:
         lines += ["", "| | " + " | ".join(row["name"] for row in measured) + " |", "|---" * (len(measured) + 1) + "|"]
-        for key in measured[0]["diagnostics"]:
+        for key in dict.fromkeys(key for row in measured for key in row["diagnostics"]):
             lines.append(f"| {key} | " + " | ".join(shown(row["diagnostics"].get(key)) for row in measured) + " |")
     return "\n".join(lines)
+
+
+def gain(summary: Mapping[str, Any], name: str) -> str:
+    """A method's gain over "none"."""
+    (row,) = select(summary["methods"], name=name)
+    return interval(row["over_none"])
 
 
 def by_number_of_tasks(summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -137,7 +144,7 @@ def by_number_of_tasks(summaries: Sequence[Mapping[str, Any]]) -> str:
     lines.append("|---" * (len(summaries) + 1) + "|")
     for name in names:
         rows = [{row["name"]: row for row in summary["methods"]}.get(name) for summary in summaries]
-        cells = ["" if row is None else interval(row["over_none"]) for row in rows]
+        cells = [DASH if row is None else interval(row["over_none"]) for row in rows]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

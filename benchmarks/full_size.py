@@ -15,7 +15,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from measure import environment
+from measure import DASH, environment
 from rich.console import Console
 
 from sgw_jax.configs.base import SYSTEMS
@@ -79,7 +79,9 @@ def table(results: dict) -> str:
             f"| {name.removeprefix('nyud:').replace(',interaction=', ', ')} | {cost['parameters_total'] / 1e6:.1f} "
             f"| {macs:.1f} | {2 * macs:.1f} | {cost['interaction_share']:.1%} | {cost['kept_bytes'] / 2**30:.2f} |"
         )
-    lines += [f"| published: {n} | {p} | {m or ''} | {2 * m if m else ''} | | |" for n, p, m in PUBLISHED]
+    for name, parameters, published in PUBLISHED:
+        both = f"{published} | {2 * published}" if published else f"{DASH} | {DASH}"
+        lines.append(f"| published: {name} | {parameters} | {both} | {DASH} | {DASH} |")
     return "\n".join(lines)
 
 

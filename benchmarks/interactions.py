@@ -26,7 +26,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import environment
+from measure import DASH, environment, select
 from rich.console import Console
 
 from sgw_jax.interactions import KEM, CrossTaskAttention
@@ -112,15 +112,13 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     heads = [f"{n // 1024}k" for n in counts]
     lines = ["| module | | " + " | ".join(f"{head} ms" for head in heads) + " | slope | of MACs | temporaries |"]
     lines.append("|---" * (len(heads) + 5) + "|")
-    for dtype, passes, name in itertools.product(("float32", "bfloat16"), PASSES, MODULES):
-        own = series(rows, name, dtype, passes)
-        if len(own) < 3:
-            continue
+    for dtype, passes, name in itertools.product(dict.fromkeys(row["dtype"] for row in rows), PASSES, MODULES):
+        own = series(select(rows, module=name, dtype=dtype, passes=passes), name, dtype, passes)
         by_count = {row["tokens"]: row for row in own}
         cells = []
         for count in counts:
-            row = by_count.get(count, {})
-            text = f"{1e3 * row['seconds']:.3g}" if "seconds" in row else ""
+            row = by_count.get(count, {})  # not every module need have been called with as many tokens
+            text = f"{1e3 * row['seconds']:.3g}" if "seconds" in row else DASH
             cells.append(f"({text})" if row.get("extrapolated") else text)
         memory = f"{own[-1]['temporary_bytes'] / 2**20:,.0f} MiB"
         cells += [f"{slope(own, 'seconds'):.2f}", f"{slope(own, 'macs'):.2f}", memory]

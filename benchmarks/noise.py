@@ -183,7 +183,8 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> list[str]:
                 if (row["module"], row["top_k"], row["slots"]) == key
                 and (row["tasks"], row["margin"], row["sigma"]) == (count, margin, 1.0)
             ]
-            kept = f", {row['relevant_kept']:.0%} kept" if row.get("relevant_kept", 1) < 0.995 else ""
+            selects = row["top_k"] is not None and row["module"] != "workspace"  # whose selection is not looked at
+            kept = f", {row['relevant_kept']:.0%} kept" if selects and row["relevant_kept"] < 0.995 else ""
             cells.append(f"{row['noise']:.2f}{kept}")
         lines.append(f"| {margin:g} | {label} | " + " | ".join(cells) + " |")
     spreads = sorted({row["spread"] for row in found["norms"]})

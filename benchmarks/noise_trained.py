@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import environment
+from measure import environment, select
 from rich.console import Console
 
 from sgw_jax.interactions import KEM, CrossTaskAttention
@@ -103,8 +103,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for name in MODULES:
         cells = []
         for count, key in itertools.product(counts, ("error", "leak")):
-            values = [row[key] for row in rows if (row["module"], row["tasks"]) == (name, count)]
-            cells.append(f"{np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]" if values else "")
+            values = [row[key] for row in select(rows, module=name, tasks=count)]
+            cells.append(f"{np.mean(values):.3f} [{min(values):.3f}, {max(values):.3f}]")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 

@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import environment, in_turn, medians
+from measure import DASH, environment, in_turn, medians
 from rich.console import Console
 
 from sgw_jax.experiment.build import build_model, build_tasks
@@ -251,7 +251,9 @@ def table(found: dict[str, Any]) -> list[str]:
         for other in ("eager", "compiled"):
             cells += [f"{row['batch'] / seconds[other]:.1f}", f"{seconds[other] / seconds['ours']:.2f}"]
         cells.append(f"{row['mfu']:.0%}")
-        if "cold" in row:
+        if "cold" not in row:  # not on a CPU
+            cells += [DASH, DASH]
+        else:
             cells.append(f"{row['cold']['peak_MiB']:.0f}, {row['torch']['peak_MiB']:.0f}")
             cells.append(", ".join(f"{row[key]['first_call']:.1f}" for key in ("cold", "warm", "torch")))
         lines.append("| " + " | ".join(cells) + " |")

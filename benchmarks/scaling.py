@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from measure import DASH
 from rich.console import Console
 
 from sgw_jax.plan.chips import CHIPS, GIB
@@ -57,7 +58,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         mark = " †" if row.get("outdated") else ""
         start = f"| {row['system']}{mark} | {row['chips']} {chip.name.removeprefix('TPU ')} | {row['named_mesh']} "
         if row["needed"]:
-            lines.append(f"{start}| {row['batch_size']} | does not fit: {row['needed'] / GIB:.1f} GiB | | | | | | |")
+            cells = [row["batch_size"], f"does not fit: {row['needed'] / GIB:.1f} GiB", *[DASH] * 6]
+            lines.append(start + "| " + " | ".join(map(str, cells)) + " |")
             continue
         times = row["seconds"]
         cells = [row["batch_size"], f"{row['peak'] / GIB:.1f} of {chip.memory / GIB:.1f}"]

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from comparison import interval, shown, spread
+from measure import DASH, needed
 
 from sgw_jax.evaluation.metrics import delta_m
 from sgw_jax.experiment.build import build_tasks
@@ -59,9 +60,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         values = f"**{np.mean(values):.3g}** [{min(values):.3g}, {max(values):.3g}]"
         lines.append(f"| {name} | {unit} | {values} | {references[0]:.3g} | {references[1]:.3g} |")
     for key in ("slot_diversity", "retrieve_entropy", "write_entropy", "readout_cosine", "update_ratio"):
-        found = [result["diagnostics"][key] for result in results if result["diagnostics"]]
-        if found and all(value is not None for value in found):
-            lines.append(f"| | {key} | {np.mean(found):.3f} [{min(found):.3f}, {max(found):.3f}] | | |")
+        if all(result["diagnostics"] is None for result in results):  # no KEM
+            break
+        found = [needed(result, "diagnostics")[key] for result in results]
+        if all(value is not None for value in found):
+            cells = f"{np.mean(found):.3f} [{min(found):.3f}, {max(found):.3f}]"
+            lines.append(f"| {DASH} | {key} | {cells} | {DASH} | {DASH} |")
     return "\n".join(lines)
 
 
@@ -78,7 +82,7 @@ def side_by_side(runs: Mapping[str, Sequence[dict[str, Any]]], config: str = "sc
         gains = [delta_m(one["metrics"], other["metrics"], tasks) for one, other in zip(results, first, strict=True)]
         above = [loss - other["validation_loss"] for loss, other in zip(losses, first, strict=True)]
         if results is first:
-            cells += ["", "", shown(spread(losses), 4), "", ""]
+            cells += [DASH, DASH, shown(spread(losses), 4), DASH, DASH]
         else:
             cells += [interval(spread(gains)), ", ".join(f"{gain:+.2f}" for gain in gains)]
             cells += [shown(spread(losses), 4), interval(spread(above)), ", ".join(f"{x:+.2f}" for x in above)]
@@ -102,7 +106,7 @@ def by_task(runs: Mapping[str, Sequence[dict[str, Any]]], config: str = "scenes"
 
 def gates(results: Sequence[dict[str, Any]]) -> str:
     """The size of each task's gate: mean over the seeds and, in brackets, lowest and highest."""
-    found = [(result["diagnostics"] or {}).get("task_gates") or {} for result in results]
+    found = [needed(result, "diagnostics", "task_gates") for result in results]
     lines = ["| " + " | ".join(found[0]) + " |", "|---" * len(found[0]) + "|"]
     sizes = [[abs(gate[task]) for gate in found] for task in found[0]]
     lines.append("| " + " | ".join(f"{np.mean(s):.2f} [{min(s):.2f}, {max(s):.2f}]" for s in sizes) + " |")

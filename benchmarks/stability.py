@@ -30,7 +30,7 @@ import numpy as np
 from absl import logging
 from compare import build_run
 from comparison import shown, spread
-from measure import environment
+from measure import DASH, environment, select
 from rich.console import Console
 
 from sgw_jax.etf.neural_collapse import class_means, collapse_sums, collapse_values, disagreement_sums
@@ -166,8 +166,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for key in keys:
         cells = []
         for name in names:
-            values = [r[key] for r in rows if (r["variant"], r["step"]) == (name, last) and r.get(key) is not None]
-            cells.append(shown(spread(values)) if values else "")
+            values = [row[key] for row in select(rows, variant=name, step=last)]
+            cells.append(DASH if None in values else shown(spread(values)))  # None: not defined for these features
         lines.append(f"| {key} | " + " | ".join(cells) + " |")
     return lines
 

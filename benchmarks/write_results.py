@@ -6,7 +6,6 @@ The page is benchmarks/results.md.jinja, filled by the table functions of the sc
 page with what this script would write, so that neither is edited alone.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import full_size
 import interactions
 import jinja2
 import kem_products
+import measure
 import noise
 import noise_trained
 import objectives
@@ -33,9 +33,8 @@ PAGE = ROOT / "docs" / "results.md"
 
 
 def load(name: str) -> Any:
-    """A file of benchmarks/results; None if it was not measured, and its section is left out."""
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    """A file of benchmarks/results."""
+    return measure.load(ROOT / "benchmarks" / "results" / f"{name}.json")
 
 
 def render() -> str:

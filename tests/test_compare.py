@@ -24,7 +24,7 @@ def run(miou, rmse, diagnostics=None):
 
 def diagnostics():
     changed = {"metrics": {"semseg": {"miou": 20.0}, "depth": {"rmse": 1.2}}}
-    numbers = dict.fromkeys(("slot_diversity", "retrieve_entropy", "write_entropy", "readout_cosine"), 0.5)
+    numbers = dict.fromkeys(comparison.NUMBERS, 0.5)
     return {**numbers, "update_ratio": None, "ablations": {"zeroed": changed, "swapped": changed}}
 
 
@@ -104,7 +104,7 @@ def test_confidence_intervals_are_students():
     np.testing.assert_allclose((mean, low, high), (4, 4 - half, 4 + half), atol=0.006)  # two decimals are shown
     assert comparison.interval(comparison.spread([0.0, 2.0])) == "+1.00 [-11.71, +13.71]"
     assert comparison.interval(comparison.spread([1.5])) == "+1.50"
-    assert comparison.interval(None) == ""
+    assert comparison.interval(None) == "–"
 
 
 def test_without_single_task_models():
