@@ -6,26 +6,27 @@ The page is benchmarks/results.md.jinja, filled by the table functions of the sc
 page with what this script would write, so that neither is edited alone.
 """
 
+import sys
 from pathlib import Path
 from typing import Any
 
-import attention
-import backbones
-import comparison
-import full_size
-import interactions
 import jinja2
-import kem_products
-import measure
-import noise
-import noise_trained
-import objectives
-import products
-import pytorch
-import seeds
-import stability
-import where_time_goes
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, where this runs as a script
+
+from benchmarks import measure
+from benchmarks.claims import comparison, noise, noise_trained, seeds, stability
+from benchmarks.speed import (
+    backbone_speed,
+    chunked_attention,
+    full_size,
+    interaction_cost,
+    kem_products,
+    objective_cost,
+    products,
+    pytorch,
+    where_time_goes,
+)
 from sgw_jax.run.logs import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,22 +45,22 @@ def render() -> str:
         loader=folder, undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True
     )
     modules = (
-        attention,
-        backbones,
+        chunked_attention,
+        backbone_speed,
         comparison,
         full_size,
-        interactions,
+        interaction_cost,
         kem_products,
         noise,
         noise_trained,
-        objectives,
+        objective_cost,
         products,
         pytorch,
         seeds,
         stability,
         where_time_goes,
     )
-    scripts = {module.__name__: module for module in modules}
+    scripts = {module.__name__.rpartition(".")[2]: module for module in modules}
     environment.filters["lines"] = "\n".join
     return environment.get_template("results.md.jinja").render(load=load, **scripts)
 

@@ -2,14 +2,12 @@
 
 import json
 
-import compare
-import comparison
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import seeds
 
+from benchmarks.claims import compare, comparison, seeds
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.tasks import Depth, SemSeg

@@ -1,7 +1,8 @@
-"""The planted modules of benchmarks/noise.py read what the closed forms say."""
+"""The planted modules of benchmarks/claims/noise.py read what the closed forms say."""
 
-import noise
 import pytest
+
+from benchmarks.claims import noise
 
 
 @pytest.mark.parametrize("margin", [4.0])

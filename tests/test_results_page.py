@@ -4,11 +4,10 @@ import json
 import re
 from pathlib import Path
 
-import measure
 import pytest
-import seeds
-import write_results
 
+from benchmarks import measure, write_results
+from benchmarks.claims import seeds
 from sgw_jax.data_pipelines.errors import InputError, MissingFileError
 
 PAGES = [write_results.PAGE, write_results.ROOT / "README.md"]

@@ -1,7 +1,8 @@
 """How a profile's time is shared out among operations that run at once."""
 
 import pytest
-from where_time_goes import Interval, kind_of, shared_time
+
+from benchmarks.speed.where_time_goes import Interval, kind_of, shared_time
 
 
 def test_every_moment_is_shared_by_what_runs_in_it():

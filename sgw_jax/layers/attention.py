@@ -23,7 +23,7 @@ def attention(
     With ``chunk`` the queries are taken ``chunk`` at a time and the scores of a chunk are recomputed in the backward
     pass, so that no array of size queries x tokens ever exists; the result is the same up to rounding. On a TPU the
     scores of a chunk stay on the chip: at 1009 tokens, 16 heads of 64 and 4 images a v5e's compiler moves 0.32 GB of
-    main memory with chunks of 128, forward and backward, and 1.75 GB without (benchmarks/attention.py).
+    main memory with chunks of 128, forward and backward, and 1.75 GB without (benchmarks/speed/chunked_attention.py).
 
     Raises:
       ValueError: chunk < 1.

@@ -29,7 +29,7 @@ def task_gradients(
     One forward pass; T backward passes, written out one after another ("unroll", the default), as a loop ("map": the
     shortest program) or at once ("vmap": the memory of T). All give the same numbers up to rounding. Cost: F + T B,
     with B about 2 F. A loop keeps XLA's CPU backend from its fast convolutions: there it was 5 times slower than
-    "unroll" (benchmarks/objectives.py).
+    "unroll" (benchmarks/speed/objective_cost.py).
 
     Args:
       losses_fn: returns T numbers, a sequence of scalars or a vector (T,). Prefer the sequence: with "unroll" the pass

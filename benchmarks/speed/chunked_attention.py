@@ -1,6 +1,6 @@
 """Dense attention by chunks of queries: time where this runs, or what a TPU's compiler moves (no TPU is needed).
 
-    python benchmarks/attention.py [--tokens=1009] [--chunks 0 256 128] [--topology=v5e:2x2]
+    python benchmarks/speed/chunked_attention.py [--tokens=1009] [--chunks 0 256 128] [--topology=v5e:2x2]
 
 Sizes of a ViT-L on an image of 448 x 576: 16 heads of 64, 4 images, bfloat16; 0 is no chunk. With ``--topology`` the
 program of one of the slice's chips is compiled and its main memory's traffic counted: scores that stay on the chip
@@ -9,14 +9,17 @@ cost nothing. Adds to benchmarks/results/attention.json.
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from measure import DASH, environment, in_turn, medians
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.measure import DASH, environment, in_turn, medians
 from sgw_jax.host import keep_freed_memory
 from sgw_jax.layers.attention import attention
 from sgw_jax.plan.chips import chip_of
@@ -24,7 +27,7 @@ from sgw_jax.plan.hlo import traffic
 from sgw_jax.plan.pod import topology_devices
 from sgw_jax.run.logs import write_atomically
 
-RESULTS = Path(__file__).resolve().parent / "results" / "attention.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "attention.json"
 BATCH, HEADS, DIM = 4, 16, 64
 
 

@@ -1,6 +1,6 @@
 """How well a module learns to read the few tokens that matter, and how much of the others it lets through.
 
-    python benchmarks/noise_trained.py [--quick] [--seeds=3]
+    python benchmarks/claims/noise_trained.py [--quick] [--seeds=3]
 
 The task of noise.py from random weights, trained: every token wants the value of one of G topics, which s tokens of
 each topic carry; the values of all others are random. Written is the error on new examples over the target's variance
@@ -11,6 +11,7 @@ brings into the output. Writes benchmarks/results/noise_trained.json; killed and
 import argparse
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from measure import environment, select
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.measure import environment, select
 from sgw_jax.interactions import KEM, CrossTaskAttention
 from sgw_jax.interactions.shared_workspace import WorkspaceInteraction
 from sgw_jax.run.logs import write_atomically
@@ -30,7 +33,7 @@ TOPICS, RELEVANT, CHANNELS, STEPS = 4, 8, 32, 300
 TOKENS = 64  # of each task
 MODULES = ("dense", "workspace", "kem", "skem")
 TASKS = (2, 4, 8, 16)
-RESULTS = Path(__file__).resolve().parent / "results" / "noise_trained.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "noise_trained.json"
 
 
 class Reader(nn.Module):

@@ -1,7 +1,7 @@
 """The full-size systems: cost of every one by `plan`, and their training and evaluation steps compiled.
 
-    python benchmarks/full_size.py                    every system: parameters, MACs, memory from the trace
-    python benchmarks/full_size.py --compile          also compiles both steps for this machine, one image each
+    python benchmarks/speed/full_size.py                    every system: parameters, MACs, memory from the trace
+    python benchmarks/speed/full_size.py --compile          also compiles both steps for this machine, one image each
 
 Writes benchmarks/results/full_size.json after each system and skips what is there already, so that it can be stopped
 at any time; prints the table of docs/results.md. Nothing is executed: shapes only.
@@ -10,14 +10,17 @@ at any time; prints the table of docs/results.md. Nothing is executed: shapes on
 import argparse
 import gc
 import json
+import sys
 import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from measure import DASH, environment
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.measure import DASH, environment
 from sgw_jax.configs.base import SYSTEMS
 from sgw_jax.experiment.build import build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config

@@ -1,6 +1,6 @@
 """KEM's maps applied to every token, as the paper writes it, or to the slots' side: the same result, side by side.
 
-    python benchmarks/kem_products.py [--seconds=20]
+    python benchmarks/speed/kem_products.py [--seconds=20]
 
 Forward pass and that with the backward pass, of one image's tokens of four tasks, top-k 32. The outputs of both orders
 are compared first (1e-4 of the largest value, float32). Writes benchmarks/results/kem_products_DEVICE.json.
@@ -8,6 +8,7 @@ are compared first (1e-4 of the largest value, float32). Writes benchmarks/resul
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import environment, in_turn, medians
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.measure import environment, in_turn, medians
 from sgw_jax.host import keep_freed_memory
 from sgw_jax.interactions import KEM
 from sgw_jax.plan.cost import multiply_accumulates
 from sgw_jax.run.logs import write_atomically
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 TASKS = 4
 SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {  # tokens of a task, channels, options
     "KEM": (4096, 64, {"num_slots": 16}),

@@ -1,9 +1,9 @@
 """Interactions, or objectives, side by side from one pretrained trunk, paired by seed: scores, delta_m, diagnostics.
 
-    python benchmarks/compare.py --config=scenes --out=runs/compare [--seeds=3] [--steps=200]
-    python benchmarks/compare.py --out=runs/compare --methods none equal uncertainty upgrad nash_mtl cagrad
-    python benchmarks/compare.py --out=runs/compare --tune 7e-4 1.5e-3 3e-3 --results=FILE
-    python benchmarks/compare.py --config=scenes:tasks=semseg+depth --out=runs/two --trunk=runs/compare/trunk
+    python benchmarks/claims/compare.py --config=scenes --out=runs/compare [--seeds=3] [--steps=200]
+    python benchmarks/claims/compare.py --out=runs/compare --methods none equal uncertainty upgrad nash_mtl cagrad
+    python benchmarks/claims/compare.py --out=runs/compare --tune 7e-4 1.5e-3 3e-3 --results=FILE
+    python benchmarks/claims/compare.py --config=scenes:tasks=semseg+depth --out=runs/two --trunk=runs/compare/trunk
 
 A trunk without interaction is trained once; every run then goes on from it for the same number of steps, with the same
 data in the same order as the others of its seed. delta_m is taken against the single-task models of that seed, which
@@ -25,11 +25,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import logging
-from comparison import SINGLE, markdown, page, summarise
-from measure import environment
 from rich.console import Console
 from rich.progress import Progress
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.claims.comparison import SINGLE, markdown, page, summarise
+from benchmarks.measure import environment
 from sgw_jax.evaluation.diagnostics import diagnose
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config

@@ -1,6 +1,6 @@
 """Ways to keep the k best of n tokens for every slot, side by side: time of the forward and of both passes.
 
-    python benchmarks/topk.py [--tokens 1024 4096 16384 65536] [--seconds 5]
+    python benchmarks/speed/topk.py [--tokens 1024 4096 16384 65536] [--seconds 5]
 
 gather     lax.top_k, then the k values are gathered: what the library does
 threshold  every token whose score reaches the k-th, then a product with all values
@@ -14,15 +14,18 @@ that a product and a copy of the same size reach here. Writes benchmarks/results
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from measure import environment, in_turn, medians
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.measure import environment, in_turn, medians
 from sgw_jax.layers.topk_attention import apply_weights, attention_scores, topk_attention
 from sgw_jax.run.logs import write_atomically
 

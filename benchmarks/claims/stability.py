@@ -1,6 +1,6 @@
 """How stable the slots' selection of tokens is: KEM, sKEM and what is left of sKEM without its frame.
 
-    python benchmarks/stability.py --out=runs/compare [--seeds=3] [--steps=150]
+    python benchmarks/claims/stability.py --out=runs/compare [--seeds=3] [--steps=150]
 
 Every variant goes on from one trunk (that of compare.py, trained if it is not there) with the same data in the same
 order, and is looked at three times on the way, on test images:
@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from compare import build_run
-from comparison import shown, spread
-from measure import DASH, environment, select
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.claims.compare import build_run
+from benchmarks.claims.comparison import shown, spread
+from benchmarks.measure import DASH, environment, select
 from sgw_jax.etf.neural_collapse import class_means, collapse_sums, collapse_values, disagreement_sums
 from sgw_jax.evaluation.selection import jaccard, selection_between_images
 from sgw_jax.experiment.experiment import Experiment
@@ -43,7 +46,7 @@ from sgw_jax.run.logs import write_atomically
 from sgw_jax.run.state import restored_state
 from sgw_jax.train import train
 
-RESULTS = Path(__file__).resolve().parent / "results" / "stability.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "stability.json"
 LOOKS = 3  # evenly over the steps
 IMAGES = 64
 DOT = {"dot_regression": "0.1"}

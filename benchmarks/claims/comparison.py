@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from measure import DASH, select
 from scipy import stats
 
+from benchmarks.measure import DASH, select
 from sgw_jax.evaluation.metrics import delta_m
 from sgw_jax.tasks.base import Task
 

@@ -1,6 +1,6 @@
 """Where a training step's time goes, by part of the network and by kind of operation, from a profile of a real run.
 
-    python benchmarks/where_time_goes.py [--config=scenes] [--label=now] [--config.key=value ...]
+    python benchmarks/speed/where_time_goes.py [--config=scenes] [--label=now] [--config.key=value ...]
 
 Trains for a few steps by the command's own loop, with jax.profiler's record of the last of them. While several
 operations run at once, each gets its part of the time, so that the shares add up; "idle" is when none runs: the host
@@ -12,6 +12,7 @@ import argparse
 import io
 import json
 import re
+import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -19,9 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from measure import environment
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.measure import environment
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.experiment.experiment import Experiment
@@ -34,7 +37,7 @@ from sgw_jax.run.steps import compiled_steps
 from sgw_jax.sharding import global_batch
 from sgw_jax.train import train
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 WARM_UP, STEPS = 20, 10
 LOSSES, UPDATE = "losses", "optimiser, average"
 KINDS = {

@@ -1,6 +1,6 @@
 """How much of what a task reads is noise, as tasks are added: dense cross-attention, SharedWorkspace, KEM and sKEM.
 
-    python benchmarks/noise.py [--quick]
+    python benchmarks/claims/noise.py [--quick]
 
 Every token wants the value of one of G topics; s tokens of each topic carry it, the others random values. Scores of
 relevant tokens are m above those of the rest, and all have Gaussian noise of standard deviation sigma.
@@ -18,6 +18,7 @@ import argparse
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from measure import environment
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.measure import environment
 from sgw_jax.interactions import KEM, CrossTaskAttention
 from sgw_jax.layers.topk_attention import topk_attention
 from sgw_jax.run.logs import write_atomically
@@ -38,7 +41,7 @@ matplotlib.use("Agg")
 TOPICS, RELEVANT, TOKENS, CHANNELS, BATCH = 4, 8, 128, 32, 4
 WANTED, SCORE, MARK, VALUE, PADDING = 0, 4, 8, 12, 13  # first channel of each part of a token
 TASKS = (2, 4, 8, 16, 32)
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def examples(

@@ -1,6 +1,6 @@
 """What each interaction costs as tokens grow: time, multiply-accumulates, memory, forward and with the backward pass.
 
-    python benchmarks/interactions.py [--tokens 1024 4096 16384 65536 262144] [--dtypes float32 bfloat16]
+    python benchmarks/speed/interaction_cost.py [--tokens 1024 4096 16384 65536 262144] [--dtypes float32 bfloat16]
 
 Four tasks share the tokens; width 64, 16 slots, top-k 32. The claim under test: a workspace's cost is linear in the
 tokens, dense attention's quadratic. Slopes are those of log time over log tokens, by least squares over the three
@@ -17,6 +17,7 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +27,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import DASH, environment, select
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.measure import DASH, environment, select
 from sgw_jax.interactions import KEM, CrossTaskAttention
 from sgw_jax.interactions.shared_workspace import WorkspaceInteraction
 from sgw_jax.plan.cost import multiply_accumulates
@@ -43,7 +46,7 @@ MODULES: dict[str, Callable[[Any], nn.Module]] = {
     "kem": lambda dtype: KEM(SLOTS, top_k=TOP_K, dtype=dtype),
     "skem": lambda dtype: KEM(SLOTS, top_k=TOP_K, etf_vertices=CHANNELS, dtype=dtype),
 }
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 def measure(name: str, tokens: int, dtype: str, passes: str, expected: float, arguments: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Backbones beside transformers on PyTorch, same weights and input, in one run: forward, forward and backward.
 
-    python benchmarks/backbones.py [--models swin vit dinov2] [--size 224] [--batch 2] [--dtype float32]
+    python benchmarks/speed/backbone_speed.py [--models swin vit dinov2] [--size 224] [--batch 2] [--dtype float32]
 
 Needs the extra [parity]. The models have the sizes of Swin-T, ViT-S and DINOv2-S with random weights, written in the
 hub's layout and loaded by `load_pretrained`. Rounds alternate between the two libraries, so that both see the same
@@ -21,9 +21,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import DASH, environment, in_turn, medians
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.measure import DASH, environment, in_turn, medians
 from sgw_jax.backbones.pretrained import load_pretrained
 from sgw_jax.run.logs import write_atomically
 

@@ -1,6 +1,7 @@
 """The same configuration with several seeds: trains what is missing and prints one Markdown table with the spread.
 
-    python benchmarks/seeds.py --config=scenes --seeds=3 --out=runs/seeds [--results=FILE] [--config.key=value ...]
+    python benchmarks/claims/seeds.py --config=scenes --seeds=3 --out=runs/seeds [--results=FILE]
+        [--config.key=value ...]
 
 Seed s differs in initialisation, data order and drop path; the scenes are the same. Run again, it goes on where it was.
 """
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparison import interval, shown, spread
-from measure import DASH, needed
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.claims.comparison import interval, shown, spread
+from benchmarks.measure import DASH, needed
 from sgw_jax.evaluation.metrics import delta_m
 from sgw_jax.experiment.build import build_tasks
 from sgw_jax.experiment.config_files import read_config

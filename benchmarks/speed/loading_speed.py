@@ -1,6 +1,6 @@
 """Images per second of the whole NYUD pipeline: raw files, ArrayRecord and a PyTorch DataLoader of the same transforms.
 
-    python benchmarks/loader.py [--images=64] [--batches=16] [--workers 0 1 2]
+    python benchmarks/speed/loading_speed.py [--images=64] [--batches=16] [--workers 0 1 2]
 
 Writes an archive of random but smooth pictures at the archive's size (425 x 560), prepares it, and reads batches of 8
 with the published augmentation (zoom 0.5 to 2, crop 448 x 576, flip, photometric distortion). The PyTorch row, in the
@@ -24,10 +24,12 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
 from sgw_jax.data_pipelines.colour import ColourDistortion
 from sgw_jax.data_pipelines.loader import Stream, train_batches
 from sgw_jax.data_pipelines.nyud import Nyud
-from sgw_jax.data_pipelines.prepare import _locally, prepare
+from sgw_jax.data_pipelines.prepare import prepare
 from sgw_jax.data_pipelines.prepared import Prepared
 from sgw_jax.data_pipelines.transforms import Augmentation, Target
 
@@ -67,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_archive(Path(folder) / "archive", arguments.images)
         raw = {split: Nyud(Path(folder) / "archive", split) for split in ("train", "validation")}
-        run = partial(_locally, workers=0, console=console)
-        directory = prepare("nyud", raw, Path(folder), run, any_size=True, console=console)
+        in_turn = lambda write, shards: [write(shard) for shard in shards]  # noqa: E731
+        directory = prepare("nyud", raw, Path(folder), in_turn, any_size=True, console=console)
         for name, source in (("files", raw["train"]), ("ArrayRecord", Prepared(directory, "train"))):
             for workers in arguments.workers:
                 batches = partial(ours, source, workers=workers, count=arguments.batches + 1)

@@ -1,9 +1,10 @@
 """What task gradients cost: time and peak memory of a training step under each objective, beside the plain sum.
 
-    python benchmarks/objectives.py [--config=scenes] [--tasks 2 4 6] [--objectives upgrad nash_mtl ...]
-    python benchmarks/objectives.py --objectives all   every method; compiling two steps of each takes a while
-    python benchmarks/objectives.py --weights          the T x T work of every method
-    python benchmarks/objectives.py --aggregation      the T x T work and the aggregation alone, beside TorchJD [parity]
+    python benchmarks/speed/objective_cost.py [--config=scenes] [--tasks 2 4 6] [--objectives upgrad nash_mtl ...]
+    python benchmarks/speed/objective_cost.py --objectives all  every method; compiling two steps of each takes a while
+    python benchmarks/speed/objective_cost.py --weights         the T x T work of every method
+    python benchmarks/speed/objective_cost.py --aggregation     the T x T work and the aggregation alone, beside
+                                                                TorchJD [parity]
 
 Methods differ in a step by their T x T work alone: a scalariser's step is that of the plain sum, all others' that of
 upgrad by the same gradients. So a few methods' steps and the weights of all say what each costs; with "all", two
@@ -19,15 +20,18 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import environment, in_turn, medians
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.measure import environment, in_turn, medians
 from sgw_jax.experiment.build import build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.host import keep_freed_memory

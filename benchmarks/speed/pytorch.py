@@ -1,6 +1,6 @@
 """This library beside PyTorch, the same network with the same parameters, in one run: training step and prediction.
 
-    python benchmarks/pytorch.py [--models scenes vit_s] [--seconds 30]
+    python benchmarks/speed/pytorch.py [--models scenes vit_s] [--seconds 30]
 
 Needs the extra [parity]. "scenes" is the default configuration's network (ViT of width 96, KEM, three tasks, subpixel
 heads and convolutional stem replaced by bilinear heads and patches), "vit_s" ViT-S with 64 task channels. Losses and
@@ -29,9 +29,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure import DASH, environment, in_turn, medians
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.measure import DASH, environment, in_turn, medians
 from sgw_jax.experiment.build import build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.host import keep_freed_memory
@@ -94,7 +96,8 @@ class Side:
     def theirs(self, what: str, compiled: bool) -> Callable[[], Any]:
         """The same in PyTorch."""
         import torch
-        from torch_model import MultiTask, losses
+
+        from benchmarks.speed.torch_model import MultiTask, losses
 
         torch.set_num_threads(os.cpu_count() or 1)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -287,7 +290,7 @@ def main() -> None:
     device = jax.devices()[0]
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU's memory
     machine = environment(torch=torch.__version__)
-    path = arguments.output or Path(__file__).resolve().parent / "results" / f"pytorch_{device.platform}.json"
+    path = arguments.output or Path(__file__).resolve().parents[1] / "results" / f"pytorch_{device.platform}.json"
     known = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [row for row in known if row["model"] not in arguments.models]
     rows += [row for name in arguments.models for row in measure(name, arguments.seconds)]

@@ -1,6 +1,6 @@
 """Weak scaling of the full-size systems over TPU slices, from compiled training steps; no TPU is needed, only .[tpu].
 
-    python benchmarks/scaling.py [--systems vit_l swin_l] [--slices v5e:2x2 v5e:4x4 ...]
+    python benchmarks/speed/scaling.py [--systems vit_l swin_l] [--slices v5e:2x2 v5e:4x4 ...]
 
 Every point is `python -m sgw_jax plan --topology=SLICE` at a fixed number of images a chip: memory, what is exchanged,
 and a roofline estimate. A point takes minutes of compilation; each is written as it is done to
@@ -17,13 +17,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from measure import DASH
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.measure import DASH
 from sgw_jax.plan.chips import CHIPS, GIB
 from sgw_jax.run.logs import write_atomically
 
-RESULTS = Path(__file__).resolve().parent / "results" / "scaling.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "scaling.json"
 SLICES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4")
 IMAGES = {"v5e": 4, "v5p": 8, "v6e": 4}  # a chip
 BACKBONES = {"vit_l": "vit", "swin_l": "swin"}

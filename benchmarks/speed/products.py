@@ -1,6 +1,6 @@
 """In which precision the full-size training steps multiply: MACs by the operands' dtypes, counted from the trace.
 
-    python benchmarks/products.py [--systems nyud:swin_l,interaction=skem nyud:vit_l,interaction=kem] [--label=now]
+    python benchmarks/speed/products.py [--systems nyud:swin_l,interaction=skem ...] [--label=now]
 
 A float32 operand makes a matrix product of a bfloat16 network run at a GPU's float32 rate, several times slower; so all
 but the resize of the predictions should be bfloat16. Nothing is computed. Adds to benchmarks/results/products.json
@@ -9,6 +9,7 @@ under the label, so that a change can be seen beside what was there before it.
 
 import argparse
 import json
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
 from sgw_jax.experiment.build import build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config
@@ -25,7 +28,7 @@ from sgw_jax.plan.network import target_shapes
 from sgw_jax.run.logs import write_atomically
 from sgw_jax.train_step import init_state, make_train_step
 
-RESULTS = Path(__file__).resolve().parent / "results" / "products.json"
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "products.json"
 SYSTEMS = ["nyud:swin_l,interaction=skem", "nyud:vit_l,interaction=kem"]
 
 
