@@ -14,8 +14,8 @@ import jinja2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, where this runs as a script
 
-from benchmarks import measure
 from benchmarks.claims import comparison, noise, noise_trained, seeds, stability
+from benchmarks.measure import Results
 from benchmarks.speed import (
     backbone_speed,
     chunked_attention,
@@ -35,7 +35,7 @@ PAGE = ROOT / "docs" / "results.md"
 
 def load(name: str) -> Any:
     """A file of benchmarks/results."""
-    return measure.load(ROOT / "benchmarks" / "results" / f"{name}.json")
+    return Results(name).load()
 
 
 def render() -> str:

@@ -1,6 +1,5 @@
 """docs/results.md says what the files of benchmarks/results hold, all of it and nothing else; so does README.md."""
 
-import json
 import re
 from pathlib import Path
 
@@ -69,23 +68,50 @@ def test_gates_that_were_not_measured_are_an_error(diagnostics: dict | None, tmp
     """It names the file and the key."""
     path = tmp_path / "run.json"
     measured = {"diagnostics": {"task_gates": {"depth": -0.25}}}
-    path.write_text(json.dumps([measured, {"diagnostics": diagnostics}]), encoding="utf-8")
-    with pytest.raises(InputError, match=rf"{path}: diagnostics.*is missing or empty"):
-        seeds.gates(measure.load(path))
-    path.write_text(json.dumps([measured, {"diagnostics": {"task_gates": {"depth": 0.5}}}]), encoding="utf-8")
-    check_table(seeds.gates(measure.load(path)).splitlines())
-    assert seeds.gates(measure.load(path)).splitlines() == ["| depth |", "|---|", "| 0.38 [0.25, 0.50] |"]
+    results = measure.Results("default", path)
+    results.write([measured, {"diagnostics": diagnostics}])
+    with pytest.raises(InputError, match=rf"{path}: diagnostics.*is missing or empty; `python .*seeds\.py"):
+        seeds.gates(results.load())
+    results.write([measured, {"diagnostics": {"task_gates": {"depth": 0.5}}}])
+    check_table(seeds.gates(results.load()).splitlines())
+    assert seeds.gates(results.load()).splitlines() == ["| depth |", "|---|", "| 0.38 [0.25, 0.50] |"]
 
 
 def test_what_is_missing_names_its_file(tmp_path: Path) -> None:
-    with pytest.raises(MissingFileError, match=str(tmp_path / "run.json")):
-        measure.load(tmp_path / "run.json")
+    results = measure.Results("noise_trained_cpu", tmp_path / "run.json")
+    with pytest.raises(MissingFileError, match=r"run\.json is not there; `python .*noise_trained\.py` measures it"):
+        results.load()
     (tmp_path / "run.json").write_text('{"rows": [{"a": 1}]}', encoding="utf-8")
-    found = measure.load(tmp_path / "run.json")
+    found = results.load()
     with pytest.raises(InputError, match=r"run\.json: there is no 'b', only a"):
         found["rows"][0]["b"]
     with pytest.raises(InputError, match=r"run\.json: no row has a = 2"):
         measure.select(found["rows"], a=2)
+
+
+def test_results_are_gone_on_with(tmp_path: Path) -> None:
+    """Rows replace those of their key, sections stay beside each other, and both know where they were measured."""
+    results = measure.Results("noise", tmp_path / "new" / "noise.json", steps=3)
+    assert results.rows() == []
+    results.add([{"a": 1, "b": 1}, {"a": 2, "b": 1}], "a")
+    assert results.add([{"a": 1, "b": 5}], "a") == [{"a": 2, "b": 1}, {"a": 1, "b": 5}] == results.rows()
+    results.update(more=[7])
+    assert results.load() == {"rows": results.rows(), "more": [7], "environment": measure.environment(steps=3)}
+    labels = measure.Results("attention", tmp_path / "attention.json")
+    labels.label("one", {"a": 1})
+    assert (
+        labels.label("two", {"a": 2})
+        == labels.load()
+        == {name: {"a": a, "environment": measure.environment()} for name, a in (("one", 1), ("two", 2))}
+    )
+
+
+@pytest.mark.parametrize("path", sorted(measure.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_every_file_of_results_names_what_made_it(path: Path) -> None:
+    results = measure.Results(path.stem)
+    assert results.load()
+    script = results.remedy.removeprefix("`python ").split()[0].rstrip("`")
+    assert script == "-m" or (write_results.ROOT / script).exists()
 
 
 def test_the_page_is_filled_in_from_the_measurements():

@@ -31,7 +31,7 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
 from benchmarks.claims.comparison import SINGLE, markdown, page, summarise
-from benchmarks.measure import environment
+from benchmarks.measure import Results, environment
 from sgw_jax.evaluation.diagnostics import diagnose
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
@@ -159,11 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rates": rates,
         "environment": environment(),
     }
-    runs = {name: [{k: v for k, v in r.items() if k != "made_by"} for r in results] for name, results in found.items()}
-    everything = json.dumps(without_nan({**summary, "runs": runs}), indent=1)
+    once = ("made_by", "environment")  # the same for all
+    runs = {name: [{k: v for k, v in r.items() if k not in once} for r in results] for name, results in found.items()}
     for path in (arguments.out / "compare.json", arguments.results):
         if path is not None:
-            write_atomically(path, everything)
+            Results("compare", path).write(without_nan({**summary, "runs": runs}))
     write_atomically(arguments.out / "compare.html", page(summary))
     console.print(markdown(summary), soft_wrap=True)
     console.print(f"\n{arguments.out / 'compare.html'}   {arguments.out / 'compare.json'}")
@@ -210,7 +210,7 @@ def made_by(experiment: Experiment, trunk: Path | None) -> dict[str, Any]:
 
 def read_result(workdir: Path) -> dict[str, Any]:
     """A complete run's result.json."""
-    return json.loads((workdir / "result.json").read_text(encoding="utf-8"))
+    return Results("compare", workdir / "result.json").load()
 
 
 def done(experiment: Experiment, workdir: Path, trunk: Path | None) -> bool:
@@ -250,7 +250,7 @@ def run(experiment: Experiment, workdir: Path, trunk: Path | None, split: str = 
         "images_per_second": trained.images_per_second,
         "diagnostics": diagnostics,
     }
-    write_atomically(workdir / "result.json", json.dumps(without_nan(result), indent=1))
+    Results("compare", workdir / "result.json").write(without_nan(result))
 
 
 if __name__ == "__main__":

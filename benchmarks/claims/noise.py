@@ -16,7 +16,6 @@ benchmarks/results/noise.json and docs/noise.png. What modules learn instead of 
 
 import argparse
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
@@ -31,10 +30,9 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.measure import environment
+from benchmarks.measure import Results
 from sgw_jax.interactions import KEM, CrossTaskAttention
 from sgw_jax.layers.topk_attention import topk_attention
-from sgw_jax.run.logs import write_atomically
 
 matplotlib.use("Agg")
 
@@ -234,11 +232,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few cases, written nowhere")
     arguments = parser.parse_args()
     found = run(arguments.quick)
-    machine = environment(topics=TOPICS, relevant=RELEVANT, tokens=TOKENS)
-
     if not arguments.quick:
-        results = {"environment": machine, **found}
-        write_atomically(ROOT / "benchmarks" / "results" / "noise.json", json.dumps(results, indent=1))
+        Results("noise", topics=TOPICS, relevant=RELEVANT, tokens=TOKENS).write(found)
         draw_figure(found, ROOT / "docs" / "noise.png")
     Console().print("\n".join(tables(found)), soft_wrap=True)
 

@@ -10,7 +10,6 @@ brings into the output. Writes benchmarks/results/noise_trained.json; killed and
 
 import argparse
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,14 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.measure import environment, select
+from benchmarks.measure import Results, select
 from sgw_jax.interactions import KEM, CrossTaskAttention
 from sgw_jax.interactions.shared_workspace import WorkspaceInteraction
-from sgw_jax.run.logs import write_atomically
 
 TOPICS, RELEVANT, CHANNELS, STEPS = 4, 8, 32, 300
 TOKENS = 64  # of each task
 MODULES = ("dense", "workspace", "kem", "skem")
 TASKS = (2, 4, 8, 16)
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "noise_trained.json"
 
 
 class Reader(nn.Module):
@@ -118,14 +115,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed, 20 steps, written nowhere")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
-    machine = environment(steps=STEPS)
-    known = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() and not arguments.quick else []
+    results = Results("noise_trained", steps=STEPS)
+    known = [] if arguments.quick else results.rows()
     done = {(row["seed"], row["tasks"], row["module"]) for row in known}
     for seed, count, name in itertools.product(range(1 if arguments.quick else arguments.seeds), TASKS, MODULES):
         if (seed, count, name) not in done:
-            known.append(trained(name, count, 20 if arguments.quick else STEPS, seed))
-            if not arguments.quick:
-                write_atomically(RESULTS, json.dumps({"environment": machine, "rows": known}, indent=1))
+            row = trained(name, count, 20 if arguments.quick else STEPS, seed)
+            known = [*known, row] if arguments.quick else results.add([row], "seed", "tasks", "module")
     Console().print("\n".join(table(known)), soft_wrap=True)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
 from benchmarks.claims.comparison import interval, shown, spread
-from benchmarks.measure import DASH, needed
+from benchmarks.measure import DASH, Results, needed
 from sgw_jax.evaluation.metrics import delta_m
 from sgw_jax.experiment.build import build_tasks
 from sgw_jax.experiment.config_files import read_config
@@ -41,14 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (workdir / "results.json").exists():
             command = [sys.executable, "-m", "sgw_jax", "train", f"--config={arguments.config}", f"--workdir={workdir}"]
             subprocess.run([*command, f"--config.seed={seed}", *overrides], check=True)
-        found = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+        found = Results("default", workdir / "results.json").load()
         lines = (json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         (*_, last) = (line for line in lines if line.get("split") == "validation")
         results.append({key: found[key] for key in KEPT} | {"validation_loss": last["loss"]})
     print(table(results))
     for path in (arguments.out / "seeds.json", arguments.results):
         if path is not None:
-            path.write_text(json.dumps(results, indent=1), encoding="utf-8")
+            Results("default", path).write(results)  # each has its own environment
     return 0
 
 

@@ -19,7 +19,6 @@ benchmarks/results/stability.json and prints a table; killed and run again, it g
 import argparse
 import io
 import itertools
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -35,18 +34,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, wh
 
 from benchmarks.claims.compare import build_run
 from benchmarks.claims.comparison import shown, spread
-from benchmarks.measure import DASH, environment, select
+from benchmarks.measure import DASH, Results, select
 from sgw_jax.etf.neural_collapse import class_means, collapse_sums, collapse_values, disagreement_sums
 from sgw_jax.evaluation.selection import jaccard, selection_between_images
 from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.heads import TaskStem
 from sgw_jax.host import keep_freed_memory
 from sgw_jax.run.checkpoints import Checkpoints
-from sgw_jax.run.logs import write_atomically
 from sgw_jax.run.state import restored_state
 from sgw_jax.train import train
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "stability.json"
 LOOKS = 3  # evenly over the steps
 IMAGES = 64
 DOT = {"dot_regression": "0.1"}
@@ -185,7 +182,7 @@ def main() -> None:
     parser.add_argument("--trunk_steps", type=int, default=500)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "sgw_jax")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path)
     arguments, overrides = parser.parse_known_args()
     jax.config.update("jax_compilation_cache_dir", str(arguments.cache_dir / "xla"))
     logging.set_verbosity(logging.ERROR)
@@ -194,13 +191,12 @@ def main() -> None:
     if not (arguments.out / "trunk" / "checkpoints").exists():
         trunk = build_run(arguments, overrides, "none", {}, seed=1000, steps=arguments.trunk_steps)
         train(trunk, arguments.out / "trunk", Console(file=io.StringIO()))
-    known = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
-    machine = environment(steps=arguments.steps, images=IMAGES)
+    results = Results("stability", arguments.output, steps=arguments.steps, images=IMAGES)
+    known = results.rows()
     for seed, name in itertools.product(range(arguments.seeds), arguments.variants):
         if any((row["variant"], row["seed"]) == (name, seed) for row in known):
             continue
-        known += measure(arguments, overrides, name, seed)
-        write_atomically(arguments.output, json.dumps({"environment": machine, "rows": known}, indent=1))
+        known = results.add(measure(arguments, overrides, name, seed), "variant", "seed", "step")
         console.print(f"{name}, seed {seed}: done")
     console.print("\n".join(table(known)), soft_wrap=True)
 

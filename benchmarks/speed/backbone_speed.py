@@ -9,7 +9,6 @@ memory is that of a process of its own (--memory). Writes benchmarks/results/bac
 """
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -25,9 +24,8 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.measure import DASH, environment, in_turn, medians
+from benchmarks.measure import DASH, Results, in_turn, medians
 from sgw_jax.backbones.pretrained import load_pretrained
-from sgw_jax.run.logs import write_atomically
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 SMALL = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}
@@ -134,7 +132,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--seconds", type=float, default=20.0, help="per model and task")
     parser.add_argument("--compile", action="store_true", help="torch.compile too")
-    parser.add_argument("--output", help="JSON file")
+    parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--peak_of", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -167,12 +165,10 @@ def main() -> None:
     result = {
         "shape": shape,
         "dtype": arguments.dtype,
-        "environment": environment(torch=torch.__version__, transformers=transformers.__version__),
         "rows": rows,
     }
-    path = Path(arguments.output or f"benchmarks/results/backbones_{device.platform}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(result, indent=1))
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    Results(f"backbones_{device.platform}", arguments.output, **versions).write(result)
     Console().print("\n".join(table(rows)), soft_wrap=True)
 
 

@@ -8,7 +8,6 @@ cost nothing. Adds to benchmarks/results/attention.json.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,13 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.measure import DASH, environment, in_turn, medians
+from benchmarks.measure import DASH, Results, in_turn, medians
 from sgw_jax.host import keep_freed_memory
 from sgw_jax.layers.attention import attention
 from sgw_jax.plan.chips import chip_of
 from sgw_jax.plan.hlo import traffic
 from sgw_jax.plan.pod import topology_devices
-from sgw_jax.run.logs import write_atomically
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "attention.json"
 BATCH, HEADS, DIM = 4, 16, 64
 
 
@@ -91,7 +88,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--topology")
     arguments = parser.parse_args()
-    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if arguments.topology:
         device = topology_devices(arguments.topology)[0]
         chip = chip_of(device.device_kind)
@@ -99,8 +95,7 @@ def main() -> None:
     else:
         keep_freed_memory()
         rows, name = measured(arguments.chunks, arguments.tokens, arguments.seconds), jax.devices()[0].device_kind
-    found[name] = {"device": name, "tokens": arguments.tokens, "rows": rows, "environment": environment()}
-    write_atomically(RESULTS, json.dumps(found, indent=1))
+    found = Results("attention").label(name, {"device": name, "tokens": arguments.tokens, "rows": rows})
     Console().print("\n".join(table(found)), soft_wrap=True)
 
 

@@ -9,7 +9,6 @@ at any time; prints the table of docs/results.md. Nothing is executed: shapes on
 
 import argparse
 import gc
-import json
 import sys
 import time
 from pathlib import Path
@@ -20,13 +19,12 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.measure import DASH, environment
+from benchmarks.measure import DASH, Results
 from sgw_jax.configs.base import SYSTEMS
 from sgw_jax.experiment.build import build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.optimizers import make_optimizer
 from sgw_jax.plan.network import plan, target_shapes
-from sgw_jax.run.logs import write_atomically
 from sgw_jax.train_step import init_state, make_eval_step, make_train_step
 
 CONFIGS = ("nyud", "pascal_context", "cityscapes")
@@ -109,17 +107,15 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument("--interactions", nargs="+", default=INTERACTIONS, choices=INTERACTIONS)
     parser.add_argument("--compile", action="store_true", help="compile both steps too")
-    parser.add_argument("--output", default="benchmarks/results/full_size.json")
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    path, console = Path(arguments.output), Console()
-    results = json.loads(path.read_text()) if path.exists() else {"systems": {}}
-    results["environment"] = environment()
-    path.parent.mkdir(parents=True, exist_ok=True)
+    results, console = Results("full_size", arguments.output), Console()
+    systems = results.known().get("systems", {})  # none before the first
     for config in arguments.configs:
         for system in arguments.systems:
             for interaction in arguments.interactions:
                 name = f"{config}:{system},interaction={interaction}"
-                found = results["systems"].setdefault(name, {})
+                found = systems.setdefault(name, {})
                 read = read_config(name)
                 if "plan" not in found:
                     found["plan"] = plan(build_model(read, build_tasks(read)), tuple(read.data.size)).to_dict()
@@ -129,8 +125,8 @@ def main() -> None:
                     console.print(f"{name}: compiled in {seconds:.0f} s")
                     jax.clear_caches()
                     gc.collect()
-                write_atomically(path, json.dumps(results, indent=1))
-    console.print(table(results), soft_wrap=True)
+                results.update(systems=systems)
+    console.print(table(results.load()), soft_wrap=True)
 
 
 if __name__ == "__main__":

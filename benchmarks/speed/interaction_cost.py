@@ -15,7 +15,6 @@ and run again, the script goes on.
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -31,11 +30,10 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.measure import DASH, environment, select
+from benchmarks.measure import DASH, Results, select
 from sgw_jax.interactions import KEM, CrossTaskAttention
 from sgw_jax.interactions.shared_workspace import WorkspaceInteraction
 from sgw_jax.plan.cost import multiply_accumulates
-from sgw_jax.run.logs import write_atomically
 
 TASKS, CHANNELS, SLOTS, TOP_K = 4, 64, 16, 32
 MEMORY_LIMIT = 12e9  # bytes
@@ -46,7 +44,7 @@ MODULES: dict[str, Callable[[Any], nn.Module]] = {
     "kem": lambda dtype: KEM(SLOTS, top_k=TOP_K, dtype=dtype),
     "skem": lambda dtype: KEM(SLOTS, top_k=TOP_K, etf_vertices=CHANNELS, dtype=dtype),
 }
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+KEY = ("module", "dtype", "passes", "tokens")
 
 
 def measure(name: str, tokens: int, dtype: str, passes: str, expected: float, arguments: Any) -> dict[str, Any]:
@@ -139,12 +137,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     device = jax.devices()[0]
-    path = arguments.output or RESULTS / f"interactions_{device.platform}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
-    machine = environment(tasks=TASKS, channels=CHANNELS, slots=SLOTS, top_k=TOP_K, batch=1)
-    keys = ("module", "dtype", "passes", "tokens")
-    done = {tuple(row[key] for key in keys) for row in known}
+    sizes = {"tasks": TASKS, "channels": CHANNELS, "slots": SLOTS, "top_k": TOP_K, "batch": 1}
+    results = Results(f"interactions_{device.platform}", arguments.output, **sizes)
+    known = results.rows()
+    done = {tuple(row[key] for key in KEY) for row in known}
     for dtype, passes, name in itertools.product(arguments.dtypes, PASSES, MODULES):
         for tokens in sorted(arguments.tokens):
             if (name, dtype, passes, tokens) in done:
@@ -152,8 +148,7 @@ def main() -> None:
             before = [row for row in series(known, name, dtype, passes) if row["tokens"] < tokens]
             # The chunked dense attention is quadratic, all others linear: the square bounds both.
             expected = before[-1]["seconds"] * (tokens / before[-1]["tokens"]) ** 2 if before else 0.0
-            known.append(measure(name, tokens, dtype, passes, expected, arguments))
-            write_atomically(path, json.dumps({"environment": machine, "rows": known}, indent=1))
+            known = results.add([measure(name, tokens, dtype, passes, expected, arguments)], *KEY)
             jax.clear_caches()
     Console().print("\n".join(table(known)), soft_wrap=True)
 

@@ -7,7 +7,6 @@ are compared first (1e-4 of the largest value, float32). Writes benchmarks/resul
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +19,11 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.measure import environment, in_turn, medians
+from benchmarks.measure import Results, in_turn, medians
 from sgw_jax.host import keep_freed_memory
 from sgw_jax.interactions import KEM
 from sgw_jax.plan.cost import multiply_accumulates
-from sgw_jax.run.logs import write_atomically
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 TASKS = 4
 SIZES: dict[str, tuple[int, int, dict[str, Any]]] = {  # tokens of a task, channels, options
     "KEM": (4096, 64, {"num_slots": 16}),
@@ -104,11 +101,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     keep_freed_memory()
-    path = arguments.output or RESULTS / f"kem_products_{jax.default_backend()}.json"
+    results = Results(f"kem_products_{jax.default_backend()}", arguments.output)
     rows = [row for d in ("float32", "bfloat16") for label in SIZES for row in measure(label, d, arguments.seconds)]
-    found = {"environment": environment(), "rows": rows}
-    write_atomically(path, json.dumps(found, indent=1))
-    Console().print("\n".join(table(found)), soft_wrap=True)
+    Console().print("\n".join(table(results.update(rows=rows))), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ same run, reads the same source through `torch.utils.data.DataLoader` with the s
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
+from benchmarks.measure import Results
 from sgw_jax.data_pipelines.colour import ColourDistortion
 from sgw_jax.data_pipelines.loader import Stream, train_batches
 from sgw_jax.data_pipelines.nyud import Nyud
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("runs/loader.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/loading_speed.json"))
     arguments = parser.parse_args(argv)
     console = Console()
     rows = []
@@ -83,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in rows:
         table.add_row(row["reader"], row["source"], str(row["workers"]), f"{row['images_per_second']:.1f}")
     console.print(table)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    Results("loading", arguments.out).write({"rows": rows})
     return 0
 
 

@@ -18,7 +18,6 @@ benchmarks/results/objectives_DEVICE.json.
 import argparse
 import dataclasses
 import functools
-import json
 import os
 import sys
 from pathlib import Path
@@ -31,14 +30,13 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.measure import environment, in_turn, medians
+from benchmarks.measure import Results, in_turn, medians, merged
 from sgw_jax.experiment.build import build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.host import keep_freed_memory
 from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS, Scalarizer, WeightedAggregator
 from sgw_jax.optimizers import make_optimizer
 from sgw_jax.plan.network import plan, target_shapes
-from sgw_jax.run.logs import write_atomically
 from sgw_jax.tasks.base import Task
 from sgw_jax.train_step import init_state, make_train_step
 
@@ -217,27 +215,22 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="per number of tasks")
     parser.add_argument("--weights", action="store_true")
     parser.add_argument("--aggregation", action="store_true")
-    parser.add_argument("--output")
+    parser.add_argument("--output", type=Path)
     arguments, overrides = parser.parse_known_args()
-    path = Path(arguments.output or f"benchmarks/results/objectives_{jax.default_backend()}.json")
+    results = Results(f"objectives_{jax.default_backend()}", arguments.output)
     keep_freed_memory()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else {}
-    results["environment"] = environment()
     if arguments.aggregation:
-        results["aggregation"] = aggregation(arguments.seconds / 10)
-        lines = aggregation_table(results["aggregation"])
+        lines = aggregation_table(results.update(aggregation=aggregation(arguments.seconds / 10))["aggregation"])
     elif arguments.weights:
-        results["weights"] = weights_alone(arguments.seconds, arguments.tasks)
-        lines = weights_table(results["weights"])
+        lines = weights_table(results.update(weights=weights_alone(arguments.seconds, arguments.tasks))["weights"])
     else:
         label = " ".join([arguments.config, *overrides])
-        known = results.setdefault("steps", {}).setdefault(label, [])
+        known = results.known().get("steps", {})  # none before the first
+        rows = known.get(label, [])
         for count in arguments.tasks:  # written after each, as compiling eight tasks takes minutes
-            known[:] = [row for row in known if row["tasks"] != count] + steps(arguments, overrides, count)
-            write_atomically(path, json.dumps(results, indent=1))
-        lines = table(known)
-    write_atomically(path, json.dumps(results, indent=1))
+            rows = merged(rows, steps(arguments, overrides, count), "tasks")
+            results.update(steps={**known, label: rows})
+        lines = table(rows)
     Console().print("\n".join(lines), soft_wrap=True)
 
 

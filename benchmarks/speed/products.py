@@ -8,7 +8,6 @@ under the label, so that a change can be seen beside what was there before it.
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -20,15 +19,14 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
+from benchmarks.measure import Results
 from sgw_jax.experiment.build import build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.optimizers import make_optimizer
 from sgw_jax.plan.cost import multiply_accumulates, operations
 from sgw_jax.plan.network import target_shapes
-from sgw_jax.run.logs import write_atomically
 from sgw_jax.train_step import init_state, make_train_step
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "products.json"
 SYSTEMS = ["nyud:swin_l,interaction=skem", "nyud:vit_l,interaction=kem"]
 
 
@@ -49,15 +47,14 @@ def by_dtype(name: str) -> dict[str, int]:
     return dict(counts)
 
 
-def table(found: dict[str, dict[str, dict[str, int]]]) -> list[str]:
+def table(rows: list[dict[str, Any]]) -> list[str]:
     """Markdown: shares of the MACs."""
-    kinds = sorted({kind for systems in found.values() for counts in systems.values() for kind in counts})
+    kinds = sorted({kind for row in rows for kind in row["macs"]})
     lines = ["| training step | | " + " | ".join(kinds) + " |", "|---|---|" + "---|" * len(kinds)]
-    for name in next(iter(found.values())):
-        for label, systems in found.items():
-            total = sum(systems[name].values())
-            cells = [f"{systems[name].get(kind, 0) / total:.1%}" for kind in kinds]
-            lines.append(f"| {name} | {label} | " + " | ".join(cells) + " |")
+    for row in sorted(rows, key=lambda row: row["system"]):
+        total = sum(row["macs"].values())
+        cells = [f"{row['macs'].get(kind, 0) / total:.1%}" for kind in kinds]  # a kind without products is not counted
+        lines.append(f"| {row['system']} | {row['label']} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -67,10 +64,8 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", default=SYSTEMS)
     parser.add_argument("--label", default="now")
     arguments = parser.parse_args()
-    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found[arguments.label] = {name: by_dtype(name) for name in arguments.systems}
-    write_atomically(RESULTS, json.dumps(found, indent=1))
-    Console().print("\n".join(table(found)), soft_wrap=True)
+    rows = [{"system": name, "label": arguments.label, "macs": by_dtype(name)} for name in arguments.systems]
+    Console().print("\n".join(table(Results("products").add(rows, "system", "label"))), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -33,14 +33,13 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.measure import DASH, environment, in_turn, medians
+from benchmarks.measure import DASH, Results, in_turn, medians, merged
 from sgw_jax.experiment.build import build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.host import keep_freed_memory
 from sgw_jax.interactions import KEM
 from sgw_jax.optimizers import make_optimizer
 from sgw_jax.plan.cost import multiply_accumulates
-from sgw_jax.run.logs import write_atomically
 from sgw_jax.train_step import init_state, make_train_step
 
 RATE = 1e-4
@@ -289,14 +288,9 @@ def main() -> None:
 
     device = jax.devices()[0]
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several processes share a GPU's memory
-    machine = environment(torch=torch.__version__)
-    path = arguments.output or Path(__file__).resolve().parents[1] / "results" / f"pytorch_{device.platform}.json"
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [row for row in known if row["model"] not in arguments.models]
-    rows += [row for name in arguments.models for row in measure(name, arguments.seconds)]
-    found = {"environment": machine, "rows": rows, "kem": kem_alone(arguments.seconds / 6)}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(found, indent=1))
+    results = Results(f"pytorch_{device.platform}", arguments.output, torch=torch.__version__)
+    rows = [row for name in arguments.models for row in measure(name, arguments.seconds)]
+    found = results.update(rows=merged(results.rows(), rows, "model"), kem=kem_alone(arguments.seconds / 6))
     Console().print("\n".join(table(found)), soft_wrap=True)
 
 

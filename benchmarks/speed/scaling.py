@@ -21,11 +21,9 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.measure import DASH
+from benchmarks.measure import DASH, Results
 from sgw_jax.plan.chips import CHIPS, GIB
-from sgw_jax.run.logs import write_atomically
 
-RESULTS = Path(__file__).resolve().parents[1] / "results" / "scaling.json"
 SLICES = ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16", "v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4")
 IMAGES = {"v5e": 4, "v5p": 8, "v6e": 4}  # a chip
 BACKBONES = {"vit_l": "vit", "swin_l": "swin"}
@@ -81,20 +79,23 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", default=list(BACKBONES), choices=list(BACKBONES))
     parser.add_argument("--slices", nargs="+", default=list(SLICES))
     parser.add_argument("--mesh", default="data_fsdp4")
-    parser.add_argument("--output", default=str(RESULTS))
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    path, console = Path(arguments.output), Console()
-    rows = json.loads(path.read_text()) if path.exists() else []
+    results, console = Results("scaling", arguments.output), Console()
+    rows, failed = results.rows(), []
     for system in arguments.systems:
         for slice_name in arguments.slices:
             point = (system, slice_name, arguments.mesh)
             if any((row["system"], row["slice"], row["named_mesh"]) == point for row in rows):
                 continue
             found = measure(*point, console)
-            if found is not None:
-                rows.append(found)
-                write_atomically(path, json.dumps(rows, indent=1))
+            if found is None:
+                failed.append(", ".join(point))
+            else:
+                rows = results.add([found], "system", "slice", "named_mesh")
     console.print("\n".join(table(rows)), soft_wrap=True)
+    if failed:
+        raise SystemExit(f"Not compiled: {'; '.join(failed)}.")
 
 
 if __name__ == "__main__":

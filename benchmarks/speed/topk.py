@@ -13,7 +13,6 @@ that a product and a copy of the same size reach here. Writes benchmarks/results
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +24,8 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.measure import environment, in_turn, medians
+from benchmarks.measure import Results, in_turn, medians
 from sgw_jax.layers.topk_attention import apply_weights, attention_scores, topk_attention
-from sgw_jax.run.logs import write_atomically
 
 BATCH, SLOTS, WIDTH, TOP_K = 2, 32, 192, 32
 
@@ -99,16 +97,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
     parser.add_argument("--seconds", type=float, default=5.0, help="per row")
-    parser.add_argument("--output")
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     device = jax.devices()[0]
-    path = Path(arguments.output or f"benchmarks/results/topk_{device.platform}.json")
-    machine = environment(batch=BATCH, slots=SLOTS, width=WIDTH, top_k=TOP_K)
+    sizes = {"batch": BATCH, "slots": SLOTS, "width": WIDTH, "top_k": TOP_K}
+    results = Results(f"topk_{device.platform}", arguments.output, **sizes)
     rows = []
     for dtype in (jnp.float32, jnp.bfloat16):
         for tokens in arguments.tokens:
             rows += measure(tokens, dtype, arguments.seconds)
-            write_atomically(path, json.dumps({"environment": machine, "rows": rows}, indent=1))
+            results.write({"rows": rows})
     lines = ["| dtype | tokens | way | forward ms | over roofline | both passes ms | over roofline |", "|" + "---|" * 7]
     base = {(r["dtype"], r["tokens"]): r for r in rows if r["way"] == "roofline"}
     for row in rows:

@@ -10,7 +10,6 @@ benchmarks/results/where_time_goes_DEVICE.json under the label, so that a change
 
 import argparse
 import io
-import json
 import re
 import sys
 import tempfile
@@ -24,20 +23,18 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.measure import environment
+from benchmarks.measure import Results
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.host import keep_freed_memory
 from sgw_jax.plan.hlo import parse
 from sgw_jax.plan.network import PARTS, part_of
-from sgw_jax.run.logs import write_atomically
 from sgw_jax.run.state import initial_state
 from sgw_jax.run.steps import compiled_steps
 from sgw_jax.sharding import global_batch
 from sgw_jax.train import train
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 WARM_UP, STEPS = 20, 10
 LOSSES, UPDATE = "losses", "optimiser, average"
 KINDS = {
@@ -132,7 +129,6 @@ def measure(config: str, overrides: list[str], cache: Path) -> dict[str, Any]:
         "operations": len(found) // STEPS,
         "parts": {name: table[name] for name in (*PARTS, LOSSES, UPDATE) if name in table},
         "costliest": [{"name": n, "path": path_of.get(n, ""), "ms": t / STEPS / 1e6} for n, t in costly],
-        "environment": environment(),
     }
 
 
@@ -171,10 +167,8 @@ def main() -> None:
     arguments, overrides = parser.parse_known_args()
     jax.config.update("jax_compilation_cache_dir", str(arguments.cache_dir / "xla"))
     keep_freed_memory()
-    path = arguments.output or RESULTS / f"where_time_goes_{jax.default_backend()}.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    found[arguments.label] = measure(arguments.config, overrides, arguments.cache_dir)
-    write_atomically(path, json.dumps(found, indent=1))
+    results = Results(f"where_time_goes_{jax.default_backend()}", arguments.output)
+    found = results.label(arguments.label, measure(arguments.config, overrides, arguments.cache_dir))
     console = Console()
     console.print("\n".join(table(found)), soft_wrap=True)
     for row in found[arguments.label]["costliest"]:
