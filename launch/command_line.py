@@ -1,24 +1,27 @@
 """What the launchers share: arguments that are checked one by one, and the training command after `--`.
 
-    python launch/X.py [options] -- train --config=... --workdir=...
+    sgw-jax launch X [options] -- train --config=... --workdir=...
 
 Whatever is wrong ends with exit code 2 and a sentence that names the argument, what was found and what is allowed.
 """
 
 import argparse
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 COMMANDS = ("train", "evaluate", "predict", "plan")
+SCRIPTS = Path(__file__).parent / "scripts"
 
 
-def parser(docstring: str | None) -> argparse.ArgumentParser:
-    """Options are not abbreviated: what is mistyped must fail, not mean something else."""
+def parser(name: str, docstring: str | None) -> argparse.ArgumentParser:
+    """A launcher's. Options are not abbreviated: what is mistyped must fail, not mean something else."""
     shape: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    return argparse.ArgumentParser(description=docstring, **shape)
+    return argparse.ArgumentParser(f"sgw-jax launch {name}", description=docstring, **shape)
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str] | None]:
@@ -48,6 +51,17 @@ def feed(program: Sequence[str], text: str, remedy: str) -> int:
     except FileNotFoundError:
         print(f"{program[0]} found nowhere on PATH; {remedy}, or use --dry-run", file=sys.stderr)
         return 127
+
+
+def script(name: str, **variables: str) -> str:
+    """A file of scripts/, after assignments of the variables that it needs."""
+    text = (SCRIPTS / name).read_text(encoding="utf-8")
+    return "".join(f"{variable}={shlex.quote(value)}\n" for variable, value in variables.items()) + text
+
+
+def array(name: str, words: Sequence[str]) -> str:
+    """The assignment of an array of bash. Quotes, and = and , are meant as they stand."""
+    return f"# shellcheck disable=SC1003,SC2016,SC2054,SC2191\n{name}=({shlex.join(words)})\n"
 
 
 def check_command(parser: argparse.ArgumentParser, command: Sequence[str] | None, durable: bool = False) -> list[str]:

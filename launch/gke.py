@@ -1,6 +1,6 @@
 """One run on the hosts of a TPU slice of a GKE cluster, as a JobSet that restarts until it is through.
 
-    python launch/gke.py --name=nyud --image=us-docker.pkg.dev/project/images/sgw_jax:1 --tpu=v5e --topology=4x4 \\
+    sgw-jax launch gke --name=nyud --image=us-docker.pkg.dev/project/images/sgw_jax:1 --tpu=v5e --topology=4x4 \\
         --bucket=my-runs -- train --config=nyud:swin_l,interaction=skem --workdir=/mnt/runs/nyud
 
 The manifest goes to `kubectl apply -f -`; --dry-run prints it instead (JSON, which kubectl reads as it reads YAML).
@@ -13,7 +13,6 @@ host is told by GKE who the others are; sgw_jax joins them by itself.
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_line.parser(__doc__)
+    parser = command_line.parser("gke", __doc__)
     add = parser.add_argument
     add("--name", required=True, type=command_line.NAME, help="of the JobSet")
     add("--image", required=True, type=matching(command_line.IMAGE, "an image as host/path/name:tag"))
@@ -156,7 +155,3 @@ def _annotations(arguments: argparse.Namespace) -> dict[str, Any]:
 def _literal(text: str) -> str:
     """Kubernetes replaces $(NAME) in commands and variables, and reads $$ as one $."""
     return text.replace("$", "$$")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

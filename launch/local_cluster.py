@@ -1,13 +1,12 @@
 """One command as several JAX processes on this machine's CPU: the way a cluster runs it, without one.
 
-    python launch/local_cluster.py --processes=2 --devices-per-process=4 -- train --config=scenes --workdir=runs/scenes
+    sgw-jax launch local --processes=2 --devices-per-process=4 -- train --config=scenes --workdir=runs/scenes
 
 Every process has its own fake devices; together they form one mesh of processes x devices. The output is that of
 process 0; of the others it is shown where one of them fails. Ctrl-C or SIGTERM lets all of them save and stop
 together. If one process dies the rest is ended, because no collective operation can complete without it.
 """
 
-import argparse
 import contextlib
 import ctypes
 import os
@@ -22,7 +21,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+import sgw_jax
+from sgw_jax.launch import command_line
+from sgw_jax.launch.command_line import whole
+
+IMPORTED_FROM = Path(sgw_jax.__file__).resolve().parents[1]
 SECONDS_AFTER_DEATH = 5.0  # for the others to say what they have to say
 SECONDS_TO_SAVE = 300.0  # between being asked to stop and being killed
 TAIL = 8_000  # characters shown of the output of a process that failed
@@ -30,11 +33,10 @@ TAIL = 8_000  # characters shown of the output of a process that failed
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Starts the processes and waits; returns 0, or the exit code of the process that failed first."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=_positive, default=2, help="default: %(default)s")
-    parser.add_argument("--devices-per-process", type=_positive, default=4, help="fake; default: %(default)s")
-    parser.add_argument("command", nargs="+", metavar="-- command", help="what follows `python -m sgw_jax`")
-    arguments = parser.parse_args(argv)
+    parser = command_line.parser("local", __doc__)
+    parser.add_argument("--processes", type=whole(1), default=2, help="default: %(default)s")
+    parser.add_argument("--devices-per-process", type=whole(1), default=4, help="fake; default: %(default)s")
+    arguments, command = command_line.parse(parser, argv)
 
     address = f"127.0.0.1:{_free_port()}"
     with contextlib.ExitStack() as stack:
@@ -44,17 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         stack.callback(_kill, processes)
         for index in range(arguments.processes):
             environment = _environment(address, arguments.processes, index, arguments.devices_per_process)
-            processes.append(_start(arguments.command, environment, None if index == 0 else logs[index]))
+            processes.append(_start(command, environment, None if index == 0 else logs[index]))
         code = _wait(processes, received)
         if code and not received:
             _show(processes, logs)
         return 128 + received[0] if received and code else code
-
-
-def _positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
 
 
 def _free_port() -> int:
@@ -66,7 +62,7 @@ def _free_port() -> int:
 def _environment(address: str, processes: int, index: int, devices: int) -> dict[str, str]:
     """What sgw_jax/__main__.py and XLA read; other flags of XLA_FLAGS stay."""
     flags = re.sub(r"--xla_force_host_platform_device_count=\S+", "", os.environ.get("XLA_FLAGS", ""))
-    paths = (str(REPOSITORY), os.environ.get("PYTHONPATH"))
+    paths = (str(IMPORTED_FROM), os.environ.get("PYTHONPATH"))
     return {
         **os.environ,
         "SGW_COORDINATOR": address,
@@ -150,11 +146,7 @@ def _show(processes: Sequence[subprocess.Popen], logs: Sequence[IO[str]]) -> Non
     for index, (process, log) in enumerate(zip(processes, logs, strict=True)):
         code = process.returncode
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        print(f"local_cluster: process {index} {how}", file=sys.stderr)
+        print(f"local: process {index} {how}", file=sys.stderr)
         log.seek(0)
         if index and (text := log.read().rstrip()):
             print("\n".join(f"  [{index}] {line}" for line in text[-TAIL:].splitlines()), file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """One run on the GPUs of a Slurm cluster, one process per GPU, queued again until it is through.
 
-    python launch/slurm.py --nodes=2 --gpus-per-node=8 --time=12:00:00 --partition=gpu \\
+    sgw-jax launch slurm --nodes=2 --gpus-per-node=8 --time=12:00:00 --partition=gpu \\
         --setup='source ~/sgw_jax/.venv/bin/activate' \\
         -- train --config=nyud:swin_l,interaction=skem --workdir=/shared/runs/nyud
 
@@ -10,45 +10,14 @@ A run that fails is not queued again. Under srun the processes find each other b
 """
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 
 from sgw_jax.launch import command_line
-from sgw_jax.launch.command_line import matching, whole
+from sgw_jax.launch.command_line import array, matching, script, whole
 
 WORD = matching(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", "letters, digits and _ . + -")
 TIME = r"[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2}|[0-9]+(:[0-9]{1,2}){0,2}"
 PATH = r"[A-Za-z0-9._/%+=@-]+"
-
-# With fewer processes than GPUs JAX would give a process the one GPU of its own number: each takes its part instead.
-SHARE = """\
-first=$((SLURM_LOCALID * {share}))
-JAX_LOCAL_DEVICE_IDS=$(seq -s, "$first" $((first + {share} - 1)))
-export JAX_LOCAL_DEVICE_IDS
-exec "$@"
-"""
-
-# Slurm signals the batch script alone (B:), which passes it on: SIGTERM straight to the step could not be told from
-# what srun may send to the others when one process fails, and a run that fails would be queued for ever.
-WAIT = """\
-time_is_up=no
-trap 'time_is_up=yes; scancel --signal=TERM "$SLURM_JOB_ID" || true' USR1
-"${srun[@]}" "${command[@]}" &
-code=0
-wait "$!" || code=$?
-if [ "$time_is_up" = yes ]; then  # the trap interrupted the wait
-  code=0
-  wait "$!" || code=$?
-fi
-"""
-
-REQUEUE = """\
-preempted() { [[ "$(scontrol show job "$SLURM_JOB_ID")" == *PreemptTime=[0-9]* ]]; }
-if [ "$code" -eq 143 ] && { [ "$time_is_up" = yes ] || preempted; }; then  # 128 + SIGTERM: stopped and saved
-  scontrol requeue "$SLURM_JOB_ID"
-fi
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"argument --processes-per-node: {processes} found; allowed is {allowed}")
     if arguments.container_mounts and not arguments.container_image:
         parser.error("argument --container-mounts: found without --container-image; allowed is both or neither")
-    text = script(arguments, processes, command)
+    text = batch_script(arguments, processes, command)
     if arguments.dry_run:
         print(text, end="")
         return 0
@@ -69,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_line.parser(__doc__)
+    parser = command_line.parser("slurm", __doc__)
     add = parser.add_argument
     add("--nodes", type=whole(1), default=1, help="default: %(default)s")
     add("--gpus-per-node", type=whole(1, 64), default=1, help="default: %(default)s")
@@ -98,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def script(arguments: argparse.Namespace, processes: int, command: Sequence[str]) -> str:
+def batch_script(arguments: argparse.Namespace, processes: int, command: Sequence[str]) -> str:
     options = {
         "job-name": arguments.job_name,
         "nodes": arguments.nodes,
@@ -123,23 +92,15 @@ def script(arguments: argparse.Namespace, processes: int, command: Sequence[str]
         srun.append(f"--container-mounts={arguments.container_mounts}")
     share = arguments.gpus_per_node // processes
     if share > 1:
-        srun += ["bash", "-c", SHARE.format(share=share), "bash"]
+        srun += ["bash", "-c", script("slurm/share.sh"), "bash", str(share)]
     lines = [
         "#!/bin/bash\n",
         *directives,
         "set -eo pipefail\n",
         *(f"{line}\n" for line in arguments.setup),
         "set -u\n",  # not before: what sets up modules and environments seldom bears it
-        "# shellcheck disable=SC1003,SC2016,SC2054,SC2191\n",  # quotes, and = and , are meant as they stand
-        f"srun=({shlex.join(srun)})\n",
-        "# shellcheck disable=SC1003,SC2016,SC2054,SC2191\n",
-        f"command=({shlex.join(['python', '-m', 'sgw_jax', *command])})\n",
-        WAIT,
-        REQUEUE if arguments.requeue else "",
-        'exit "$code"\n',
+        array("srun", srun),
+        array("command", ["python", "-m", "sgw_jax", *command]),
+        script("slurm/batch.sh", requeue="yes" if arguments.requeue else "no"),
     ]
     return "".join(lines)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,16 +1,16 @@
 """One run on Cloud TPU VMs, from one host to a pod, by way of gcloud.
 
-    python launch/tpu_vm.py create --name=nyud --project=my-project --zone=us-central1-a --accelerator-type=v5litepod-16
-    python launch/tpu_vm.py status --name=nyud --project=my-project --zone=us-central1-a
-    python launch/tpu_vm.py install ... --repository=https://github.com/OWNER/sgw_jax.git --revision=main
-    python launch/tpu_vm.py run ... -- train --config=nyud:swin_l,interaction=skem --workdir=/mnt/runs/nyud
-    python launch/tpu_vm.py logs ... --worker=0 --follow
-    python launch/tpu_vm.py stop ...
-    python launch/tpu_vm.py delete ...
+    sgw-jax launch tpu-vm create --name=nyud --project=my-project --zone=us-central1-a --accelerator-type=v5litepod-16
+    sgw-jax launch tpu-vm status --name=nyud --project=my-project --zone=us-central1-a
+    sgw-jax launch tpu-vm install ... --repository=https://github.com/OWNER/sgw_jax.git --revision=main
+    sgw-jax launch tpu-vm run ... -- train --config=nyud:swin_l,interaction=skem --workdir=/mnt/runs/nyud
+    sgw-jax launch tpu-vm logs ... --worker=0 --follow
+    sgw-jax launch tpu-vm stop ...
+    sgw-jax launch tpu-vm delete ...
 
 Or all of it, for machines that may be taken away: waits for them, installs, runs, and begins again until it is through:
 
-    python launch/tpu_vm.py resume ... --accelerator-type=v5litepod-16 --spot --repository=... -- train ...
+    sgw-jax launch tpu-vm resume ... --accelerator-type=v5litepod-16 --spot --repository=... -- train ...
 
 All hosts must see the working directory: `install --bucket=NAME` mounts a bucket at /mnt/runs (Cloud Storage FUSE).
 ... are --name, --project and --zone each time; --dry-run prints the commands and runs none. On each host the code lies
@@ -25,7 +25,7 @@ import time
 from collections.abc import Sequence
 
 from sgw_jax.launch import command_line
-from sgw_jax.launch.command_line import matching, whole
+from sgw_jax.launch.command_line import array, matching, script, whole
 
 RUNTIMES = {  # by the accelerator type before its dash
     "v4": "tpu-ubuntu2204-base",
@@ -34,123 +34,7 @@ RUNTIMES = {  # by the accelerator type before its dash
     "v6e": "v2-alpha-tpuv6e",
 }
 PATIENCE = 10  # times in a row that `resume` takes no answer for an answer that is yet to come
-ALREADY_RUNS = 3  # exit code
-
-STRICT = "set -euo pipefail\n"
-CODE = 'code="$HOME/sgw_jax"\n'
-STATE = 'run="$HOME/sgw_jax_run"\n'
-
-# The images' own Python is 3.10, too old; uv fetches a newer one. A branch is taken as the remote has it.
-INSTALL = """\
-if [ ! -d "$code/.git" ]; then
-  git clone --quiet --no-checkout "$repository" "$code"
-fi
-cd "$code"
-git remote set-url origin "$repository"
-git fetch --quiet --force --tags --prune origin '+refs/heads/*:refs/remotes/origin/*'
-commit=$(git rev-parse --quiet --verify "refs/remotes/origin/$revision^{commit}" ||
-  git rev-parse --quiet --verify "$revision^{commit}") || {
-  echo "sgw_jax: --revision: '$revision' found; allowed is a branch, tag or commit of $repository" >&2
-  exit 1
-}
-git checkout --quiet --force --detach "$commit"
-if [ ! -x .venv/bin/python ]; then
-  python=""
-  for candidate in python3.13 python3.12 python3.11 python3; do
-    if "$candidate" -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-      python=$candidate
-      break
-    fi
-  done
-  if [ -n "$python" ]; then
-    "$python" -m venv .venv
-  else
-    python3 -m pip install --quiet --user uv
-    python3 -m uv venv --quiet --seed --python 3.12 .venv
-  fi
-fi
-.venv/bin/python -m pip install --quiet --editable '.[tpu]'
-echo "sgw_jax: installed $commit"
-"""
-
-MOUNT = """\
-if ! mountpoint --quiet /mnt/runs; then
-  command -v gcsfuse >/dev/null || {
-    echo "sgw_jax: gcsfuse found nowhere on $(hostname); install it there, or mount /mnt/runs in another way" >&2
-    exit 1
-  }
-  sudo mkdir -p /mnt/runs
-  sudo chown "$USER" /mnt/runs
-  gcsfuse --implicit-dirs "$bucket" /mnt/runs
-fi
-"""
-
-# The kernel gives the lock free when the run ends, however it ends. In an ssh session nothing says that a host is one
-# of several (GKE's TPU_WORKER_HOSTNAMES is not there): the metadata server does.
-RUN = """\
-mkdir -p "$run"
-cd "$code"
-exec 9>"$run/lock"
-flock --nonblock 9 || {
-  echo "sgw_jax: runs already on $(hostname), process $(cat "$run/pid"); stop it first" >&2
-  exit 3
-}
-rm -f "$run/pid" "$run/exit_code" "$run/stopped"
-attribute() {
-  curl --silent --show-error --fail --max-time 20 --header 'Metadata-Flavor: Google' \\
-    "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
-}
-endpoints=$(attribute worker-network-endpoints)
-IFS=, read -r -a workers <<<"$endpoints"
-if [ "${#workers[@]}" -gt 1 ]; then
-  SGW_COORDINATOR="${workers[0]##*:}:8482"
-  SGW_PROCESSES="${#workers[@]}"
-  SGW_PROCESS=$(attribute agent-worker-number)
-  export SGW_COORDINATOR SGW_PROCESSES SGW_PROCESS
-fi
-export PATH="$code/.venv/bin:$PATH"
-printf '%s\\0' "${command[@]}" >"$run/command"
-(
-  trap '' HUP
-  "${command[@]}" &
-  echo "$!" >"$run/pid"
-  ended=0
-  wait "$!" || ended=$?
-  echo "$ended" >"$run/exit_code"
-) >>"$run/log" 2>&1 </dev/null &
-until [ -s "$run/pid" ]; do sleep 0.05; done
-echo "sgw_jax: started on $(hostname)"
-"""
-
-# `stopped` tells a stop that was asked for from a preemption, which ends a run in the same way.
-STOP = """\
-if [ ! -e "$run/lock" ] || flock --nonblock "$run/lock" true; then
-  echo "sgw_jax: nothing runs on $(hostname)"
-  exit 0
-fi
-touch "$run/stopped"
-kill -TERM "$(cat "$run/pid")" || true
-flock --wait "$seconds" "$run/lock" true || {
-  echo "sgw_jax: still saving on $(hostname) after $seconds seconds" >&2
-  exit 1
-}
-echo "sgw_jax: stopped on $(hostname)"
-"""
-
-PROBE = """\
-same() { printf '%s\\0' "${command[@]}" | cmp --silent - "$run/command"; }
-if [ ! -e "$run/command" ]; then
-  echo "sgw_jax: none"
-elif ! flock --nonblock "$run/lock" true; then
-  if same; then echo "sgw_jax: running"; else echo "sgw_jax: other"; fi
-elif ! same; then
-  echo "sgw_jax: none"
-elif [ -e "$run/stopped" ]; then
-  echo "sgw_jax: stopped"
-else
-  echo "sgw_jax: ended $(cat "$run/exit_code" 2>/dev/null || echo without code)"
-fi
-"""
+ALREADY_RUNS = 3  # exit code of scripts/tpu_vm/run.sh
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -174,15 +58,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return code
         return 0
     except FileNotFoundError:
-        print("tpu_vm: gcloud found nowhere on PATH; install the Google Cloud CLI, or use --dry-run", file=sys.stderr)
+        print("tpu-vm: gcloud found nowhere on PATH; install the Google Cloud CLI, or use --dry-run", file=sys.stderr)
         return 127
     except KeyboardInterrupt:
-        print("tpu_vm: interrupted; what runs on the machines goes on", file=sys.stderr)
+        print("tpu-vm: interrupted; what runs on the machines goes on", file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_line.parser(__doc__)
+    parser = command_line.parser("tpu-vm", __doc__)
     subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar=" | ".join(COMMANDS))
     made = {}
     for name, text in HELP.items():
@@ -255,27 +139,27 @@ def create(arguments: argparse.Namespace) -> list[str]:
 
 
 def install(arguments: argparse.Namespace) -> list[str]:
-    variables = f"repository={shlex.quote(arguments.repository)}\nrevision={shlex.quote(arguments.revision)}\n"
-    mount = f"bucket={shlex.quote(arguments.bucket)}\n{MOUNT}" if arguments.bucket else ""
-    return _on_workers(arguments, STRICT + CODE + variables + mount + INSTALL)
+    mount = script("tpu_vm/mount.sh", bucket=arguments.bucket) if arguments.bucket else ""
+    code = script("tpu_vm/install.sh", repository=arguments.repository, revision=arguments.revision)
+    return _on_workers(arguments, mount + code)
 
 
 def run(arguments: argparse.Namespace) -> list[str]:
-    return _on_workers(arguments, STRICT + CODE + STATE + _command(arguments) + RUN)
+    return _on_workers(arguments, _command(arguments) + script("tpu_vm/run.sh"))
 
 
 def probe(arguments: argparse.Namespace) -> list[str]:
-    return _on_workers(arguments, STRICT + STATE + _command(arguments) + PROBE)
+    return _on_workers(arguments, _command(arguments) + script("tpu_vm/probe.sh"))
 
 
 def stop(arguments: argparse.Namespace) -> list[str]:
-    return _on_workers(arguments, f"{STRICT}{STATE}seconds={arguments.seconds_to_save}\n{STOP}")
+    return _on_workers(arguments, script("tpu_vm/stop.sh", seconds=str(arguments.seconds_to_save)))
 
 
 def logs(arguments: argparse.Namespace) -> list[str]:
     follow = "--follow " if arguments.follow else ""
-    script = f'set -euo pipefail\ntail --lines={arguments.lines} {follow}"$HOME/sgw_jax_run/log"\n'
-    return _on_workers(arguments, script, str(arguments.worker))
+    text = f'set -euo pipefail\ntail --lines={arguments.lines} {follow}"$HOME/sgw_jax_run/log"\n'
+    return _on_workers(arguments, text, str(arguments.worker))
 
 
 def describe(arguments: argparse.Namespace, *options: str) -> list[str]:
@@ -297,16 +181,14 @@ def _queued(verb: str, arguments: argparse.Namespace, *options: str) -> list[str
     return ["gcloud", "compute", "tpus", "queued-resources", verb, arguments.name, *place, *options]
 
 
-def _on_workers(arguments: argparse.Namespace, script: str, worker: str = "all") -> list[str]:
+def _on_workers(arguments: argparse.Namespace, text: str, worker: str = "all") -> list[str]:
     place = [f"--project={arguments.project}", f"--zone={arguments.zone}"]
     ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", arguments.name, *place, f"--worker={worker}"]
-    return [*ssh, "--quiet", f"--command={script}"]
+    return [*ssh, "--quiet", f"--command={text}"]
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    words = shlex.join(["python", "-m", "sgw_jax", *arguments.command])
-    # Quotes, and = and , are meant as they stand.
-    return f"# shellcheck disable=SC1003,SC2016,SC2054,SC2191\ncommand=({words})\n"
+    return array("command", ["python", "-m", "sgw_jax", *arguments.command])
 
 
 def resume(arguments: argparse.Namespace) -> int:
@@ -320,7 +202,7 @@ def resume(arguments: argparse.Namespace) -> int:
             return _say(text, code)
         if action == "recreate" or (action == "start" and watched):
             if restarts == arguments.max_restarts:
-                return _say(f"--max-restarts={restarts} are used up; the log says why: tpu_vm.py logs", 1)
+                return _say(f"--max-restarts={restarts} are used up; the log says why: sgw-jax launch tpu-vm logs", 1)
             restarts += 1
             _say(f"restart {restarts} of {arguments.max_restarts}")
         if action in ("create", "recreate"):
@@ -334,7 +216,7 @@ def resume(arguments: argparse.Namespace) -> int:
         watched |= action == "watch" or (action == "start" and answered)
         unanswered = 0 if answered else unanswered + 1
         if unanswered == PATIENCE:
-            return _say(f"no answer {PATIENCE} times in a row; tpu_vm.py status and logs may tell why", 1)
+            return _say(f"no answer {PATIENCE} times in a row; sgw-jax launch tpu-vm status and logs may tell why", 1)
         time.sleep(arguments.poll_seconds)
 
 
@@ -342,7 +224,7 @@ END = {
     "finished": ("the run is through", 0),
     "stopped": ("the run was stopped and has saved; the same command goes on", 143),
     "deleted": ("the queued resource was deleted, by someone else; the same command creates it again", 1),
-    "other": ("another command runs there; stop it first: tpu_vm.py stop", ALREADY_RUNS),
+    "other": ("another command runs there; stop it first: sgw-jax launch tpu-vm stop", ALREADY_RUNS),
 }
 
 
@@ -387,7 +269,7 @@ def _call(line: Sequence[str]) -> int:
 
 
 def _say(text: str, code: int = 0) -> int:
-    print(f"tpu_vm: {text}", file=sys.stderr, flush=True)
+    print(f"tpu-vm: {text}", file=sys.stderr, flush=True)
     return code
 
 
@@ -420,7 +302,3 @@ COMMANDS = {
     ],
     "delete": lambda arguments: [delete(arguments)],
 }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

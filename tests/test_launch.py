@@ -148,7 +148,7 @@ def refusal(capsys, module, argv):
 # All launchers
 
 
-@pytest.mark.parametrize("name", [*NAMES, "command_line"])
+@pytest.mark.parametrize("name", ["__main__", *NAMES, "local_cluster", "command_line"])
 def test_the_standard_library_is_enough(name):
     tree = ast.parse((LAUNCH / f"{name}.py").read_text(encoding="utf-8"))
     modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
@@ -156,12 +156,20 @@ def test_the_standard_library_is_enough(name):
     assert {module.split(".")[0] for module in modules} <= sys.stdlib_module_names | {"sgw_jax"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_launcher_runs_from_anywhere(name, tmp_path):
-    command = [sys.executable, str(LAUNCH / f"{name}.py"), "--help"]
+@pytest.mark.parametrize("name", ["local", "tpu-vm", "gke", "slurm"])
+def test_a_checkout_alone_is_enough(name, tmp_path):
+    """From anywhere, by a Python that sees its standard library alone."""
+    command = [sys.executable, "-I", "-S", str(LAUNCH), name, "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "python launch/" in done.stdout
+    assert done.stdout.startswith(f"usage: sgw-jax launch {name} ")
+    assert f"    sgw-jax launch {name} " in done.stdout  # an example
     assert done.stderr == ""
+
+
+def test_a_checkout_sends_what_an_installation_sends(tmp_path, printed):
+    command = [sys.executable, "-I", "-S", str(LAUNCH), "tpu-vm", "resume", "--dry-run", *TPU["resume"]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == printed(tpu_vm, "resume", *TPU["resume"])
 
 
 BAD = [  # launcher, arguments before the command, what the message names
@@ -314,6 +322,7 @@ def test_a_missing_program_is_named(module, argv, missing, capsys, monkeypatch, 
 
 def scripts(lines, printed):
     found = {name: script_of(lines(name)[0]) for name in ("install", "run", "logs", "stop")}
+    found["install with a bucket"] = script_of(lines("install", "--bucket=my-runs")[0])
     found["probe"] = script_of(lines("resume")[1])
     found["slurm"] = printed(slurm, *SLURM, "--", *COMMAND)
     options = ["--gpus-per-node=8", "--processes-per-node=2", "--no-requeue", "--setup=module load cuda"]
@@ -512,6 +521,26 @@ def test_install_takes_branches_tags_and_commits(repository, script, bash, tmp_p
     assert checkout.read_text() == "three"  # the branch as it is now
     notes = (tmp_path / "notes").read_text().splitlines()
     assert notes == ["python3.13 -m venv .venv", *["python -m pip install --quiet --editable .[tpu]"] * 4]
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_install_mounts_a_bucket(mounted, repository, script, bash, stand_in, tmp_path):
+    stand_in("mountpoint", f"exit {0 if mounted else 1}")
+    for name in ("sudo", "gcsfuse"):
+        stand_in(name, 'echo "$(basename "$0") $*" >>"$HOME/mounts"')
+    code, out, err = finish(bash(script("install", "--bucket=my-runs"), USER="me"))
+    assert (code, err) == (0, "")
+    assert out.startswith("sgw_jax: installed ")
+    steps = ["sudo mkdir -p /mnt/runs", "sudo chown me /mnt/runs", "gcsfuse --implicit-dirs my-runs /mnt/runs"]
+    done = (tmp_path / "mounts").read_text().splitlines() if (tmp_path / "mounts").exists() else []
+    assert done == ([] if mounted else steps)
+
+
+def test_a_bucket_needs_gcsfuse(repository, script, bash, stand_in, tmp_path):
+    stand_in("mountpoint", "exit 1")
+    code, out, err = finish(bash(script("install", "--bucket=my-runs"), USER="me"))
+    assert (code, out) == (1, "")
+    assert "gcsfuse found nowhere on " in err
 
 
 def test_install_names_a_revision_that_is_not_there(repository, script, bash):
