@@ -1,12 +1,14 @@
 """The command line: every mistake is one readable message, exit code 1, and nothing written."""
 
+import subprocess
 import sys
 
 import jax
 import pytest
 
-from sgw_jax import __main__ as command
+import sgw_jax
 from sgw_jax.__main__ import main
+from sgw_jax.commands import plan, session, sources
 from sgw_jax.data_pipelines.errors import UserError
 from sgw_jax.experiment.config_files import UsageError, read_config
 
@@ -21,7 +23,7 @@ def everything_below(kind):
 def refused(tmp_path, capsys, monkeypatch):
     """Runs the command, which must fail without having written anything, and gives its message."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "prepare", lambda *_: pytest.fail("what should be refused was begun"))
+    monkeypatch.setattr(sources, "prepare", lambda *_: pytest.fail("what should be refused was begun"))
     before, cache_dir = sorted(tmp_path.rglob("*")), jax.config.jax_compilation_cache_dir
 
     def run(*arguments):
@@ -223,8 +225,8 @@ def test_every_error_meant_for_users_is_one_line(plain, monkeypatch, tmp_path, k
     def refuse(*_, **__):
         raise kind("what was found; what is allowed")
 
-    monkeypatch.setattr(command, "plan", refuse)
-    monkeypatch.setattr(command, "_leave", lambda code, at_once=False: code)  # a full disk ends the process at once
+    monkeypatch.setattr(plan, "plan", refuse)
+    monkeypatch.setattr(session, "_leave", lambda code, at_once=False: code)  # a full disk ends the process at once
     said = plain("plan", "--config=scenes", f"--cache_dir={tmp_path}")
     assert said == "error: what was found; what is allowed\n"
     assert "in refuse" in plain("plan", "--config=scenes", f"--cache_dir={tmp_path}", "--traceback")
@@ -264,10 +266,15 @@ def test_evaluate_and_predict_refuse_what_they_do_not_know(refused, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--help"], ["train", "evaluate", "predict", "--config=scenes", "--config.steps=200"]),
+        (["--help"], ["train", "evaluate", "predict", "prepare", "launch", "--config=scenes", "--config.steps=200"]),
+        (["--version"], [f"sgw-jax {sgw_jax.__version__}"]),
         (["train", "--help"], ["--workdir", "--config", "--init_from", "--cache_dir", "--config.steps=200"]),
         (["evaluate", "--help"], ["--split", "--checkpoint"]),
         (["predict", "--help"], ["--output", "image files or directories"]),
+        (["prepare", "--help"], ["usage: sgw-jax prepare", "sgw-jax prepare nyud --source=", "--workers"]),
+        (["launch", "--help"], ["usage: sgw-jax launch local | tpu-vm | gke | slurm"]),
+        (["launch", "tpu-vm", "--help"], ["usage: sgw-jax launch tpu-vm", "sgw-jax launch tpu-vm create --name="]),
+        (["launch", "tpu-vm", "create", "--help"], ["usage: sgw-jax launch tpu-vm create", "--zone"]),
     ],
 )
 def test_help_helps(arguments, parts, capsys):
@@ -280,7 +287,17 @@ def test_help_helps(arguments, parts, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["train", "--config=scenes"], ["evaluate", "--workdir=run", "--checkpoint=worst"]]
+    "arguments",
+    [
+        [],
+        ["train", "--config=scenes"],
+        ["evaluate", "--workdir=run", "--checkpoint=worst"],
+        ["evaluate", "--workdir=run", "--mesh=round"],
+        ["prepare"],
+        ["launch"],
+        ["launch", "nowhere"],
+        ["launch", "slurm"],
+    ],
 )
 def test_a_wrong_use_is_exit_code_2_as_everywhere(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -292,3 +309,46 @@ def test_a_wrong_use_is_exit_code_2_as_everywhere(arguments, capsys):
 def test_the_arguments_are_those_given_not_those_of_the_process(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pytest", "--config.steps=5"])
     assert read_config("scenes").steps != 5
+
+
+LIGHT = """
+import sys
+from sgw_jax.__main__ import main
+try:
+    code = main({arguments!r})
+except SystemExit as stop:
+    code = stop.code
+assert code == {code}, code
+roots = {{name.partition(".")[0] for name in sys.modules}}
+assert not roots & {heavy!r}, roots & {heavy!r}
+"""
+JAX = {"jax", "flax", "optax", "orbax", "tensorflow"}
+THIRD_PARTY = JAX | {"numpy", "rich", "absl", "ml_collections", "tensorflow_datasets"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "heavy"),
+    [
+        (["--help"], 0, THIRD_PARTY),
+        (["--version"], 0, THIRD_PARTY),
+        (["train", "--help"], 0, THIRD_PARTY),
+        (["train"], 2, THIRD_PARTY),
+        (["launch", "--help"], 0, THIRD_PARTY),
+        (["launch", "slurm", "--time=1:00", "--dry-run", "--", "train"], 0, THIRD_PARTY),
+        (["launch", "local", "--processes=0"], 2, THIRD_PARTY),
+        (["prepare", "--help"], 0, JAX),
+        (["prepare", "nyud", "--source=nowhere", "--out=out"], 1, JAX),
+    ],
+)
+def test_a_command_imports_what_it_needs(arguments, code, heavy, tmp_path):
+    script = LIGHT.format(arguments=arguments, code=code, heavy=heavy)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_exit_codes_pass_through(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main(["launch", "slurm", "--time=1:00", "--", "train"]) == 127
+    assert main(["prepare", "nyud", "--source=nowhere", "--out=out"]) == 1
+    assert capsys.readouterr().err.startswith("sbatch found nowhere on PATH")

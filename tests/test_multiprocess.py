@@ -52,9 +52,9 @@ TINY = (
     "--config.log_every=1",
 )
 ALONE = (sys.executable, "-m", "sgw_jax")
-LAUNCHER = str(REPOSITORY / "launch" / "local_cluster.py")
-FOURS = (sys.executable, LAUNCHER, "--processes=2", "--devices-per-process=4", "--")
-PAIR = (sys.executable, LAUNCHER, "--processes=2", "--devices-per-process=1", "--")
+LAUNCHER = ("-m", "sgw_jax", "launch", "local")
+FOURS = (sys.executable, *LAUNCHER, "--processes=2", "--devices-per-process=4", "--")
+PAIR = (sys.executable, *LAUNCHER, "--processes=2", "--devices-per-process=1", "--")
 TIMEOUT = 240
 # Most programs of such small runs compile in less than the second from which on they are kept.
 CACHED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}

@@ -29,6 +29,7 @@ FLOORS = [
     "evaluation",
     "run",
     "train plan report prediction",
+    "commands",
     "__main__",
 ]
 SPINE = {"__init__", "__main__", "differentiate", "heads", "host", "model", "optimizers", "sharding", "train"} | {

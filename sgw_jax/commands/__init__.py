@@ -1,0 +1,1 @@
+"""What train, evaluate, predict and plan do, a module each: `run(arguments, rest, console)` gives the exit code."""

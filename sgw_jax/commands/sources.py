@@ -1,0 +1,25 @@
+"""What an experiment's sources say and render before a run."""
+
+import jax
+from rich.console import Console
+
+from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.run.workdir import wait_for_all
+
+
+def prepare(experiment: Experiment, console: Console) -> None:
+    """Lets sources say what they found and render what they need: first on the first process, so that a shared disk
+    gets it once."""
+    for sentence in {source.describe() for source in experiment.data.sources.values() if hasattr(source, "describe")}:
+        console.print(sentence, soft_wrap=True)
+
+    def render() -> None:
+        for source in experiment.data.sources.values():
+            if hasattr(source, "prepare"):
+                source.prepare()
+
+    if jax.process_index() == 0:
+        render()
+    wait_for_all("data prepared")
+    if jax.process_index() != 0:
+        render()
