@@ -129,15 +129,15 @@ def measure(
         share = np.diagonal(np.asarray(read)[:, :, 0, :TOPICS], axis1=1, axis2=2) / kept
         return found | {"noise": float(1 - share.mean()), "kept_mass": float(kept.mean())}
     module, variables = planted(name, top_k, slots, scale=math.sqrt(4 * max(1, margin)))
-    output, state = jax.jit(lambda v, f: module.apply(v, f, mutable=["diagnostics"]))(variables, features)
+    output, state = jax.jit(lambda v, f: module.apply(v, f, mutable=["intermediates"]))(variables, features)
     update = np.concatenate([np.asarray(x) for x in output.values()], axis=1) - tokens
     share = np.take_along_axis(update[..., MARK : MARK + TOPICS], wanted[..., None], axis=-1)
     value = update[..., VALUE]
     # Tokens that want the same topic read the same: one reading a topic and image.
     readings = np.array([[value[b][wanted[b] == g].mean() for g in range(TOPICS)] for b in range(BATCH)])
     found |= {"noise": float(1 - share.mean()), "snr": float(readings.mean() ** 2 / max(readings.var(), 1e-12))}
-    if "diagnostics" in state and top_k is not None:
-        (index,) = state["diagnostics"]["retrieve_index"]
+    if "intermediates" in state and top_k is not None:
+        (index,) = state["intermediates"]["retrieve_index"]
         index = np.asarray(index)[:, 0, :TOPICS]  # (batch, slots, k); slot g reads topic g
         kept = [[relevant[b, index[b, g], g].sum() / RELEVANT for g in range(TOPICS)] for b in range(BATCH)]
         found["relevant_kept"] = float(np.mean(kept))

@@ -84,10 +84,10 @@ def look(
         _, state = experiment.model.apply(
             variables,
             image,
-            mutable=["diagnostics", "intermediates"],
+            mutable=["intermediates"],
             capture_intermediates=lambda module, _: isinstance(module, TaskStem),
         )
-        recorded = state["diagnostics"]["interaction"]
+        recorded = state["intermediates"]["interaction"]
         stem = state["intermediates"]["stem_semseg"]["__call__"][0]
         return recorded["retrieve_index"][0], recorded["readout"][0], stem
 
