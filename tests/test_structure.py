@@ -22,7 +22,7 @@ FLOORS = [
     "moved host sharding",
     "layers etf multi_objective",
     "functional",
-    "tasks interactions backbones heads",
+    "tasks interactions nnx backbones heads",
     "model optimizers pictures",
     "differentiate",
     "train_step experiment",

@@ -1,7 +1,7 @@
 """What sKEM may select by: the fixed simplex ETF, and the fair controls that tell what the ETF itself brings."""
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -27,7 +27,7 @@ class Projection(Protocol):
     their product.
     """
 
-    def __call__(self, num_vertices: int, seed: int, *, name: str) -> nn.Module: ...
+    def __call__(self, num_vertices: int, seed: int, *, name: str | None) -> Any: ...
 
 
 def etf_projection(num_vertices: int, *, seed: int = 0) -> Callable[[Array], tuple[Array, Array]]:
@@ -125,3 +125,32 @@ PROJECTIONS: dict[str, Projection] = {
     "orthonormal": OrthonormalFrame,
     "learned": LearnedFrame,
 }
+
+
+def projected_width(kind: str, num_vertices: int | None, dim: int) -> int:
+    """Of features of width ``dim`` behind a projection of `PROJECTIONS`; without vertices there is none."""
+    return dim if num_vertices is None else PROJECTIONS[kind](num_vertices, 0, name=None).width(dim)
+
+
+def factors_of(
+    kind: str, num_vertices: int | None, seed: int, learned: Float[Array, "dim rank"] | None = None
+) -> Callable[[Array], tuple[Array, Array | None]] | None:
+    """A projection of `PROJECTIONS` as a function of arrays (`etf_projection`); None without vertices.
+
+    Args:
+      learned: the frame of "learned".
+    """
+    if num_vertices is None:
+        return None
+    if kind == "etf":
+        return etf_projection(num_vertices, seed=seed)
+
+    def factors(features: Float[Array, "*batch dim"]) -> tuple[Array, Array | None]:
+        if kind == "direction":
+            return direction(features), None
+        if kind == "learned":
+            return direction(features), learned
+        frame = frame_in_program(features.shape[-1], num_vertices - 1, seed=seed)
+        return direction(features), jax.lax.stop_gradient(frame)
+
+    return factors

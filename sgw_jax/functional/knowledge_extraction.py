@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.etf.projections import PROJECTIONS
 from sgw_jax.functional.axes import auto_inside
 from sgw_jax.functional.linear import layer_norm
 from sgw_jax.functional.products import PRODUCTS, Maps, Products, Tokens, by_head, cheaper, maps_of
@@ -195,3 +197,57 @@ def _by_task(params: Params, option: str, layout: TokenLayout, dtype: Any) -> Fl
 
 def _norm(tokens: Float[Array, "batch tokens width"]) -> Float[Array, " batch"]:
     return jnp.sqrt(jnp.sum(jnp.square(tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32))), axis=(1, 2)))
+
+
+def check_extraction(options: Any, channels: int, width: int) -> None:
+    """Raises a ValueError unless the attributes of a KEM, linen's or NNX's, make sense for features of this width."""
+    if options.etf_for not in ("all", "selection"):
+        raise InputError(f"KEM: etf_for is {options.etf_for!r}; it must be 'all' or 'selection'.")
+    if options.projection not in PROJECTIONS:
+        raise InputError(f"KEM: projection is {options.projection!r}; it must be one of {list(PROJECTIONS)}.")
+    if options.projection != "etf" and options.etf_vertices is None:
+        raise InputError(
+            f"KEM: projection is {options.projection!r} but etf_vertices is None; give the number of vertices whose "
+            "rank the projection is to have."
+        )
+    if options.products not in ("cheaper", *PRODUCTS):
+        raise InputError(f"KEM: products is {options.products!r}; it must be one of {['cheaper', *PRODUCTS]}.")
+    if not options.temperature > 0:
+        raise InputError(f"KEM: temperature is {options.temperature}; it must be positive.")
+    if options.recall is not None and not 0 < options.recall <= 1:
+        raise InputError(f"KEM: recall is {options.recall}; it must be in (0, 1], or None to select exactly.")
+    counts = {
+        "num_slots": options.num_slots,
+        "num_heads": options.num_heads,
+        "slot_dim": width,
+        "rounds": options.rounds,
+    }
+    counts |= {} if options.top_k is None else {"top_k": options.top_k}
+    for name, number in counts.items():
+        if number < 1:
+            raise InputError(
+                f"KEM: {name} is {number}; it must be at least 1 (top_k=None for no selection, slot_dim=None for "
+                "the width of the features)."
+            )
+    for name, size in (("slot_dim", width), ("the features' channels", channels)):
+        if size % options.num_heads:
+            raise InputError(f"KEM: {name} = {size} does not divide by num_heads = {options.num_heads}.")
+
+
+def check_slots(slots: Any, shape: tuple[int, int, int]) -> None:
+    """Raises a ValueError if slots are given whose shape is another."""
+    if slots is not None and slots.shape != shape:
+        raise InputError(
+            f"KEM: the initial slots have shape {slots.shape}; they must have (batch, num_slots, slot_dim) = {shape}."
+        )
+
+
+def orthogonal_rows(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
+    """Orthogonal rows with entries of unit variance; blocks of them when there are more rows than columns."""
+    rows, width = shape
+    # In float32: narrower QR there is none.
+    block = jax.nn.initializers.orthogonal(scale=width**0.5)(key, (min(rows, width), width), jnp.float32).astype(dtype)
+    if rows <= width:
+        return block
+    rest = jax.random.fold_in(key, rows)
+    return jnp.concatenate([block, orthogonal_rows(rest, (rows - width, width), dtype)])

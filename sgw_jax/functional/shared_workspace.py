@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.functional.axes import auto_inside
 from sgw_jax.functional.linear import dense, layer_norm
 from sgw_jax.functional.tokens import concatenate_mask, concatenate_tasks, split_tasks
@@ -14,6 +15,7 @@ from sgw_jax.layers.attention import split_heads
 from sgw_jax.layers.placement import Placement
 from sgw_jax.layers.topk_attention import topk_attention
 
+GATES = ("unit", "memory", None)
 TORCH_EPSILON = 1e-5  # of torch's LayerNorm
 
 Params = Mapping[str, Any]
@@ -114,3 +116,33 @@ def _gates(params: Params, slots: Array, tokens: Array, mask: Array | None, dtyp
     biases = (params[name].astype(dtype) for name in ("input_bias", "forget_bias"))
     opened, kept = (jax.nn.sigmoid(x + bias) for x, bias in zip((opened, kept), biases, strict=True))
     return opened, kept
+
+
+def initial_slots(
+    shape: tuple[int, int, int], slots: Float[Array, "batch slots unit"] | None, dtype: Any
+) -> Float[Array, "batch slots unit"]:
+    """The slots to start from: those given, or the authors' eye(L) padded to E.
+
+    Raises:
+      ValueError: slots of another shape.
+    """
+    if slots is None:
+        return jnp.broadcast_to(jnp.eye(*shape[1:], dtype=dtype), shape)
+    if slots.shape != shape:
+        raise InputError(
+            f"SharedWorkspace: the initial slots have shape {slots.shape}; they must have (batch, num_slots, num_heads "
+            f"x head_dim) = {shape}."
+        )
+    return slots
+
+
+def check_workspace(options: Any, key_dim: int) -> None:
+    """Raises a ValueError unless the attributes of a SharedWorkspace, linen's or NNX's, make sense."""
+    if options.gate not in GATES:
+        raise InputError(f"SharedWorkspace: gate is {options.gate!r}; it must be one of {GATES}.")
+    names = ("num_slots", "num_heads", "head_dim", "mlp_layers", "rounds")
+    counts = {name: getattr(options, name) for name in names} | {"key_dim": key_dim}
+    counts |= {} if options.top_k is None else {"top_k": options.top_k}
+    for name, number in counts.items():
+        if number < 1:
+            raise InputError(f"SharedWorkspace: {name} is {number}; it must be at least 1.")

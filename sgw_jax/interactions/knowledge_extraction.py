@@ -4,14 +4,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.etf.projections import PROJECTIONS
-from sgw_jax.functional.knowledge_extraction import Projection, knowledge_extraction
-from sgw_jax.functional.products import PRODUCTS
+from sgw_jax.functional.knowledge_extraction import (
+    Projection,
+    check_extraction,
+    check_slots,
+    knowledge_extraction,
+    orthogonal_rows,
+)
 from sgw_jax.functional.tokens import by_name, check_features
 from sgw_jax.layers.parameters import AttentionParameters, Initializer, NormParameters, with_axes
 from sgw_jax.layers.placement import Placement
@@ -185,12 +188,8 @@ class KEM(nn.Module):
         first = next(iter(features.values()))
         batch, channels = first.shape[0], first.shape[-1]
         width = channels if self.slot_dim is None else self.slot_dim
-        self._check(channels, width)
-        if slots is not None and slots.shape != (batch, self.num_slots, width):
-            raise InputError(
-                f"KEM: the initial slots have shape {slots.shape}; they must have (batch, num_slots, slot_dim) = "
-                f"{(batch, self.num_slots, width)}."
-            )
+        check_extraction(self, channels, width)
+        check_slots(slots, (batch, self.num_slots, width))
         projection, chosen = self._projection(channels)
         source = channels if self.etf_for == "selection" else chosen
         rows = with_axes(orthogonal_rows, None if self.kernel_axes is None else (None, self.kernel_axes[1]))
@@ -241,42 +240,3 @@ class KEM(nn.Module):
             return None, channels
         module = PROJECTIONS[self.projection](self.etf_vertices, self.etf_seed, name=self.projection)
         return module.factors, module.width(channels)
-
-    def _check(self, channels: int, width: int) -> None:
-        if self.etf_for not in ("all", "selection"):
-            raise InputError(f"KEM: etf_for is {self.etf_for!r}; it must be 'all' or 'selection'.")
-        if self.projection not in PROJECTIONS:
-            raise InputError(f"KEM: projection is {self.projection!r}; it must be one of {list(PROJECTIONS)}.")
-        if self.projection != "etf" and self.etf_vertices is None:
-            raise InputError(
-                f"KEM: projection is {self.projection!r} but etf_vertices is None; give the number of vertices whose "
-                "rank the projection is to have."
-            )
-        if self.products not in ("cheaper", *PRODUCTS):
-            raise InputError(f"KEM: products is {self.products!r}; it must be one of {['cheaper', *PRODUCTS]}.")
-        if not self.temperature > 0:
-            raise InputError(f"KEM: temperature is {self.temperature}; it must be positive.")
-        if self.recall is not None and not 0 < self.recall <= 1:
-            raise InputError(f"KEM: recall is {self.recall}; it must be in (0, 1], or None to select exactly.")
-        counts = {"num_slots": self.num_slots, "num_heads": self.num_heads, "slot_dim": width, "rounds": self.rounds}
-        counts |= {} if self.top_k is None else {"top_k": self.top_k}
-        for name, number in counts.items():
-            if number < 1:
-                raise InputError(
-                    f"KEM: {name} is {number}; it must be at least 1 (top_k=None for no selection, slot_dim=None for "
-                    "the width of the features)."
-                )
-        for name, size in (("slot_dim", width), ("the features' channels", channels)):
-            if size % self.num_heads:
-                raise InputError(f"KEM: {name} = {size} does not divide by num_heads = {self.num_heads}.")
-
-
-def orthogonal_rows(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
-    """Orthogonal rows with entries of unit variance; blocks of them when there are more rows than columns."""
-    rows, width = shape
-    # In float32: narrower QR there is none.
-    block = nn.initializers.orthogonal(scale=width**0.5)(key, (min(rows, width), width), jnp.float32).astype(dtype)
-    if rows <= width:
-        return block
-    rest = jax.random.fold_in(key, rows)
-    return jnp.concatenate([block, orthogonal_rows(rest, (rows - width, width), dtype)])

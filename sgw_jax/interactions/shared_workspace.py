@@ -8,12 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.data_pipelines.errors import InputError
-from sgw_jax.functional.shared_workspace import shared_workspace, workspace_interaction
+from sgw_jax.functional.shared_workspace import check_workspace, initial_slots, shared_workspace, workspace_interaction
 from sgw_jax.functional.tokens import by_name, check_features
 from sgw_jax.layers.parameters import DenseParameters, Initializer, NormParameters
 from sgw_jax.layers.placement import Placement
-
-GATES = ("unit", "memory", None)
 
 
 class SharedWorkspace(nn.Module):
@@ -78,15 +76,7 @@ class SharedWorkspace(nn.Module):
 
     def start(self, batch: int, slots: Array | None) -> Float[Array, "batch slots unit"]:
         """The slots to start from: those given, or the authors'."""
-        shape = (batch, self.num_slots, self.num_heads * self.head_dim)
-        if slots is None:
-            return jnp.broadcast_to(jnp.eye(*shape[1:], dtype=self.dtype), shape)
-        if slots.shape != shape:
-            raise InputError(
-                f"SharedWorkspace: the initial slots have shape {slots.shape}; they must have (batch, num_slots, "
-                f"num_heads x head_dim) = {shape}."
-            )
-        return slots
+        return initial_slots((batch, self.num_slots, self.num_heads * self.head_dim), slots, self.dtype)
 
     def options(self) -> dict[str, Any]:
         """Of the function behind the module."""
@@ -97,7 +87,7 @@ class SharedWorkspace(nn.Module):
     def parameters(self, inputs: int) -> dict[str, Any]:
         """Of a workspace for inputs of this width, in the structure of `functional.shared_workspace`."""
         key_dim = self.head_dim if self.key_dim is None else self.key_dim
-        self._check(key_dim)
+        check_workspace(self, key_dim)
         width, keys = self.num_heads * self.head_dim, self.num_heads * key_dim
         maps = {
             "input_projector": (inputs, width),
@@ -121,16 +111,6 @@ class SharedWorkspace(nn.Module):
             for name, start in (("input_bias", nn.initializers.zeros), ("forget_bias", nn.initializers.ones)):
                 params[name] = self.param(name, start, (), self.param_dtype)
         return params
-
-    def _check(self, key_dim: int) -> None:
-        if self.gate not in GATES:
-            raise InputError(f"SharedWorkspace: gate is {self.gate!r}; it must be one of {GATES}.")
-        names = ("num_slots", "num_heads", "head_dim", "mlp_layers", "rounds")
-        counts = {name: getattr(self, name) for name in names} | {"key_dim": key_dim}
-        counts |= {} if self.top_k is None else {"top_k": self.top_k}
-        for name, number in counts.items():
-            if number < 1:
-                raise InputError(f"SharedWorkspace: {name} is {number}; it must be at least 1.")
 
 
 class _InputGate(nn.Module):

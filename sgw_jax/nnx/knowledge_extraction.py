@@ -1,0 +1,145 @@
+"""KEM and sKEM as an nnx module."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from sgw_jax.etf.projections import factors_of, projected_width
+from sgw_jax.etf.simplex import orthonormal_frame
+from sgw_jax.functional.knowledge_extraction import (
+    Extraction,
+    check_extraction,
+    check_slots,
+    knowledge_extraction,
+    orthogonal_rows,
+)
+from sgw_jax.functional.tokens import by_name, check_features
+from sgw_jax.layers.placement import Placement
+from sgw_jax.nnx.parameters import Attention, Initializer, Norm, params_of
+
+
+class _LearnedFrame(nnx.Module):
+    def __init__(self, channels: int, rank: int, seed: int, param_dtype: Any):
+        self.kernel = nnx.Param(jnp.asarray(orthonormal_frame(channels, rank, seed=seed), param_dtype))
+
+
+class KEM(nnx.Module):
+    """The knowledge extraction module; what the arguments mean, `sgw_jax.KEM` says.
+
+    Args:
+      channels: C, of the features.
+      tasks: names of the tasks; only ``task_embedding`` and ``task_gate`` need them, for a parameter each.
+      kernel_metadata: of the six kernels' `nnx.Param`, such as their sharding.
+      rngs: draws the parameters, from its stream ``params``; it is not kept.
+
+    Call: as `sgw_jax.KEM`'s; `extract` also returns what happened.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from sgw_jax.nnx import KEM
+    >>> kem = KEM(channels=8, num_slots=4, top_k=3, rngs=nnx.Rngs(0))
+    >>> features = {"depth": jnp.ones((2, 4, 4, 8)), "edges": jnp.ones((2, 8, 8, 8))}
+    >>> {name: value.shape for name, value in kem(features).items()}
+    {'depth': (2, 4, 4, 8), 'edges': (2, 8, 8, 8)}
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_slots: int,
+        num_heads: int = 1,
+        top_k: int | None = None,
+        *,
+        rngs: nnx.Rngs,
+        slot_dim: int | None = None,
+        etf_vertices: int | None = None,
+        etf_for: Literal["all", "selection"] = "all",
+        etf_seed: int = 0,
+        projection: Literal["etf", "direction", "orthonormal", "learned"] = "etf",
+        pre_norm: bool = False,
+        task_embedding: bool = False,
+        task_gate: bool = False,
+        tasks: Sequence[str] = (),
+        temperature: float = 1.0,
+        rounds: int = 1,
+        recall: float | None = None,
+        products: Literal["cheaper", "tokens", "slots"] = "cheaper",
+        placement: Placement | None = None,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Initializer | None = None,
+        kernel_metadata: Mapping[str, Any] | None = None,
+    ):
+        self.num_slots, self.num_heads, self.top_k = num_slots, num_heads, top_k
+        self.slot_dim = channels if slot_dim is None else slot_dim
+        self.etf_vertices, self.etf_for, self.etf_seed, self.projection = etf_vertices, etf_for, etf_seed, projection
+        self.temperature, self.rounds, self.recall = temperature, rounds, recall
+        self.products, self.placement, self.dtype = products, placement, dtype
+        width = self.slot_dim
+        check_extraction(self, channels, width)
+        if (task_embedding or task_gate) and not tasks:
+            raise ValueError("KEM: task_embedding and task_gate have a parameter per task; give tasks=[names].")
+        chosen = projected_width(projection, etf_vertices, channels)
+        source = channels if etf_for == "selection" else chosen
+        options: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype, "kernel_init": kernel_init}
+        options |= {"kernel_metadata": kernel_metadata}
+        self.slots = nnx.Param(orthogonal_rows(rngs.params(), (num_slots, width), param_dtype))
+        self.retrieve = Attention((width, width), (chosen, width), (source, width), **options)
+        self.write = Attention((chosen, width), (width, width), (width, channels), **options)
+        if pre_norm:
+            self.norm = Norm(channels, param_dtype=param_dtype)
+        if etf_vertices is not None and projection == "learned":
+            self.learned = _LearnedFrame(channels, etf_vertices - 1, etf_seed, param_dtype)
+        for option, wanted, size in (("task_embedding", task_embedding, chosen), ("task_gate", task_gate, 1)):
+            for name in tasks if wanted else ():
+                setattr(self, f"{option}_{name}", nnx.Param(jnp.zeros((size,), param_dtype)))
+
+    def __call__(
+        self,
+        features: Mapping[str, Float[Array, "batch *space channels"]] | Sequence[Array] | None = None,
+        slots: Float[Array, "batch slots slot_dim"] | None = None,
+        return_slots: bool = False,
+        *,
+        mask: Mapping[str, Bool[Array, "batch *space"]] | Sequence[Array] | None = None,
+        change: Callable[[Array], Array] | None = None,
+        **named: Float[Array, "batch *space channels"],
+    ) -> Any:
+        maps, as_given = by_name(features, named, "KEM")
+        real = None if mask is None else by_name(mask, {}, "KEM")[0]
+        found = self.extract(maps, slots, mask=real, change=change)
+        result = as_given(found.features)
+        return (result, found.slots) if return_slots else result
+
+    def extract(
+        self,
+        features: Mapping[str, Float[Array, "batch *space channels"]],
+        slots: Float[Array, "batch slots slot_dim"] | None = None,
+        *,
+        mask: Mapping[str, Bool[Array, "batch *space"]] | None = None,
+        change: Callable[[Array], Array] | None = None,
+    ) -> Extraction:
+        """The features, the slots and what happened: attention weights, chosen tokens, read-outs."""
+        check_features(features, "KEM")
+        check_slots(slots, (next(iter(features.values())).shape[0], self.num_slots, self.slot_dim))
+        params = params_of(self)
+        learned = params.get("learned", {}).get("kernel")
+        return knowledge_extraction(
+            params,
+            features,
+            num_heads=self.num_heads,
+            top_k=self.top_k,
+            projection=factors_of(self.projection, self.etf_vertices, self.etf_seed, learned),
+            values_from="features" if self.etf_for == "selection" else "projected",
+            temperature=self.temperature,
+            rounds=self.rounds,
+            recall=self.recall,
+            products=self.products,
+            placement=self.placement,
+            slots=slots,
+            mask=mask,
+            change=change,
+            dtype=self.dtype,
+        )

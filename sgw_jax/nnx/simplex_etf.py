@@ -1,0 +1,24 @@
+"""The projection onto a fixed simplex ETF as an nnx module."""
+
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sgw_jax.etf import etf_projection, project
+
+
+class SimplexETF(nnx.Module):
+    """``z = sqrt(d) M^T f / ||f||``, as `sgw_jax.SimplexETF`; it holds nothing, the program makes M.
+
+    Call: features (..., d) -> (..., K) in the dtype of the features.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.nnx import SimplexETF
+    >>> SimplexETF(num_vertices=5)(jnp.ones((2, 8))).shape
+    (2, 5)
+    """
+
+    def __init__(self, num_vertices: int, seed: int = 0):
+        self.num_vertices, self.seed = num_vertices, seed
+
+    def __call__(self, features: Float[Array, "*batch dim"]) -> Float[Array, "*batch vertices"]:
+        return project(*etf_projection(self.num_vertices, seed=self.seed)(features))
