@@ -66,7 +66,7 @@ def printed(capsys):
 
 @pytest.fixture
 def lines(printed):
-    """The commands that tpu_vm.py would run, as lists."""
+    """The commands that the launcher for TPU VMs would run, as lists."""
 
     def run(subcommand, *more):
         argv = TPU[subcommand]
@@ -80,7 +80,7 @@ def lines(printed):
 
 @pytest.fixture
 def script(lines):
-    """The script that tpu_vm.py would run on the workers."""
+    """The script that the launcher for TPU VMs would run on the workers."""
     return lambda *argv: script_of(lines(*argv)[0])
 
 
