@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
+from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import InputError, MissingFileError
-from sgw_jax.run.logs import write_atomically
 
 DASH = "–"  # of a table's cell: does not apply, or was not measured
 FOLDER = Path(__file__).resolve().parent / "results"

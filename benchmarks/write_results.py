@@ -27,7 +27,7 @@ from benchmarks.speed import (
     pytorch,
     where_time_goes,
 )
-from sgw_jax.run.logs import write_atomically
+from sgw_jax.data_pipelines.atomic import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"

@@ -15,7 +15,6 @@ interruption.
 import argparse
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,14 +25,15 @@ from typing import Any
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from rich.console import Console
-from rich.progress import Progress
 
+from sgw_jax.data_pipelines.atomic import publish, replacing, write_atomically
 from sgw_jax.data_pipelines.cityscapes import Cityscapes
 from sgw_jax.data_pipelines.errors import InputError, UserError, files_named
 from sgw_jax.data_pipelines.mtan import MtanCityscapes, MtanNYUv2
 from sgw_jax.data_pipelines.nyud import Nyud
 from sgw_jax.data_pipelines.pascal_context import PascalContext
 from sgw_jax.data_pipelines.prepared import RECORD, VERSION, encode, features_of
+from sgw_jax.data_pipelines.progress import counted
 from sgw_jax.data_pipelines.transforms import Example
 
 SOURCES: Mapping[str, Callable[[Path, str], Any]] = {
@@ -74,9 +74,9 @@ def main(argv: Sequence[str] | None = None, sources: Mapping[str, Callable[[Path
     console = Console(highlight=False)
     try:
         if arguments.pipeline == "beam":
-            run = functools.partial(_by_beam, flags=rest)
+            run = functools.partial(by_beam, flags=rest)
         else:
-            run = functools.partial(_locally, workers=arguments.workers, console=console)
+            run = functools.partial(locally, workers=arguments.workers, console=console)
         with files_named(f"--source={arguments.source}"):
             by_split = {split: sources[arguments.name](arguments.source, split) for split in SPLITS}
         with files_named(f"--out={arguments.out}"):
@@ -118,7 +118,7 @@ def prepare(
         check_source(source, split, any_size)
 
     partial.mkdir(parents=True, exist_ok=True)
-    _write(partial / RECORD, json.dumps(plan, indent=1).encode())
+    write_atomically(partial / RECORD, json.dumps(plan, indent=1))
     features = features_of(_everything({}, sources.values()))
     shards = [(split, shard) for split, source in sources.items() for shard in range(-(-len(source) // shard_size))]
     missing = [shard for shard in shards if not shard_path(partial, name, sources, shard, shard_size).exists()]
@@ -126,7 +126,9 @@ def prepare(
         console.print(f"{len(shards) - len(missing)} of {len(shards)} shards are there; going on.")
     run(functools.partial(write_shard, name, dict(sources), features, partial, shard_size), missing)
     _write_metadata(name, sources, partial, features, shard_size)
-    os.rename(partial, whole)
+    for leftover in partial.glob("*.tmp"):  # of processes that were killed
+        leftover.unlink()
+    publish(partial, whole)
     console.print(
         f"{whole}: " + ", ".join(f"{len(source)} {split}" for split, source in sources.items()), soft_wrap=True
     )
@@ -198,32 +200,28 @@ def write_shard(
     shard_size: int,
     shard: Shard,
 ) -> None:
-    """Writes one shard under another name and renames it when it is complete."""
+    """Writes one shard, which appears when it is complete."""
     path = shard_path(partial, name, sources, shard, shard_size)
     source = sources[shard[0]]
     start = shard[1] * shard_size
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    writer = ArrayRecordWriter(str(unfinished), "group_size:1")
-    try:
-        for index in range(start, min(start + shard_size, len(source))):
-            try:
-                record = encode(source[index], features)
-            except UserError as error:
-                raise PrepareError(f"item {index} of {shard[0]!r}, file {source.file_of(index)}: {error}") from error
-            writer.write(record)
-    except BaseException:
-        writer.close()
-        unfinished.unlink(missing_ok=True)
-        raise
-    writer.close()
-    os.replace(unfinished, path)
+    with replacing(path, contended=True) as unfinished:
+        writer = ArrayRecordWriter(str(unfinished), "group_size:1")
+        try:
+            for index in range(start, min(start + shard_size, len(source))):
+                try:
+                    record = encode(source[index], features)
+                except UserError as error:
+                    named = f"item {index} of {shard[0]!r}, file {source.file_of(index)}"
+                    raise PrepareError(f"{named}: {error}") from error
+                writer.write(record)
+        finally:
+            writer.close()
 
 
-def _locally(write: Callable[[Shard], None], shards: list[Shard], workers: int, console: Console) -> None:
-    with Progress(console=console) as progress:
-        bar = progress.add_task("shards", total=len(shards))
-        for _ in _each(write, shards, workers):
-            progress.advance(bar)
+def locally(write: Callable[[Shard], None], shards: list[Shard], workers: int, console: Console) -> None:
+    """By this process, or by several (`workers` > 0) on this machine."""
+    for _ in counted(_each(write, shards, workers), "shards", len(shards), console):
+        pass
 
 
 def _each(write: Callable[[Shard], None], shards: list[Shard], workers: int) -> Iterator[None]:
@@ -239,7 +237,7 @@ def _each(write: Callable[[Shard], None], shards: list[Shard], workers: int) -> 
             raise
 
 
-def _by_beam(write: Callable[[Shard], None], shards: list[Shard], flags: Sequence[str]) -> None:
+def by_beam(write: Callable[[Shard], None], shards: list[Shard], flags: Sequence[str]) -> None:
     """One shard is one element; the runner and its workers are chosen by Beam's own flags."""
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
@@ -275,12 +273,6 @@ def _write_metadata(
     tfds.folder_dataset.write_metadata(
         data_dir=str(partial), features=features, split_infos=splits, filename_template=template, check_data=False
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -13,15 +11,16 @@ from rich.console import Console
 from sgw_jax.data_pipelines.errors import InputError, files_named
 from sgw_jax.evaluation.evaluate import Evaluation
 from sgw_jax.experiment.experiment import Experiment
-from sgw_jax.optimizers import learning_rates
 from sgw_jax.run.checkpoints import Checkpoints
-from sgw_jax.run.finite import check_finite, check_finite_losses, check_finite_step
-from sgw_jax.run.logs import MetricsWriter, TrainProgress
-from sgw_jax.run.state import abstract_state, starting_state
+from sgw_jax.run.finite import check_finite, check_finite_losses
+from sgw_jax.run.late_log import LateLog
+from sgw_jax.run.logs import MetricsWriter
+from sgw_jax.run.progress import TrainProgress
+from sgw_jax.run.state import abstract_state, new_state, restored_state, warm_state
 from sgw_jax.run.step_profile import StepProfile
 from sgw_jax.run.steps import compiled_steps, evaluate_split
 from sgw_jax.run.stop_signal import StopSignal
-from sgw_jax.run.warm_start import fine_tuning_source, pretrained_parameters
+from sgw_jax.run.warm_start import pretrained_parameters, warm_source
 from sgw_jax.run.workdir import check_workdir, claim_workdir, disk_full_named, has_checkpoint
 from sgw_jax.sharding import global_batch
 from sgw_jax.train_step import TrainState
@@ -59,8 +58,14 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_full_named(workdir))
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=settings.keep))
-        start = checkpoints.latest_step or 0
-        state = starting_state(experiment, checkpoints, start, init_from, console)
+        done = start = checkpoints.latest_step or 0
+        if start:
+            console.print(f"Resuming {workdir.absolute()} at step {start}.", soft_wrap=True)
+            state = restored_state(experiment, checkpoints, start)
+        elif init_from is not None or experiment.backbone_weights:
+            state = warm_state(experiment, init_from, console)
+        else:
+            state = new_state(experiment)
         with files_named(f"--workdir={workdir}"):
             writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, resume_step=start)))
         stack.enter_context(jax.set_mesh(mesh))
@@ -68,19 +73,17 @@ def train(
         progress = stack.enter_context(TrainProgress(console, settings.steps, start, settings.batch_size))
         batches = stack.enter_context(experiment.data.train(start, settings.steps))
         profile = stack.enter_context(StepProfile(workdir / "profile", settings.profile_after, settings.profile_steps))
+        log = LateLog(experiment, writer, progress)
 
         train_step, eval_step = compiled_steps(experiment, state)
-        log = _LateLog(experiment, writer, progress)
-        done = start
-        profile.after(done, state)
+        profile.after(start, state)
         for batch in batches:
             with jax.profiler.StepTraceAnnotation("train_step", step_num=done + 1):
                 state, metrics = train_step(state, global_batch(batch, mesh))
             done += 1
             log.push(done, metrics)
             profile.after(done, state)
-            preempted = jax.process_count() > 1 and checkpoints.reached_preemption(done)
-            if preempted:
+            if jax.process_count() > 1 and checkpoints.reached_preemption(done):
                 stop.request(signal.SIGTERM)
             last = done == settings.steps
             if not (stop.number or last or done % settings.checkpoint_every == 0):
@@ -104,33 +107,6 @@ def train(
     return Trained(state, done, stop.number, progress.images_per_second)
 
 
-class _LateLog:
-    """Fetches metrics one step late, so that the device always has the next step to work on; checks and writes them."""
-
-    def __init__(self, experiment: Experiment, writer: MetricsWriter, progress: TrainProgress):
-        self._experiment, self._writer, self._progress = experiment, writer, progress
-        self._rates = learning_rates(experiment.schedule, experiment.settings.steps)
-        self._waiting: tuple[int, Any] | None = None
-
-    def push(self, step: int, metrics: Mapping[str, Any]) -> None:
-        previous, self._waiting = self._waiting, (step, metrics)
-        self._take(previous)
-
-    def flush(self) -> None:
-        previous, self._waiting = self._waiting, None
-        self._take(previous)
-
-    def _take(self, waiting: tuple[int, Any] | None) -> None:
-        if waiting is None:
-            return
-        step, values = waiting[0], {name: float(value) for name, value in jax.device_get(waiting[1]).items()}
-        check_finite_step(step, values)
-        self._progress.update(step, {name: value for name, value in values.items() if name.startswith("loss")})
-        settings = self._experiment.settings
-        if step % settings.log_every == 0 or step == settings.steps:
-            self._writer.write(step, "train", {**values, "learning_rate": float(self._rates[step - 1])})
-
-
 def summary(experiment: Experiment, found: Evaluation) -> str:
     """The headline metrics in one line."""
     return "  ".join(
@@ -146,7 +122,7 @@ def check_start(experiment: Experiment, workdir: Path | str, init_from: Path | s
     if init_from is not None:
         if experiment.backbone_weights:
             raise InputError("--init_from brings a backbone of its own: give it or config.backbone_weights, not both.")
-        with fine_tuning_source(Path(init_from)):
+        with warm_source(Path(init_from)):
             pass
     elif experiment.backbone_weights and not has_checkpoint(Path(workdir)):
         pretrained_parameters(experiment, state.params)

@@ -161,7 +161,7 @@ def fast_compilation():
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diagnostics, "_make_step", functools.cache(diagnostics._make_step))
+        patch.setattr(diagnostics, "make_step", functools.cache(diagnostics.make_step))
         yield
     jax.config.update("jax_disable_most_optimizations", before)
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 import sgw_jax
 from sgw_jax.configs import base
+from sgw_jax.data_pipelines import progress
 from sgw_jax.data_pipelines.scenes import SEMSEG_CLASSES
 from sgw_jax.data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
 from sgw_jax.experiment.build import build
@@ -456,8 +457,8 @@ def test_text_in_other_alphabets_is_drawn() -> None:
 
 def test_progress_in_a_pipe_is_plain(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 1000, 7))
-    monkeypatch.setattr(image_files, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    assert list(image_files._counted(range(4), 4, "predict", Console(force_terminal=False))) == [0, 1, 2, 3]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert list(progress.counted(range(4), "predict", 4, Console(force_terminal=False))) == [0, 1, 2, 3]
     lines = capsys.readouterr().out.splitlines()
     assert lines
     assert all(line.startswith("predict ") and line.endswith("/4") for line in lines)

@@ -25,9 +25,8 @@ from sgw_jax.optimizers import learning_rates
 from sgw_jax.run.checkpoints import CheckpointError, Checkpoints
 from sgw_jax.run.finite import NonFiniteError, check_finite, check_finite_losses
 from sgw_jax.run.logs import read_metrics
-from sgw_jax.run.state import abstract_state, initial_state, restored_state
+from sgw_jax.run.state import abstract_state, new_state, restored_state, warm_state
 from sgw_jax.run.steps import compiled_steps
-from sgw_jax.run.warm_start import fine_tuning_start
 from sgw_jax.run.workdir import WorkdirError, claim_workdir
 from sgw_jax.sharding import make_mesh, mesh_sizes
 from sgw_jax.tasks import Depth
@@ -372,9 +371,8 @@ class Wide(nn.Module):
 def test_fine_tuning_takes_what_fits_and_lists_the_rest(built, finished, tmp_path):
     wider = experiment(model=Wide(), seed=3)
     console = quiet()
-    state = initial_state(wider)
-    fresh = jax.tree.map(np.array, state.params)
-    tuned = fine_tuning_start(state, finished, console)
+    fresh = jax.tree.map(np.array, new_state(wider).params)
+    tuned = warm_state(wider, finished, console)
     checkpoints = Checkpoints(finished / "checkpoints", read_only=True)
     source = restored_state(built, checkpoints, checkpoints.best_step)
     checkpoints.close()
@@ -426,7 +424,7 @@ def bad_step_item(built, step):
 
 
 def test_a_state_that_is_not_finite_is_named(built):
-    state = initial_state(built)
+    state = new_state(built)
     check_finite(state, 3)
     head = state.params["head"]
     bad = jax.tree.map(lambda leaf: jax.device_put(jnp.full_like(leaf, jnp.inf), leaf.sharding), head)
@@ -449,8 +447,8 @@ def test_a_checkpoint_of_another_model_is_an_error_that_lists_the_leaves(finishe
     checkpoints.close()
 
 
-def test_the_abstract_state_is_the_initial_state(built):
-    state, shapes = initial_state(built), abstract_state(built)
+def test_the_abstract_state_is_the_new_state(built):
+    state, shapes = new_state(built), abstract_state(built)
     assert jax.tree.structure(state) == jax.tree.structure(shapes)
     for leaf, shape in zip(jax.tree.leaves(state), jax.tree.leaves(shapes), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (shape.shape, shape.dtype, shape.sharding)

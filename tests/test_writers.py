@@ -8,8 +8,11 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto import event_pb2
 
-from sgw_jax.run import logs as writers
-from sgw_jax.run.logs import MetricsWriter, TrainProgress, read_metrics, write_atomically
+from sgw_jax.data_pipelines import atomic
+from sgw_jax.data_pipelines.atomic import write_atomically
+from sgw_jax.run import progress as train_progress
+from sgw_jax.run.logs import MetricsWriter, read_metrics
+from sgw_jax.run.progress import TrainProgress
 
 
 def write_steps(workdir, steps, resume_step=0):
@@ -89,11 +92,12 @@ def test_an_atomic_write_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(writers.os, "fsync", die)
+        patch.setattr(atomic.os, "fsync", die)
         with pytest.raises(KeyboardInterrupt):
             write_atomically(path, "new")
     assert path.read_text() == "old"
-    write_atomically(path, "newer")
+    path.with_name("results.json.tmp").write_text("ne")  # what a killed process leaves
+    write_atomically(path, b"newer")
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]  # the leftover .tmp was used up
     assert path.read_text() == "newer"
 
@@ -126,7 +130,7 @@ def scalars(path):
 
 def test_speed_counts_training_alone(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(writers.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(train_progress.time, "monotonic", lambda: now[0])
     progress = TrainProgress(Console(file=io.StringIO()), total=100, start=0, batch_size=4)
     with progress:
         now[0] = 50.0  # compilation

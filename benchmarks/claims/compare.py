@@ -32,13 +32,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, wh
 
 from benchmarks.claims.comparison import SINGLE, markdown, page, summarise
 from benchmarks.measure import Results, environment
+from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.evaluation.diagnostics import diagnose
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.host import keep_freed_memory
 from sgw_jax.report.results import count_parameters, without_nan
-from sgw_jax.run.logs import write_atomically
 from sgw_jax.run.steps import evaluate_split
 from sgw_jax.sharding import replicated
 from sgw_jax.train import train

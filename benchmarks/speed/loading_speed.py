@@ -29,7 +29,7 @@ from benchmarks.measure import Results
 from sgw_jax.data_pipelines.colour import ColourDistortion
 from sgw_jax.data_pipelines.loader import Stream, train_batches
 from sgw_jax.data_pipelines.nyud import Nyud
-from sgw_jax.data_pipelines.prepare import prepare
+from sgw_jax.data_pipelines.prepare import locally, prepare
 from sgw_jax.data_pipelines.prepared import Prepared
 from sgw_jax.data_pipelines.transforms import Augmentation, Target
 
@@ -69,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_archive(Path(folder) / "archive", arguments.images)
         raw = {split: Nyud(Path(folder) / "archive", split) for split in ("train", "validation")}
-        in_turn = lambda write, shards: [write(shard) for shard in shards]  # noqa: E731
-        directory = prepare("nyud", raw, Path(folder), in_turn, any_size=True, console=console)
+        run = partial(locally, workers=0, console=console)
+        directory = prepare("nyud", raw, Path(folder), run, any_size=True, console=console)
         for name, source in (("files", raw["train"]), ("ArrayRecord", Prepared(directory, "train"))):
             for workers in arguments.workers:
                 batches = partial(ours, source, workers=workers, count=arguments.batches + 1)

@@ -30,7 +30,7 @@ from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.host import keep_freed_memory
 from sgw_jax.plan.hlo import parse
 from sgw_jax.plan.network import PARTS, part_of
-from sgw_jax.run.state import initial_state
+from sgw_jax.run.state import new_state
 from sgw_jax.run.steps import compiled_steps
 from sgw_jax.sharding import global_batch
 from sgw_jax.train import train
@@ -60,7 +60,7 @@ def profiled(experiment: Experiment) -> tuple[Any, str]:
         (record,) = (Path(folder) / "profile").rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(record))
     with jax.set_mesh(experiment.mesh), experiment.data.train(0, 1) as batches:
-        state = initial_state(experiment)
+        state = new_state(experiment)
         step = compiled_steps(experiment, state)[0]
         program = step.lower(state, global_batch(next(iter(batches)), experiment.mesh)).compile().as_text()
     return data, program

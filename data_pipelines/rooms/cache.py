@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sgw_jax.data_pipelines.atomic import publish
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.progress import Progress
 from sgw_jax.data_pipelines.rooms.record import STORED, Collection, render_stored
 
 META = "meta.json"
@@ -110,11 +111,12 @@ def _render_into(directory: Path, collection: Collection, workers: int | None, l
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(usable, collection.length // FEWEST_PER_WORKER) if workers is None else min(workers, collection.length)
-    with _reporter(collection, loud) as report:
+    console = Console(stderr=True, highlight=False) if loud else None
+    with Progress(f"rendering {collection.split} scenes", collection.length, console) as progress:
         if count <= 1:
-            render_share(directory, collection, 0, 1, lambda: report(1))
+            render_share(directory, collection, 0, 1, progress.advance)
         else:
-            _render_in_processes(directory, collection, count, report)
+            _render_in_processes(directory, collection, count, progress.advance)
     sizes = {name: (directory / f"{name}.npy").stat().st_size for name in STORED}
     (directory / META).write_text(json.dumps({"fingerprint": collection.fingerprint(), "bytes": sizes}, indent=1))
 
@@ -172,42 +174,8 @@ def _render_in_processes(directory: Path, collection: Collection, count: int, re
 
 
 def _publish(partial: Path, directory: Path) -> None:
-    """Makes a complete partial directory durable, then visible under its name in one step."""
-    for path in [*partial.iterdir(), partial]:
-        _sync(path)
     try:
-        os.rename(partial, directory)
+        publish(partial, directory)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise  # otherwise another machine was first; its copy is equal to ours
-    _sync(directory.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _reporter(collection: Collection, loud: bool) -> Iterator[Callable[[int], None]]:
-    """A function to call with the number of scenes just finished: a bar on a terminal, else a line every tenth."""
-    console = Console(stderr=True)
-    title = f"rendering {collection.length} {collection.split} scenes"
-    if loud and console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task(title, total=collection.length)
-            yield lambda count: bar.advance(task, count)
-        return
-    finished = 0
-
-    def report(count: int) -> None:
-        nonlocal finished
-        before, finished = finished, finished + count
-        if loud and 10 * before // collection.length != 10 * finished // collection.length:
-            print(f"{title}: {finished} of {collection.length}", file=sys.stderr, flush=True)
-
-    yield report

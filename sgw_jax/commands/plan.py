@@ -8,12 +8,12 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import files_named
 from sgw_jax.experiment.build import build, build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.plan.network import plan, print_plan
 from sgw_jax.plan.pod import pod_plan, print_pod_plan, topology_devices
-from sgw_jax.run.logs import write_atomically
 from sgw_jax.sharding import make_mesh, mesh_sizes
 
 

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 from rich.console import Console
-from rich.progress import track
 from scipy.ndimage import distance_transform_edt
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 from skimage.morphology import thin
 
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.progress import counted
 
 HED_THRESHOLDS = (0.001, *(step / 100 for step in range(1, 100)), 0.999)  # SEISM's parameters/HED.txt
 
@@ -98,7 +98,7 @@ def counts_of(
     options["max_dist"] = max_dist
     found: Iterable[np.ndarray] = _in_order(images, options, workers)
     if console is not None:
-        found = track(found, "boundaries", total=total, console=console, transient=True)
+        found = counted(found, "boundaries", total, console)
     counts = list(found)
     if not counts:
         return np.zeros((0, len(options.get("thresholds", HED_THRESHOLDS)), 3), np.int64)

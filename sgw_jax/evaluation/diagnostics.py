@@ -73,7 +73,7 @@ def diagnose(
     """
     if not isinstance(getattr(model, "interaction", None), KEM):
         return None
-    step = _make_step(model, tasks, mesh)
+    step = make_step(model, tasks, mesh)
 
     def sums() -> Iterator[Any]:
         seen = 0
@@ -101,7 +101,7 @@ def _task_gates(params: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, f
     return {task.name: float(jax.device_get(params[f"task_gate_{task.name}"])[0]) for task in tasks}
 
 
-def _make_step(model: nn.Module, tasks: Sequence[Task], mesh: Mesh) -> Callable[[Any, Batch, Any], dict[str, Any]]:
+def make_step(model: nn.Module, tasks: Sequence[Task], mesh: Mesh) -> Callable[[Any, Batch, Any], dict[str, Any]]:
     """Jits ``step(variables, batch, real rows) -> sums``: of the module itself, and of the metrics under ablation."""
     eval_step = make_eval_step(model, tasks)
 

@@ -1,8 +1,6 @@
 """Prediction over image files: files and folders in, panels (PNG) and arrays (npz) out, few of them in memory."""
 
 import contextlib
-import os
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,16 +11,16 @@ import jax
 import numpy as np
 from PIL import Image, ImageOps
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sgw_jax.data_pipelines import atomic
 from sgw_jax.data_pipelines.errors import InputError, MissingFileError, files_named
+from sgw_jax.data_pipelines.progress import counted
 from sgw_jax.pictures.panels import Panel
 from sgw_jax.prediction.predictor import Predictor
 from sgw_jax.tasks.base import Task
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 AHEAD = 4  # files read before they are needed; bounds what is in memory
-SECONDS_BETWEEN_LINES = 10.0
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -54,7 +52,7 @@ def predict_files(
     names = output_names(files)
     check_output(output, inputs, files, names)
     predictor = Predictor.from_workdir(workdir, which)
-    for _ in _counted(in_background(check_file, files), len(files), "check", console):
+    for _ in counted(in_background(check_file, files), "check", len(files), console):
         pass
 
     with files_named("--output cannot be made"):
@@ -82,7 +80,7 @@ def predict_files(
         for name, file, maps in zip(names, files, predictor.stream(images()), strict=True):
             yield name, file.name, held.popleft(), maps
 
-    written = list(_counted(in_background(write, predicted(), ahead=2), len(files), "predict", console))
+    written = list(counted(in_background(write, predicted(), ahead=2), "predict", len(files), console))
     console.print(
         f"{len(written)} panels (png) and arrays (npz) in {output}, by step {predictor.step} of {workdir}.",
         soft_wrap=True,
@@ -176,15 +174,13 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to that takes its place when all is written: the path holds the old or the new, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with files_named(f"{path} cannot be written"):
-        try:
-            with temporary.open("wb") as file:
-                yield file
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    """A file to write to by `atomic.replacing`."""
+    with (
+        files_named(f"{path} cannot be written"),
+        atomic.replacing(path, contended=True) as temporary,
+        temporary.open("wb") as file,
+    ):
+        yield file
 
 
 def in_background(function: Callable[[Item], Result], items: Iterable[Item], ahead: int = AHEAD) -> Iterator[Result]:
@@ -200,18 +196,3 @@ def in_background(function: Callable[[Item], Result], items: Iterable[Item], ahe
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _counted(items: Iterable[Item], total: int, what: str, console: Console) -> Iterator[Item]:
-    """The items, with a bar on a terminal and otherwise a line every few seconds."""
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task = bar.add_task(what, total=total)
-    last_line = time.monotonic()
-    with bar:
-        for done, item in enumerate(items, 1):
-            bar.update(task, completed=done)
-            if not console.is_terminal and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
-                last_line = time.monotonic()
-                console.print(f"{what} {done}/{total}")
-            yield item

@@ -1,4 +1,4 @@
-"""The train state of an experiment on its mesh: new, or from a checkpoint."""
+"""A train state on its mesh: new, restored or warm."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +11,12 @@ from rich.console import Console
 
 from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.run.checkpoints import Checkpoints
-from sgw_jax.run.warm_start import fine_tuning_start, pretrained_start
+from sgw_jax.run.warm_start import warm_from_backbone, warm_from_run
 from sgw_jax.sharding import check_split, state_sharding
 from sgw_jax.train_step import TrainState, init_state
 
 
-def initial_state(experiment: Experiment) -> TrainState:
+def new_state(experiment: Experiment) -> TrainState:
     """The state at step 0, born under jit where its sharding puts it."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(experiment))
     with jax.set_mesh(experiment.mesh):
@@ -26,6 +26,14 @@ def initial_state(experiment: Experiment) -> TrainState:
 def restored_state(experiment: Experiment, checkpoints: Checkpoints, step: int) -> TrainState:
     """The whole state of a checkpoint, on the experiment's mesh."""
     return checkpoints.restore(abstract_state(experiment), step)
+
+
+def warm_state(experiment: Experiment, init_from: Path | str | None, console: Console) -> TrainState:
+    """The state at step 0 with another run's parameters, or else with the pretrained backbone's."""
+    state = new_state(experiment)
+    if init_from is not None:
+        return warm_from_run(state, Path(init_from), console)
+    return warm_from_backbone(state, experiment, console)
 
 
 def abstract_state(experiment: Experiment) -> TrainState:
@@ -49,16 +57,3 @@ def _init(experiment: Experiment) -> Callable[[Any], TrainState]:
         ema=experiment.settings.ema_decay is not None,
         objective=experiment.objective,
     )
-
-
-def starting_state(
-    experiment: Experiment, checkpoints: Checkpoints, start: int, init_from: Path | str | None, console: Console
-) -> TrainState:
-    """The state at step ``start``: restored, or new, with another run's parameters if asked for."""
-    if start:
-        console.print(f"Resuming {checkpoints.directory.parent} at step {start}.", soft_wrap=True)
-        return restored_state(experiment, checkpoints, start)
-    state = initial_state(experiment)
-    if init_from is not None:
-        return fine_tuning_start(state, Path(init_from), console)
-    return pretrained_start(state, experiment, console) if experiment.backbone_weights else state

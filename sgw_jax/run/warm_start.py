@@ -1,4 +1,4 @@
-"""Starting from another run's parameters, or from a pretrained backbone."""
+"""What a warm start takes: another run's parameters, or a pretrained backbone's."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -22,7 +22,7 @@ BACKBONE = "backbone/"
 
 
 @contextlib.contextmanager
-def fine_tuning_source(source: Path) -> Iterator[tuple[Checkpoints, int]]:
+def warm_source(source: Path) -> Iterator[tuple[Checkpoints, int]]:
     """The checkpoints of the run to start from, and its best step (without scores: its last)."""
     with Checkpoints(source / "checkpoints", read_only=True) as checkpoints:
         step = checkpoints.best_step or checkpoints.latest_step
@@ -31,11 +31,11 @@ def fine_tuning_source(source: Path) -> Iterator[tuple[Checkpoints, int]]:
         yield checkpoints, step
 
 
-def fine_tuning_start(state: TrainState, source: Path, console: Console) -> TrainState:
+def warm_from_run(state: TrainState, source: Path, console: Console) -> TrainState:
     """Parameters of another run where name and shape agree; everything else starts fresh, and is listed."""
     flat, structure = jax.tree_util.tree_flatten_with_path(state.params)
     names = [path_name(path) for path, _ in flat]
-    with fine_tuning_source(source) as (checkpoints, step):
+    with warm_source(source) as (checkpoints, step):
         found = checkpoints.shapes(step)
         collection = "ema" if any(name.startswith("ema/") for name in found) else "params"
         fits = {
@@ -63,7 +63,7 @@ def fine_tuning_start(state: TrainState, source: Path, console: Console) -> Trai
     return state.replace(params=params, ema=ema)
 
 
-def pretrained_start(state: TrainState, experiment: Experiment, console: Console) -> TrainState:
+def warm_from_backbone(state: TrainState, experiment: Experiment, console: Console) -> TrainState:
     """The state with the backbone's parameters from `Experiment.backbone_weights`, each where its sharding puts it."""
     found, values = pretrained_parameters(experiment, state.params)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import UserError
 from sgw_jax.experiment.experiment import Experiment, differences
-from sgw_jax.run.logs import write_atomically
 from sgw_jax.sharding import from_all_processes
 
 IDENTITY = "run.json"

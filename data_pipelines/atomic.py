@@ -1,0 +1,48 @@
+"""Files and directories that appear whole: whenever the process dies, what a path holds is the old or the new."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, contended: bool = False) -> Iterator[Path]:
+    """A path beside `path` to write to; the file there takes its place, on disk, if the block ends without an error.
+
+    What a killed process left is written over by the next one.
+
+    Args:
+      contended: several processes may write this path at once: each has a file of its own, and the last one stays.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if contended else f"{path.name}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes text (UTF-8) or bytes by `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def publish(partial: Path, directory: Path) -> None:
+    """Makes a complete directory of files durable, then visible under its name in one step."""
+    for path in [*partial.iterdir(), partial]:
+        sync(path)
+    os.rename(partial, directory)
+    sync(directory.parent)
+
+
+def sync(path: Path) -> None:
+    """Blocks until the file or directory is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
