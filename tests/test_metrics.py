@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgw_jax.evaluation.metrics import add_sums, delta_m
+from sgw_jax.evaluation.metrics import add_sums, delta_m, mean_gain
 from sgw_jax.tasks import Depth, Edges, SemSeg
 
 TASKS = (SemSeg(), Depth(), Edges(name="contours"))
@@ -88,3 +88,13 @@ def test_what_is_missing_is_named():
         delta_m(BASELINES, with_value("depth", "abs_rel", 1.0), TASKS)
     with pytest.raises(ValueError, match="there are no tasks"):
         delta_m(BASELINES, BASELINES, ())
+
+
+@pytest.mark.parametrize("baseline", [0.0, math.nan, math.inf])
+def test_the_mean_gain_is_delta_m_where_it_is_defined(baseline):
+    results = with_value("semseg", "miou", 44.0)
+    assert mean_gain(results, BASELINES, TASKS) == delta_m(results, BASELINES, TASKS)
+    without = [task for task in TASKS if task.name != "depth"]
+    there = with_value("depth", "rmse", baseline)
+    assert mean_gain(results, there, TASKS) == delta_m(results, there, without)
+    assert math.isnan(mean_gain(results, there, [task for task in TASKS if task.name == "depth"]))

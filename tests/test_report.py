@@ -2,6 +2,7 @@
 
 import html.parser
 import io
+import json
 import math
 import re
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from sgw_jax.evaluation.metrics import relative_gain
 from sgw_jax.pictures import charts
 from sgw_jax.report import page as report
 from sgw_jax.report.interaction import IMAGES_WITH_MAPS
 from sgw_jax.report.page import write_report
-from sgw_jax.report.tables import number, print_table, relative_gain
+from sgw_jax.report.record import Results, ResultsError, read_results
+from sgw_jax.report.tables import number, print_table
 
 SLOTS = 4
 NAMES = ["semseg", "depth", "mine"]
@@ -22,11 +25,11 @@ VOID = {"wbr", "meta", "link", "img", "col", "line", "circle", "polyline"}
 
 
 def task(name, metric, unit, higher):
-    return {"name": name, "metric": metric, "unit": unit, "higher_is_better": higher}
+    return {"name": name, "metric": metric, "unit": unit, "higher_is_better": higher, "units": {metric: unit}}
 
 
-def make_results():
-    """A finished run of three tasks, one of them someone's own."""
+def make_record():
+    """What results.json holds of a finished run of three tasks, one of them someone's own."""
     shares = np.full((SLOTS, 3), 1 / 3).tolist()
     ablated = {"semseg": {"miou": 30.0}, "depth": {"rmse": 0.84}, "mine": {"score": 0.5}}
     losses = dict.fromkeys(NAMES, 1.0)
@@ -59,8 +62,10 @@ def make_results():
             "slot_diversity": 0.913,
             "retrieve_entropy": 0.994,
             "write_entropy": 0.52,
-            "readout_cosine": None,
+            "selection_stability": 0.8,
             "update_ratio": 0.31,
+            "readout_cosine": None,
+            "selection_between_images": 0.4,
             "task_gates": dict(zip(NAMES, (-0.1754, 0.0, 0.2), strict=True)),
             "reads": shares,
             "writes": np.full((3, SLOTS), 1 / SLOTS).tolist(),
@@ -70,12 +75,16 @@ def make_results():
                 "swapped": {"metrics": ablated, "losses": losses},
             },
         },
-        "speed": {"images_per_second": 151.3, "train_seconds": 341.0},
+        "speed": {"images_per_second": 151.3, "seconds": 341.0},
         "parameters": {"total": 1_234_567, "backbone": 1_000_000, "interaction": 234_567},
         "environment": {"python": "3.12.1", "devices": "2 x cpu", "mesh": "data 2, fsdp 1"},
         "config": {"steps": 1200, "optimizer.name": "adamw"},
         "identity": {"steps": 1200, "data.train.version": "scenes 1"},
     }
+
+
+def make_results(**changed):
+    return Results.from_dict({**make_record(), **changed})
 
 
 def make_history(steps=50):
@@ -181,24 +190,63 @@ def test_every_picture_says_what_it_is(tmp_path):
     assert "where slot 3 reads the tokens of mine in image 1" in alts
 
 
-def test_what_is_missing_is_left_out(tmp_path):
-    assert Page(written(tmp_path, {})).sections == {"results"}
-    bare = {name: value for name, value in make_results().items() if name in ("tasks", "metrics")}
-    assert Page(written(tmp_path, bare)).sections == {"results"}
-    without = {**make_results(), "diagnostics": None}
+def test_what_a_run_does_not_have_is_left_out(tmp_path):
+    assert Page(written(tmp_path, make_results(per_class={}, diagnostics=None, speed={}))).sections == {
+        "results",
+        "run",
+    }
+    without = make_results(diagnostics=None)
     assert Page(written(tmp_path, without, {**make_examples(), "retrieve": None})).sections == {
         "results", "classes", "examples", "run"
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("without", [{}, {"diagnostics": None}, {"speed": {}}], ids=str)
+def test_the_record_comes_back_as_it_was_written(tmp_path, without):
+    results = make_results(**without)
+    text = json.dumps(results.to_dict(), allow_nan=False)
+    record = {**make_record(), **without, "per_class": {"semseg": {"wall": 91.17, "chair": 12.0, "sofa": None}}}
+    assert json.loads(text) == record
+    (tmp_path / "results.json").write_text(text, encoding="utf-8")
+    again = read_results(tmp_path / "results.json")
+    assert again.to_dict() == record
+    assert math.isnan(again.per_class["semseg"]["sofa"])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda record: record.pop("metrics"), "missing: metrics"),
+        (lambda record: record["diagnostics"].pop("flow"), "missing: diagnostics.flow"),
+        (lambda record: record["tasks"][1].pop("units"), r"missing: tasks\.1\.units"),
+        (lambda record: record.update(speed={"seconds": 1.0}), "missing: speed.images_per_second"),
+        (lambda record: record.update(more=1), "unknown: more"),
+        (lambda record: record.update(step=True), "step is True where int belongs"),
+        (lambda record: record["metrics"]["depth"].update(rmse="0.4"), r"metrics\.depth\.rmse is '0.4' where float"),
+        (lambda record: record.update(references=[]), r"references is \[\] where dict"),
+    ],
+)
+def test_a_record_of_another_form_is_an_error_that_names_file_and_key(tmp_path, change, named):
+    record = make_record()
+    change(record)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(record), encoding="utf-8")
+    with pytest.raises(ResultsError, match=rf"results\.json: {named}.* Remove the file"):
+        read_results(path)
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(ResultsError, match=r"results\.json is damaged"):
+        read_results(path)
+
+
 def test_numbers_that_are_not_there_are_dashes(tmp_path):
-    results = make_results()
-    results["metrics"]["depth"]["rmse"] = math.nan
-    results["references"]["linear"]["semseg"]["miou"] = None
-    results["references"]["constant"]["depth"] = {}
-    results["delta_m"] = {"constant": None, "linear": math.nan}
+    record = make_record()
+    record["metrics"]["depth"]["rmse"] = math.nan
+    record["references"]["linear"]["semseg"]["miou"] = None
+    record["references"]["constant"]["depth"]["rmse"] = None
+    record["delta_m"] = {"constant": None, "linear": math.nan}
     for name in ("slot_diversity", "update_ratio"):
-        results["diagnostics"][name] = math.nan
+        record["diagnostics"][name] = math.nan
+    results = Results.from_dict(record)
     history = [*make_history(), {"step": 51, "split": "train", "loss": math.nan, "grad_norm": math.inf}]
     page = Page(written(tmp_path, results, make_examples(), history))
     assert page.sections == SECTIONS
@@ -209,13 +257,13 @@ def test_numbers_that_are_not_there_are_dashes(tmp_path):
 
 def test_names_are_text_not_markup(tmp_path):
     evil = '<script>alert("x")</script>'
-    results = make_results()
-    results["name"] = results["environment"]["devices"] = results["config"]["steps"] = evil
-    results["per_class"] = {evil: {evil: 1.0}}
-    results["references"][evil] = results["references"]["linear"]
+    record = make_record()
+    record["name"] = record["environment"]["devices"] = record["config"]["steps"] = evil
+    record["per_class"] = {evil: {evil: 1.0}}
+    record["references"][evil], record["delta_m"][evil] = record["references"]["linear"], 1.0
     examples = make_examples()
     examples["tasks"][evil] = {**examples["tasks"]["mine"], "legend": [(evil, (0, 0, 0))]}
-    source = written(tmp_path, results, examples)
+    source = written(tmp_path, Results.from_dict(record), examples)
     assert evil in Page(source).text
     assert "<script" not in source
 
@@ -236,7 +284,7 @@ def test_an_ordinary_run_with_long_history_is_small(tmp_path):
 )
 def test_any_curve_has_its_points_inside_the_frame(values):
     history = [{"step": i + 1, "split": "train", "loss": value} for i, value in enumerate(values)]
-    (chart,) = report.page_of({}, None, history)["curves"]
+    (chart,) = report.page_of(make_results(), None, history)["curves"]
     assert len(chart["train"]) == len(values)
     for x, y in chart["train"]:
         assert 0 <= x <= chart["width"]
@@ -247,7 +295,7 @@ def test_any_curve_has_its_points_inside_the_frame(values):
 
 def test_a_long_curve_is_averaged_and_a_short_one_is_not():
     history = [{"step": s, "split": "train", "loss": float(s % 2)} for s in range(1, 3201)]
-    (chart,) = report.page_of({}, None, history)["curves"]
+    (chart,) = report.page_of(make_results(), None, history)["curves"]
     assert len(chart["train"]) == charts.CURVE_POINTS
     heights = {y for _, y in chart["train"]}
     assert len(heights) == 1  # every interval of 20 steps holds as many zeros as ones
@@ -258,7 +306,7 @@ def test_gains_have_the_sign_of_better():
     assert relative_gain(3.0, 2.0, False) == -50.0
     assert math.isnan(relative_gain(3.0, 0.0, True))
     assert math.isnan(relative_gain(math.nan, 2.0, True))
-    assert math.isnan(relative_gain(1.0, None, True))
+    assert math.isnan(relative_gain(1.0, math.nan, True))
 
 
 @pytest.mark.parametrize(
@@ -270,7 +318,7 @@ def test_gains_have_the_sign_of_better():
         (0.0, "%", "0.00"),
         (0.00004, "", "4.0e-05"),
         (math.nan, "%", report.MISSING),
-        (None, "", report.MISSING),
+        (-math.inf, "", report.MISSING),
     ],
 )
 def test_numbers_are_rounded_by_their_unit(value, unit, text):
@@ -288,8 +336,7 @@ def test_the_terminal_shows_the_headline_in_80_columns():
 
 
 def test_a_name_in_brackets_is_printed_as_it_is():
-    results = make_results()
-    results["name"] = results["tasks"][2]["name"] = "[red]mine[/red]"
+    text = json.dumps(make_record()).replace('"mine"', '"[red]mine[/red]"')
     stream = io.StringIO()
-    print_table(Console(file=stream, width=120), results)
+    print_table(Console(file=stream, width=120), Results.from_dict({**json.loads(text), "name": "[red]mine[/red]"}))
     assert stream.getvalue().count("[red]mine[/red]") == 2

@@ -63,10 +63,37 @@ def delta_m(
                 f"delta_m: the baseline of task {task.name!r} has {task.metric} = {baseline}; a relative gain needs a "
                 "finite baseline other than zero."
             )
-        gains.append((1 if task.higher_is_better else -1) * (value - baseline) / baseline)
+        gains.append(_gain(value, baseline, task.higher_is_better))
     if not gains:
         raise InputError("delta_m: there are no tasks; give at least one.")
     return 100 * math.fsum(gains) / len(gains)
+
+
+def relative_gain(value: float, baseline: float, higher_is_better: bool) -> float:
+    """One term of delta_m, in percent; NaN where it is not defined."""
+    if not math.isfinite(value) or not math.isfinite(baseline) or baseline == 0:
+        return math.nan
+    return 100 * _gain(value, baseline, higher_is_better)
+
+
+def mean_gain(
+    results: Mapping[str, Mapping[str, float]], baselines: Mapping[str, Mapping[str, float]], tasks: Iterable[Task]
+) -> float:
+    """delta_m over the tasks for which it is defined; NaN where there is none."""
+    usable = [
+        task
+        for task in tasks
+        if not math.isnan(
+            relative_gain(
+                _headline(results, task, "results"), _headline(baselines, task, "baselines"), task.higher_is_better
+            )
+        )
+    ]
+    return delta_m(results, baselines, usable) if usable else math.nan
+
+
+def _gain(value: float, baseline: float, higher_is_better: bool) -> float:
+    return (1 if higher_is_better else -1) * (value - baseline) / baseline
 
 
 def _headline(results: Mapping[str, Mapping[str, float]], task: Task, side: str) -> float:

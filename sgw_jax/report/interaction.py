@@ -1,18 +1,18 @@
 """The page's part on the slots: what they read, whom they write to, what happens without them."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from sgw_jax.evaluation.metrics import relative_gain
 from sgw_jax.pictures.album import Album, overlay
-from sgw_jax.pictures.charts import finite
-from sgw_jax.report.tables import MISSING, Record, Values, number, percent, relative_gain, tasks_of
+from sgw_jax.pictures.charts import Values
+from sgw_jax.report.record import Diagnostics, Results
+from sgw_jax.report.tables import MISSING, Record, number, percent
 
 ABLATIONS = {"zeroed": "read-out zeroed", "swapped": "read-out of another image"}
-
-
 IMAGES_WITH_MAPS = 2
-
 
 # key, name, what it means, what is healthy, and when to look closer. The limits are our decision, taken from runs in
 # which the module had failed in that way: slots that only average, a static bank, an inert module.
@@ -69,11 +69,17 @@ DIAGNOSTICS: Sequence[tuple[str, str, str, str, Callable[[float], bool]]] = (
 )
 
 
-def interaction_part(results: Values, found: Values, examples: Values | None, album: Album) -> Record:
+def interaction_part(results: Results, found: Diagnostics, examples: Values | None, album: Album) -> Record:
     numbers = [
-        {"name": name, "text": number(found.get(key)), "meaning": meaning, "healthy": healthy, "watch": watch}
+        {
+            "name": name,
+            "text": number(value),
+            "meaning": meaning,
+            "healthy": healthy,
+            "watch": math.isfinite(value) and alarm(value),
+        }
         for key, name, meaning, healthy, alarm in DIAGNOSTICS
-        for watch in (finite(found.get(key)) and alarm(found[key]),)
+        for value in (getattr(found, key),)
     ]
     numbers += [
         {
@@ -83,55 +89,53 @@ def interaction_part(results: Values, found: Values, examples: Values | None, al
             "healthy": "any; 0 takes nothing, the sign alone means nothing",
             "watch": False,
         }
-        for task, gate in (found.get("task_gates") or {}).items()
+        for task, gate in found.task_gates.items()
     ]
     return {
         "numbers": numbers,
-        "ablations": _ablations(results, found.get("ablations") or {}),
+        "ablations": _ablations(results, found),
         "heat": _heat_maps(found),
         "maps": _retrieve_maps(examples, album),
     }
 
 
-def _ablations(results: Values, ablations: Values) -> Record | None:
+def _ablations(results: Results, found: Diagnostics) -> Record:
     """Headline metrics under ablation, and their relative change against the whole network."""
-    if not ablations:
-        return None
     rows = []
-    for task in tasks_of(results):
-        whole = ((results.get("metrics") or {}).get(task["name"]) or {}).get(task["metric"])
+    for task in results.tasks:
+        whole = results.metrics[task.name][task.metric]
         cells = []
-        for ablated in ablations.values():
-            value = (ablated["metrics"].get(task["name"]) or {}).get(task["metric"])
-            change = relative_gain(value, whole, task["higher_is_better"])
-            cells.append({"text": number(value, task.get("unit", "")), "change": percent(change)})
-        row = {"task": task["name"], "metric": task["metric"], "unit": task.get("unit", "")}
-        rows.append({**row, "whole": number(whole, row["unit"]), "cells": cells})
-    return {"columns": [ABLATIONS.get(name, name) for name in ablations], "rows": rows}
+        for ablated in found.ablations.values():
+            value = ablated.metrics[task.name][task.metric]
+            change = relative_gain(value, whole, task.higher_is_better)
+            cells.append({"text": number(value, task.unit), "change": percent(change)})
+        row = {"task": task.name, "metric": task.metric, "unit": task.unit}
+        rows.append({**row, "whole": number(whole, task.unit), "cells": cells})
+    return {"columns": [ABLATIONS[name] for name in found.ablations], "rows": rows}
 
 
-def _heat_maps(found: Values) -> list[Record]:
-    tasks = found["tasks"]
-    slots = [str(number) for number in range(len(found["reads"]))]
+def _heat_maps(found: Diagnostics) -> list[Record]:
+    tasks = found.tasks
+    slots = [str(number) for number in range(len(found.reads))]
     return [
         _heat_map(
             "Who learns from whom",
             "Of a task's attention through the slots (row), the percentage that falls on each task's tokens (column).",
-            found["flow"],
+            found.flow,
             (tasks, tasks),
             ("to", "from"),
         ),
         _heat_map(
             "What the slots read",
             "Of a slot's attention (column), the percentage that falls on the tokens of each task.",
-            np.transpose(found["reads"]).tolist(),
+            np.transpose(found.reads).tolist(),
             (tasks, slots),
             ("task", "slot"),
         ),
         _heat_map(
             "Whom the slots write to",
             "How the tokens of a task (row) divide their attention over the slots, in percent.",
-            found["writes"],
+            found.writes,
             (tasks, slots),
             ("task", "slot"),
         ),
@@ -146,12 +150,15 @@ def _heat_map(
     axes: tuple[str, str],
 ) -> Record:
     """A table whose cells are shaded between 0 and the largest value."""
-    highest = max((value for row in values for value in row if finite(value)), default=0.0) or 1.0
+    highest = max((value for row in values for value in row if math.isfinite(value)), default=0.0) or 1.0
     rows = [
         {
             "name": name,
             "cells": [
-                {"text": f"{100 * value:.0f}" if finite(value) else MISSING, "heat": round(_heat(value, highest), 3)}
+                {
+                    "text": f"{100 * value:.0f}" if math.isfinite(value) else MISSING,
+                    "heat": round(_heat(value, highest), 3),
+                }
                 for value in row
             ],
         }
@@ -163,13 +170,12 @@ def _heat_map(
 
 
 def _heat(value: float, highest: float) -> float:
-    return max(0.0, value / highest) if finite(value) else 0.0
+    return max(0.0, value / highest) if math.isfinite(value) else 0.0
 
 
 def _retrieve_maps(examples: Values | None, album: Album) -> list[Record]:
     """Per image: a row for every shown slot, a picture for every task whose tokens it reads."""
-    retrieve = (examples or {}).get("retrieve")
-    if not examples or not retrieve:
+    if examples is None or (retrieve := examples["retrieve"]) is None:
         return []
     shown = []
     for i, image in enumerate(examples["image"][:IMAGES_WITH_MAPS]):

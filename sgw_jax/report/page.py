@@ -1,33 +1,25 @@
 """The report of a run: one HTML page that needs nothing beside it, and the headline as a table in the terminal."""
 
 import importlib.resources
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
 
+from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.pictures.album import Album
-from sgw_jax.pictures.charts import finite, loss_curves
+from sgw_jax.pictures.charts import Values, loss_curves
 from sgw_jax.report.interaction import interaction_part
-from sgw_jax.report.tables import (
-    MISSING,
-    Record,
-    Values,
-    all_metrics,
-    cards,
-    duration,
-    headline_table,
-    number,
-    tasks_of,
-)
-from sgw_jax.run.logs import write_atomically
+from sgw_jax.report.record import Results
+from sgw_jax.report.tables import MISSING, Record, all_metrics, cards, duration, headline_table, number
 
 
-def write_report(path: Path, results: Values, examples: Values | None, history: Sequence[Values]) -> None:
-    """Writes the page; what `results`, `examples` or `history` lack is left out or shown as a dash.
+def write_report(path: Path, results: Results, examples: Values | None, history: Sequence[Values]) -> None:
+    """Writes the page; a number that is not defined is a dash, what there is no example or history of left out.
 
     Args:
-      results: what `results.gather` returns (results.json).
+      results: the numbers (results.json).
       examples: what `diagnostics.collect_examples` returns, or None.
       history: the lines of metrics.jsonl.
 
@@ -41,20 +33,21 @@ def write_report(path: Path, results: Values, examples: Values | None, history: 
     write_atomically(Path(path), page)
 
 
-def page_of(results: Values, examples: Values | None, history: Sequence[Values]) -> Record:
+def page_of(results: Results, examples: Values | None, history: Sequence[Values]) -> Record:
     """Everything that the template shows, as text, numbers in [0, 1] and points; no formatting is left to it."""
     album = Album()
-    found = results.get("diagnostics")
     page: Record = {
-        "title": str(results.get("name") or "run"),
+        "title": results.name,
         "sentence": _sentence(results),
         "cards": cards(results),
         "headline": headline_table(results),
         "metrics": all_metrics(results),
         "classes": _classes(results),
-        "curves": loss_curves([task["name"] for task in tasks_of(results)], history),
+        "curves": loss_curves([task.name for task in results.tasks], history),
         "examples": _examples(examples, album),
-        "interaction": interaction_part(results, found, examples, album) if found else None,
+        "interaction": None
+        if results.diagnostics is None
+        else interaction_part(results, results.diagnostics, examples, album),
         "facts": _facts(results),
         "configuration": _configuration(results),
     }
@@ -62,51 +55,54 @@ def page_of(results: Values, examples: Values | None, history: Sequence[Values])
     return page
 
 
-def _sentence(results: Values) -> str:
-    names = [task["name"] for task in tasks_of(results)]
+def _sentence(results: Results) -> str:
+    names = [task.name for task in results.tasks]
     subject = "The network predicts one task" if len(names) == 1 else f"One network predicts {len(names)} tasks at once"
-    parts = [f"{subject}: {', '.join(names)}." if names else ""]
-    checkpoint = f"{str(results.get('checkpoint', 'last')).capitalize()} checkpoint"
-    step = f" (step {results['step']:,})" if "step" in results else ""
-    images = (results.get("diagnostics") or {}).get("images")
-    size = f" ({images:,} images)" if images else ""
-    parts.append(f"{checkpoint}{step}, evaluated on the {results.get('split', 'test')} split{size}.")
-    if results.get("protocol") == "published":
+    size = "" if results.diagnostics is None else f" ({results.diagnostics.images:,} images)"
+    parts = [
+        f"{subject}: {', '.join(names)}.",
+        f"{results.checkpoint.capitalize()} checkpoint (step {results.step:,}), evaluated on the {results.split} "
+        f"split{size}.",
+    ]
+    if results.protocol == "published":
         parts.append("Metrics follow the published protocol, with the departures of the field's code.")
-    return " ".join(part for part in parts if part)
+    return " ".join(parts)
 
 
-def _classes(results: Values) -> list[Record]:
+def _classes(results: Results) -> list[Record]:
     return [
         {
             "task": task,
             "rows": [
-                {"name": name, "text": number(iou, "%", 1), "width": max(0.0, min(iou, 100)) if finite(iou) else 0.0}
+                {
+                    "name": name,
+                    "text": number(iou, "%", 1),
+                    "width": max(0.0, min(iou, 100)) if math.isfinite(iou) else 0.0,
+                }
                 for name, iou in values.items()
             ],
         }
-        for task, values in (results.get("per_class") or {}).items()
-        if values
+        for task, values in results.per_class.items()
     ]
 
 
-def _facts(results: Values) -> list[Record]:
+def _facts(results: Results) -> list[Record]:
     """Short tables: speed, parameters, environment."""
-    speed = [
-        (name.replace("_", " "), duration(value) if name.endswith("seconds") else number(value, digits=1))
-        for name, value in (results.get("speed") or {}).items()
-    ]
-    parameters = [(name, f"{value:,}") for name, value in (results.get("parameters") or {}).items()]
-    environment = [(name, str(value)) for name, value in (results.get("environment") or {}).items()]
-    tables = (("Speed", speed), ("Parameters", parameters), ("Environment", environment))
-    return [{"title": title, "rows": rows} for title, rows in tables if rows]
+    parameters = [(name, f"{value:,}") for name, value in results.parameters.items()]
+    tables = [("Parameters", parameters), ("Environment", list(results.environment.items()))]
+    if results.speed is not None:
+        speed = [
+            ("images per second", number(results.speed.images_per_second, digits=1)),
+            ("seconds", duration(results.speed.seconds)),
+        ]
+        tables.insert(0, ("Speed", speed))
+    return [{"title": title, "rows": rows} for title, rows in tables]
 
 
-def _configuration(results: Values) -> list[Record]:
+def _configuration(results: Results) -> list[Record]:
     """The configuration, and of the run's identity what is not in it: data and tasks."""
-    config, identity = results.get("config") or {}, results.get("identity") or {}
-    rest = {key: value for key, value in identity.items() if key not in config}
-    tables = (("Configuration", config), ("Data and tasks", rest))
+    rest = {key: value for key, value in results.identity.items() if key not in results.config}
+    tables = (("Configuration", results.config), ("Data and tasks", rest))
     return [{"title": title, "rows": [(k, str(v)) for k, v in sorted(t.items())]} for title, t in tables if t]
 
 
@@ -114,7 +110,7 @@ def _configuration(results: Values) -> list[Record]:
 
 
 def _examples(examples: Values | None, album: Album) -> Record | None:
-    if not examples or not len(examples["image"]):
+    if examples is None:
         return None
     rows = []
     for i, image in enumerate(examples["image"]):
@@ -130,9 +126,6 @@ def _examples(examples: Values | None, album: Album) -> Record | None:
     legends = [
         {"task": name, "entries": [{"text": text, "colour": f"#{bytes(colour).hex()}"} for text, colour in legend]}
         for name, found in examples["tasks"].items()
-        if (legend := found.get("legend"))
+        if (legend := found["legend"])
     ]
     return {"tasks": list(examples["tasks"]), "rows": rows, "legends": legends}
-
-
-# --- the interaction ------------------------------------------------------------------------------------------------

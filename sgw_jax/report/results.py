@@ -1,10 +1,9 @@
-"""What a run found: metrics, references, diagnostics, environment, as a table, results.json and report.html."""
+"""What a run found: a checkpoint evaluated, described and drawn, as results.json, report.html and examples.png."""
 
 import dataclasses
 import json
-import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,142 +11,127 @@ from typing import Any
 import jax
 import numpy as np
 from rich.console import Console
-from rich.progress import track
 
-from sgw_jax.data_pipelines.errors import InputError, files_named
+from sgw_jax.data_pipelines.atomic import replacing, write_atomically
+from sgw_jax.data_pipelines.errors import files_named
+from sgw_jax.data_pipelines.progress import counted
 from sgw_jax.evaluation import probe
 from sgw_jax.evaluation.diagnostics import collect_examples, diagnose
 from sgw_jax.evaluation.edge_scores import SCORES, edge_scores
 from sgw_jax.evaluation.evaluate import Evaluation
-from sgw_jax.evaluation.metrics import delta_m
+from sgw_jax.evaluation.metrics import mean_gain
 from sgw_jax.experiment.experiment import Experiment, flatten
 from sgw_jax.pictures.gallery import gallery
 from sgw_jax.report.page import write_report
+from sgw_jax.report.record import Diagnostics, Metrics, Results, Speed, TaskDescription, read_results, read_value
 from sgw_jax.report.tables import print_table
-from sgw_jax.run.logs import read_metrics, write_atomically
+from sgw_jax.run.logs import read_metrics
 from sgw_jax.run.saved_run import open_run
 from sgw_jax.run.state import restored_state
-from sgw_jax.run.steps import evaluate_split
-from sgw_jax.sharding import replicated
+from sgw_jax.run.steps import compiled_eval_step, evaluate_split
 from sgw_jax.tasks import Edges
 from sgw_jax.tasks.base import Task
-from sgw_jax.train_step import TrainState, make_eval_step
+from sgw_jax.train_step import TrainState
 
 PACKAGES = ("sgw_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+REFERENCES = ("constant", "linear")
 EXAMPLES = 4  # test images drawn in the report
 
 
 def finish(
-    experiment: Experiment, workdir: Path, split: str, which: str, speed: dict[str, float], console: Console
-) -> dict[str, Any]:
+    experiment: Experiment, workdir: Path, split: str, which: str, speed: Mapping[str, float], console: Console
+) -> Results:
     """Evaluates a checkpoint on a split, prints the table and writes results.json, report.html and examples.png.
 
     The files of another split than "test" carry its name.
+
+    Args:
+      which: "best" or "last".   speed: the fields of `Speed`, or empty: as an earlier results.json tells.
     """
     with open_run(workdir, which) as run:
         state = restored_state(experiment, run.checkpoints, run.step)
+    measured = Speed(**speed) if speed else earlier_speed(workdir)
     with jax.set_mesh(experiment.mesh):
-        eval_step = jax.jit(
-            make_eval_step(experiment.model, experiment.tasks), out_shardings=replicated(experiment.mesh)
-        )
-        found = evaluate_split(experiment, eval_step, state.variables, split)
-        add_edge_scores(experiment, state, found, split, console)
-        results = gather(experiment, state, found, split, console)
-        results |= {"checkpoint": which, "speed": speed or earlier_speed(workdir)}
+        found = evaluate(experiment, state, split, console)
+        references = reference_predictors(experiment, split, console)
+        diagnostics = diagnosis(experiment, state, split)
         pictures = examples(experiment, state, split)
+    results = Results(
+        name=f"{experiment.config.interaction} on {experiment.config.data.source}",
+        step=int(state.step),
+        protocol=experiment.config.protocol,
+        split=split,
+        tasks=[describe(task, found.metrics[task.name]) for task in experiment.tasks],
+        metrics=found.metrics,
+        losses=found.losses,
+        per_class=found.per_class,
+        references=references,
+        delta_m={name: mean_gain(found.metrics, values, experiment.tasks) for name, values in references.items()},
+        diagnostics=diagnostics,
+        parameters=count_parameters(state.params),
+        environment=environment(experiment),
+        config=flatten(experiment.config.to_dict()),
+        identity=experiment.identity(),
+        checkpoint=which,
+        speed=measured,
+    )
     print_table(console, results)
     if jax.process_index() == 0:
-        suffix = "" if split == "test" else f"_{split}"
-        numbers = json.dumps(without_nan(results), indent=1, allow_nan=False)
-        with files_named(f"--workdir={workdir}"):
-            write_atomically(workdir / f"results{suffix}.json", numbers)
-            write_report(workdir / f"report{suffix}.html", results, pictures, read_metrics(workdir / "metrics.jsonl"))
-            gallery(pictures).save(workdir / f"examples{suffix}.png")
-        console.print(f"Report: {workdir / f'report{suffix}.html'}   numbers: {workdir / f'results{suffix}.json'}")
+        write(results, pictures, workdir, console)
     return results
 
 
-def add_edge_scores(experiment: Experiment, state: TrainState, found: Evaluation, split: str, console: Console) -> None:
-    """Writes ODS, OIS and AP into the metrics of every edge task, where the configuration asks for them."""
-    settings = experiment.boundary
-    for task in experiment.tasks:
-        if isinstance(task, Edges) and settings.max_dist is not None:
-            with experiment.data.evaluation(split) as batches:
-                found.metrics[task.name] |= edge_scores(
-                    experiment.model,
-                    state.variables,
-                    batches,
-                    experiment.mesh,
-                    task=task.name,
-                    length=len(experiment.data.sources[split]),
-                    published=task.protocol == "published",
-                    console=console,
-                    **dataclasses.asdict(settings),
-                )
-
-
-def earlier_speed(workdir: Path) -> dict[str, float]:
+def earlier_speed(workdir: Path) -> Speed | None:
     """The training speed that the run's results.json tells of: evaluating again measures none."""
     path = workdir / "results.json"
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["speed"]
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{path} is damaged ({error}); remove it to evaluate again.") from error
+    return read_results(path).speed if path.exists() else None
 
 
-def without_nan(value: Any) -> Any:
-    """The same data with None for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def evaluate(experiment: Experiment, state: TrainState, split: str, console: Console) -> Evaluation:
+    """Metrics of the split; those of edge tasks with ODS, OIS and AP, where the configuration asks for them."""
+    found = evaluate_split(experiment, compiled_eval_step(experiment), state.variables, split)
+    metrics = dict(found.metrics)
+    for task in experiment.tasks:
+        if isinstance(task, Edges) and experiment.boundary.max_dist is not None:
+            metrics[task.name] = metrics[task.name] | boundary_scores(experiment, state, task, split, console)
+    return dataclasses.replace(found, metrics=metrics)
 
 
-def gather(
-    experiment: Experiment, state: TrainState, found: Evaluation, split: str, console: Console
-) -> dict[str, Any]:
-    """Everything about the state on one split; metrics of the reference predictors stand beside the network's."""
-    references = reference_predictors(experiment, split, console)
+def boundary_scores(
+    experiment: Experiment, state: TrainState, task: Edges, split: str, console: Console
+) -> dict[str, float]:
+    """ODS, OIS and AP of an edge task."""
     with experiment.data.evaluation(split) as batches:
-        diagnostics = diagnose(
+        return edge_scores(
             experiment.model,
             state.variables,
             batches,
             experiment.mesh,
-            experiment.tasks,
+            task=task.name,
             length=len(experiment.data.sources[split]),
+            published=task.protocol == "published",
+            console=console,
+            **dataclasses.asdict(experiment.boundary),
         )
-    return {
-        "name": f"{experiment.config.interaction} on {experiment.config.data.source}",
-        "step": int(state.step),
-        "protocol": experiment.config.protocol,
-        "split": split,
-        "tasks": [
-            {
-                "name": task.name,
-                "metric": task.metric,
-                "unit": task.units.get(task.metric, ""),
-                "higher_is_better": task.higher_is_better,
-                "units": task.units | {name: "%" for name in SCORES if name in found.metrics[task.name]},
-            }
-            for task in experiment.tasks
-        ],
-        "metrics": found.metrics,
-        "losses": found.losses,
-        "per_class": found.per_class,
-        "references": references,
-        "delta_m": {
-            name: relative_gain(found.metrics, values, experiment.tasks) for name, values in references.items()
-        },
-        "diagnostics": diagnostics,
-        "parameters": count_parameters(state.params),
-        "environment": environment(experiment),
-        "config": flatten(experiment.config.to_dict()),
-        "identity": experiment.identity(),
-    }
+
+
+def reference_predictors(experiment: Experiment, split: str, console: Console) -> dict[str, Metrics]:
+    """The constant predictor and the linear probe on colour and position, fitted on the training split."""
+    found = {}
+    for features in counted(REFERENCES, "reference predictors", len(REFERENCES), console):
+        with experiment.data.evaluation("train") as batches:
+            fitted = probe.fit(batches, experiment.tasks, features)
+        with experiment.data.evaluation(split) as batches:
+            found[features] = probe.evaluate(fitted, batches, experiment.tasks)
+    return found
+
+
+def diagnosis(experiment: Experiment, state: TrainState, split: str) -> Diagnostics | None:
+    """What the interaction does on the split; None where it is not a KEM."""
+    length = len(experiment.data.sources[split])
+    with experiment.data.evaluation(split) as batches:
+        found = diagnose(experiment.model, state.variables, batches, experiment.mesh, experiment.tasks, length=length)
+    return read_value(Diagnostics | None, found, "diagnose")
 
 
 def examples(experiment: Experiment, state: TrainState, split: str) -> dict[str, Any]:
@@ -158,29 +142,15 @@ def examples(experiment: Experiment, state: TrainState, split: str) -> dict[str,
     return collect_examples(experiment.model, state.variables, batch, experiment.mesh, experiment.tasks, count)
 
 
-def reference_predictors(
-    experiment: Experiment, split: str, console: Console
-) -> dict[str, dict[str, dict[str, float]]]:
-    """The constant predictor and the linear probe on colour and position, fitted on the training split."""
-    found = {}
-    for features in track(("constant", "linear"), "reference predictors", console=console, transient=True):
-        with experiment.data.evaluation("train") as batches:
-            fitted = probe.fit(batches, experiment.tasks, features)
-        with experiment.data.evaluation(split) as batches:
-            found[features] = probe.evaluate(fitted, batches, experiment.tasks)
-    return found
-
-
-def relative_gain(metrics: dict, baselines: dict, tasks: Sequence[Task]) -> float | None:
-    """delta_m over the tasks whose baseline is finite and not zero; None if there is none."""
-    usable = [
-        task
-        for task in tasks
-        if math.isfinite(baselines[task.name][task.metric])
-        and baselines[task.name][task.metric] != 0
-        and math.isfinite(metrics[task.name][task.metric])
-    ]
-    return delta_m(metrics, baselines, usable) if usable else None
+def describe(task: Task, metrics: Mapping[str, float]) -> TaskDescription:
+    """The task, for who reads its metrics."""
+    return TaskDescription(
+        name=task.name,
+        metric=task.metric,
+        unit=task.units.get(task.metric, ""),
+        higher_is_better=task.higher_is_better,
+        units=task.units | {name: "%" for name in SCORES if name in metrics},
+    )
 
 
 def count_parameters(params: Any) -> dict[str, int]:
@@ -207,3 +177,15 @@ def environment(experiment: Experiment) -> dict[str, str]:
         "processes": str(jax.process_count()),
         "mesh": ", ".join(f"{axis} {size}" for axis, size in experiment.mesh.shape.items()),
     }
+
+
+def write(results: Results, pictures: Mapping[str, Any], workdir: Path, console: Console) -> None:
+    """Writes the numbers, the page and the examples, each whole."""
+    suffix = "" if results.split == "test" else f"_{results.split}"
+    numbers, page = workdir / f"results{suffix}.json", workdir / f"report{suffix}.html"
+    with files_named(f"--workdir={workdir}"):
+        write_atomically(numbers, json.dumps(results.to_dict(), indent=1, allow_nan=False))
+        write_report(page, results, pictures, read_metrics(workdir / "metrics.jsonl"))
+        with replacing(workdir / f"examples{suffix}.png") as temporary:
+            gallery(pictures).save(temporary, "PNG")
+    console.print(f"Report: {page}   numbers: {numbers}")

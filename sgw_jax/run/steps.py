@@ -13,7 +13,7 @@ from sgw_jax.train_step import TrainState, make_eval_step, make_train_step
 
 def compiled_steps(experiment: Experiment, state: TrainState) -> tuple[Any, Any]:
     """The training step, which updates the state in place and leaves it where it lies, and the evaluation step."""
-    settings, everywhere = experiment.settings, replicated(experiment.mesh)
+    settings = experiment.settings
     step = make_train_step(
         experiment.model,
         experiment.tasks,
@@ -25,9 +25,14 @@ def compiled_steps(experiment: Experiment, state: TrainState) -> tuple[Any, Any]
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return (
-        jax.jit(step, out_shardings=(shardings, everywhere), donate_argnums=0),
-        jax.jit(make_eval_step(experiment.model, experiment.tasks), out_shardings=everywhere),
+        jax.jit(step, out_shardings=(shardings, replicated(experiment.mesh)), donate_argnums=0),
+        compiled_eval_step(experiment),
     )
+
+
+def compiled_eval_step(experiment: Experiment) -> Any:
+    """The evaluation step, whose sums are on every device."""
+    return jax.jit(make_eval_step(experiment.model, experiment.tasks), out_shardings=replicated(experiment.mesh))
 
 
 def evaluate_split(experiment: Experiment, eval_step: Callable, variables: Any, split: str) -> Evaluation:

@@ -1,0 +1,151 @@
+"""The record of an evaluated run, as results.json holds it."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, get_args, get_origin, get_type_hints
+
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.run.logs import without_nan
+
+Metrics = dict[str, dict[str, float]]  # {task: {metric: value}}
+
+REMEDY = "Remove the file and evaluate the run again."
+
+
+class ResultsError(InputError):
+    """A results.json that is not what it should be."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskDescription:
+    """A task's name, its headline metric, and the units of all its metrics."""
+
+    name: str
+    metric: str
+    unit: str
+    higher_is_better: bool
+    units: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """What the network finds with its slots' read-out changed."""
+
+    metrics: Metrics
+    losses: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnostics:
+    """What `diagnostics.diagnose` says of a KEM; NaN where a number is not defined."""
+
+    tasks: list[str]
+    images: int
+    slot_diversity: float
+    retrieve_entropy: float
+    write_entropy: float
+    selection_stability: float
+    update_ratio: float
+    readout_cosine: float
+    selection_between_images: float
+    reads: list[list[float]]
+    writes: list[list[float]]
+    flow: list[list[float]]
+    task_gates: dict[str, float]
+    ablations: dict[str, Ablation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Of the training that the command did: its speed, and the command's wall time."""
+
+    images_per_second: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """What a checkpoint is and does on one split.
+
+    references, delta_m: of each reference predictor its metrics, and the network's mean gain over it (NaN where it is
+    not defined). diagnostics: None where the interaction has none. config, identity: the configuration, and what else
+    the run depends on, on one level of keys. speed: None where no training was measured.
+    """
+
+    name: str
+    step: int
+    protocol: str
+    split: str
+    tasks: list[TaskDescription]
+    metrics: Metrics
+    losses: dict[str, float]
+    per_class: Metrics
+    references: dict[str, Metrics]
+    delta_m: dict[str, float]
+    diagnostics: Diagnostics | None
+    parameters: dict[str, int]
+    environment: dict[str, str]
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    checkpoint: str
+    speed: Speed | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, null for NaN and {} for a speed that was not measured."""
+        values = without_nan(dataclasses.asdict(self))
+        return {**values, "speed": values["speed"] or {}}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: Path | str = "results") -> Self:
+        """What `to_dict` gave.
+
+        Raises:
+          ResultsError: a key is missing, unknown, or of another type; it names `source` and the key.
+        """
+        measured = {name: None if name == "speed" and item == {} else item for name, item in values.items()}
+        return read_value(cls, measured, str(source))
+
+
+def read_results(path: Path) -> Results:
+    """The record in a results.json."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ResultsError(f"{path} is damaged ({error}). {REMEDY}") from error
+    return Results.from_dict(values, path)
+
+
+def read_value(kind: Any, value: Any, source: str, key: str = "") -> Any:
+    """A value of a type that the record's classes are made of, from plain data; null is NaN where a float belongs.
+
+    Raises:
+      ResultsError: it is not of that type.
+    """
+
+    def inner(part: Any, name: object, item: Any) -> Any:
+        return read_value(part, item, source, f"{key}.{name}" if key else str(name))
+
+    parts = get_args(kind)
+    if type(None) in parts:
+        return None if value is None else read_value(parts[0], value, source, key)
+    if kind is Any or type(value) is kind:
+        return value
+    if kind is float and (value is None or type(value) is int):
+        return math.nan if value is None else float(value)
+    if get_origin(kind) is list and isinstance(value, list | tuple):
+        return [inner(parts[0], place, item) for place, item in enumerate(value)]
+    if get_origin(kind) is dict and isinstance(value, Mapping):
+        return {name: inner(parts[1], name, item) for name, item in value.items()}
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        make: Any = kind
+        kinds = get_type_hints(kind)
+        for names, problem in ((kinds.keys() - value.keys(), "missing"), (value.keys() - kinds.keys(), "unknown")):
+            if names:
+                listed = ", ".join(f"{key}.{name}" if key else name for name in sorted(names))
+                raise ResultsError(f"{source}: {problem}: {listed}. {REMEDY}")
+        return make(**{name: inner(part, name, value[name]) for name, part in kinds.items()})
+    expected = kind.__name__ if isinstance(kind, type) else str(kind)
+    raise ResultsError(f"{source}: {key or 'the whole'} is {value!r} where {expected} belongs. {REMEDY}")
