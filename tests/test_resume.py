@@ -293,8 +293,8 @@ def test_between_steps_nothing_is_computed_or_fetched_unasked(built, tmp_path, m
     monkeypatch.setattr(train_module, "compiled_steps", steps)
     for owner, name in (
         (train_module, "global_batch"),
-        (train_module._LateLog, "push"),
-        (train_module._LateLog, "flush"),
+        (train_module.LateLog, "push"),
+        (train_module.LateLog, "flush"),
         (train_module.StepProfile, "after"),
         (Checkpoints, "reached_preemption"),
     ):
