@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from sgw_jax.model import TRUNK
+from sgw_jax.layers.parameter_names import in_backbone
 from sgw_jax.multi_objective import (
     Scalarizer,
     WeightedAggregator,
@@ -38,6 +38,40 @@ class Program(NamedTuple):
     decode: Callable[[Any, Any, Any, Array], list[Float[Array, ""]]]
 
 
+class Question(NamedTuple):
+    """What a step asks: the update of these parameters by this batch.
+
+    params: flat. state: the objective's. parts: the micro-batches, along the first axis of every array. keys: of each
+    one's randomness. mask: False for tasks without labels in the batch. names: of the tasks. own: paths of the
+    parameters that one task alone uses, see `parameter_names.owner`.
+    """
+
+    program: Program
+    params: dict[str, Array]
+    state: Any
+    parts: Any
+    keys: Array
+    mask: Bool[Array, " tasks"]
+    names: Sequence[str]
+    own: frozenset[str]
+
+    def summed(self, function: Callable[[Any, Array], Any]) -> Any:
+        """The sum of ``function(part, key)`` over the micro-batches, one after another; what it returns must add up."""
+        if len(self.keys) == 1:
+            return function(*self.first())
+
+        def add(total: Any, micro: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, function(*micro)), None
+
+        shapes = jax.eval_shape(function, *self.first())
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(add, zeros, (self.parts, self.keys))[0]
+
+    def first(self) -> tuple[Any, Array]:
+        """The first micro-batch and its key."""
+        return jax.tree.map(lambda x: x[0], self.parts), self.keys[0]
+
+
 class Found(NamedTuple):
     """losses (tasks,); gradients like the parameters, flat; the objective's new state; numbers to log."""
 
@@ -47,97 +81,70 @@ class Found(NamedTuple):
     metrics: dict[str, Array]
 
 
-def initial_state(objective: Objective | None, params: Any) -> Any:
+def initial_objective_state(objective: Objective | None, params: Any) -> Any:
     """What an objective remembers, at step 0."""
     if objective is None:
         return ()
     return objective.init() if isinstance(objective, Scalarizer) else objective.init(params)
 
 
-def by_scalar(
-    program: Program,
-    scalarizer: Scalarizer,
-    params: dict[str, Array],
-    state: Any,
-    parts: Any,
-    keys: Array,
-    mask: Bool[Array, " tasks"],
-) -> Found:
+def by_scalar(asked: Question, scalarizer: Scalarizer) -> Found:
     """The gradient of ``scalarizer(losses)``: one backward pass.
 
     A scalariser that is not linear needs the whole batch's losses before its weights are known: with micro-batches they
     come from a forward pass of their own, and the gradient is that of ``sum_t w_t L_t``, ``w`` its slope there.
     """
-    count = len(keys)
+    program, params, state, mask = asked.program, asked.params, asked.state, asked.mask
 
     def one(params: Any, part: Any, key: Array) -> tuple[Array, Array]:
         losses = jnp.stack(program.losses(params, part, key))
         return scalarizer.apply(losses, state, mask=mask)[0], losses
 
-    if count == 1 or scalarizer.linear:
+    if len(asked.keys) == 1 or scalarizer.linear:
         gradient = jax.value_and_grad(one, has_aux=True)
-        (_, losses), gradients = _summed(lambda part, key: gradient(params, part, key), parts, keys)
+        (_, losses), gradients = asked.summed(lambda part, key: gradient(params, part, key))
         return Found(losses, gradients, scalarizer.apply(losses, state, mask=mask)[1], {})
-    losses = _summed(lambda part, key: jnp.stack(program.losses(params, part, key)), parts, keys)
+    losses = asked.summed(lambda part, key: jnp.stack(program.losses(params, part, key)))
     (_, new), slope = jax.value_and_grad(lambda x: scalarizer.apply(x, state, mask=mask), has_aux=True)(losses)
 
     def weighted(params: Any, part: Any, key: Array) -> Array:
         return jnp.sum(slope * jnp.stack(program.losses(params, part, key)))
 
-    gradients = _summed(lambda part, key: jax.grad(weighted)(params, part, key), parts, keys)
+    gradients = asked.summed(lambda part, key: jax.grad(weighted)(params, part, key))
     return Found(losses, gradients, new, {})
 
 
-def by_parameters(
-    program: Program,
-    aggregator: WeightedAggregator,
-    own: frozenset[str],
-    params: dict[str, Array],
-    state: Any,
-    parts: Any,
-    keys: Array,
-    mask: Bool[Array, " tasks"],
-    names: Sequence[str],
-) -> Found:
+def by_parameters(asked: Question, aggregator: WeightedAggregator) -> Found:
     """Weights from the Jacobian of the shared parameters: one forward pass, a backward pass for each task."""
-    shared, private = _split(params, own)
+    shared, private = _split(asked.params, asked.own)
 
     def rows(part: Any, key: Array) -> tuple[Array, Any, Any]:
-        losses, pull = jax.vjp(lambda s, p: program.losses({**s, **p}, part, key), shared, private)
+        losses, pull = jax.vjp(lambda s, p: asked.program.losses({**s, **p}, part, key), shared, private)
         jacobian, alone = zip(*rows_of(pull, losses), strict=True)
         # A head's gradient is its task's alone, so the sum over tasks is that gradient, unweighted.
         return jnp.stack(losses), constrain_rows(stacked(jacobian)), added(alone)
 
-    losses, jacobian, alone = _summed(rows, parts, keys)
+    losses, jacobian, alone = asked.summed(rows)
     matrix = gramian(jacobian)
-    update, state = aggregator.update(jacobian, state, losses=losses, task_mask=mask)
-    return Found(losses, {**update, **alone}, state, gradient_metrics(matrix, state.weights, names))
+    update, state = aggregator.update(jacobian, asked.state, losses=losses, task_mask=asked.mask)
+    return Found(losses, {**update, **alone}, state, gradient_metrics(matrix, state.weights, asked.names))
 
 
-def by_representation(
-    program: Program,
-    aggregator: WeightedAggregator,
-    own: frozenset[str],
-    params: dict[str, Array],
-    state: Any,
-    parts: Any,
-    keys: Array,
-    mask: Bool[Array, " tasks"],
-    names: Sequence[str],
-) -> Found:
+def by_representation(asked: Question, aggregator: WeightedAggregator) -> Found:
     """Weights from the gradients in the pyramid; one backward pass of the backbone whatever the number of tasks is.
 
     With micro-batches the Gramian is first added up over all of them (its sum over samples does not care), then a
     second pass takes the gradient of the weighted losses.
     """
-    trunk, rest = _split(params, frozenset(name for name in params if not name.startswith(TRUNK)))
-    shared, private = _split(rest, own)
+    program, names = asked.program, asked.names
+    trunk, rest = _split(asked.params, frozenset(path for path in asked.params if in_backbone(path) is None))
+    shared, private = _split(rest, asked.own)
 
     def weigh(matrix: Array, losses: Array) -> tuple[Array, Any]:
-        return aggregator.weigh(matrix, state, losses=losses, mask=mask)
+        return aggregator.weigh(matrix, asked.state, losses=losses, mask=asked.mask)
 
-    if len(keys) == 1:
-        part, key = _first(parts), keys[0]
+    if len(asked.keys) == 1:
+        part, key = asked.first()
         found = representation_gradients(
             lambda t: program.encode(t, part, key),
             lambda z, s, p: program.decode(z, {**s, **p}, part, key),
@@ -155,14 +162,14 @@ def by_representation(
         by_z, alone = zip(*rows_of(pull, losses), strict=True)
         return jnp.stack(losses), gramian(stacked(by_z)), added(alone)
 
-    losses, matrix, alone = _summed(measure, parts, keys)
+    losses, matrix, alone = asked.summed(measure)
     weights, state = weigh(matrix, losses)
 
     def weighted(kept: Any, part: Any, key: Array) -> Array:
         losses = jnp.stack(program.losses({**kept, **private}, part, key))
         return jnp.sum(jnp.where(weights == 0, 0, weights * losses))
 
-    gradients = _summed(lambda part, key: jax.grad(weighted)({**trunk, **shared}, part, key), parts, keys)
+    gradients = asked.summed(lambda part, key: jax.grad(weighted)({**trunk, **shared}, part, key))
     return Found(losses, {**gradients, **alone}, state, gradient_metrics(matrix, weights, names))
 
 
@@ -194,20 +201,3 @@ def _split(params: Mapping[str, Array], second: frozenset[str]) -> tuple[dict[st
         {name: leaf for name, leaf in params.items() if name not in second},
         {name: leaf for name, leaf in params.items() if name in second},
     )
-
-
-def _first(parts: Any) -> Any:
-    return jax.tree.map(lambda x: x[0], parts)
-
-
-def _summed(function: Callable[[Any, Array], Any], parts: Any, keys: Int[Array, " parts"]) -> Any:
-    """The sum of ``function(part, key)`` over the micro-batches, one after another; what it returns must add up."""
-    if len(keys) == 1:
-        return function(_first(parts), keys[0])
-
-    def add(total: Any, micro: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(*micro)), None
-
-    shapes = jax.eval_shape(function, _first(parts), keys[0])
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(add, zeros, (parts, keys))[0]

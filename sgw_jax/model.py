@@ -1,6 +1,5 @@
 """The whole network: backbone -> stems -> interaction -> heads."""
 
-import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,12 +9,13 @@ from jaxtyping import Array, Float
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.heads import PredictionHead, TaskStem
+from sgw_jax.layers import parameter_names as names
 from sgw_jax.layers.resize import resize
 from sgw_jax.sharding import constrain_activations
 from sgw_jax.tasks.base import Task
 
-PRELIMINARY = "preliminary/"
-FEATURES = "features/"
+# What precedes a task's name in the outputs of training.
+PRELIMINARY, FEATURES = "preliminary/", "features/"
 
 
 class MultiTaskModel(nn.Module):
@@ -81,9 +81,9 @@ class MultiTaskModel(nn.Module):
             else:
                 mixed = interaction(features)
             mixed = {name: constrain_activations(value) for name, value in mixed.items()}
-        predictions = self._predict("head", mixed, size)
+        predictions = self._predict(names.HEAD, mixed, size)
         if self.preliminary and train:
-            early = self._predict("preliminary", features, size)
+            early = self._predict(names.PRELIMINARY, features, size)
             predictions |= {PRELIMINARY + name: value for name, value in early.items()}
         if train:
             predictions |= {FEATURES + task.name: features[task.name] for task in self.tasks if task.uses_features}
@@ -91,10 +91,10 @@ class MultiTaskModel(nn.Module):
 
     def _stems(self, pyramid: dict[int, Array], stride: int, coarser: dict[str, Array]) -> dict[str, Array]:
         """Every task's features at a stride, with what left the scale before."""
-        prefix = "stem" if stride == self.stride else f"stem{stride}"
         features = {}
         for task in self.tasks:
-            stem = TaskStem(self.channels, stride, dtype=self.dtype, name=f"{prefix}_{task.name}")
+            name = names.of_task(names.STEM, task.name, self._coarser(stride))
+            stem = TaskStem(self.channels, stride, dtype=self.dtype, name=name)
             own = stem(pyramid)
             if coarser:
                 own += resize(coarser[task.name], (own.shape[1], own.shape[2]))
@@ -102,20 +102,25 @@ class MultiTaskModel(nn.Module):
         return features
 
     def _interaction(self, stride: int) -> nn.Module:
-        return self.interaction if stride == self.stride else self.interaction.copy(name=f"interaction{stride}")
+        if stride == self.stride:
+            return self.interaction
+        return self.interaction.copy(name=names.of_scale(names.INTERACTION, stride))
 
-    def _predict(self, prefix: str, features: dict[str, Array], size: tuple[int, int]) -> dict[str, Array]:
+    def _coarser(self, stride: int) -> int | None:
+        return None if stride == self.stride else stride
+
+    def _predict(self, part: str, features: dict[str, Array], size: tuple[int, int]) -> dict[str, Array]:
         predictions = {}
         for task in self.tasks:
-            name = f"{prefix}_{task.name}"
+            name = names.of_task(part, task.name)
             head = PredictionHead(task.channels, size, self.upsample, dtype=self.dtype, name=name)
             predictions[task.name] = constrain_activations(head(features[task.name]))
         return predictions
 
     def _check(self) -> None:
-        names = [task.name for task in self.tasks]
-        if not names or len(set(names)) < len(names):
-            raise InputError(f"MultiTaskModel: the tasks are {names}; give at least one, each name once.")
+        given = [task.name for task in self.tasks]
+        if not given or len(set(given)) < len(given):
+            raise InputError(f"MultiTaskModel: the tasks are {given}; give at least one, each name once.")
         if len(set(self.scales)) < len(self.scales) or any(scale <= self.stride for scale in self.scales):
             raise InputError(
                 f"MultiTaskModel: scales {self.scales} must be different strides, coarser than stride {self.stride}."
@@ -124,16 +129,3 @@ class MultiTaskModel(nn.Module):
             raise InputError(
                 f"MultiTaskModel: persist needs an interaction with slots; {type(self.interaction).__name__} has none."
             )
-
-
-TRUNK = "backbone/"  # what comes before the representation
-
-
-def owner(path: str, tasks: Sequence[str], mixes: bool) -> str | None:
-    """The task that alone uses a parameter; None if tasks share it.
-
-    Heads belong to their task. Stems do too unless the interaction mixes tasks, when stem t feeds every task.
-    """
-    parts = r"head|preliminary" if mixes else r"head|preliminary|stem\d*"
-    found = re.match(rf"({parts})_(?P<task>[^/]+)/", path)
-    return found["task"] if found and found["task"] in tasks else None

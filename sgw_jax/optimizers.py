@@ -10,10 +10,8 @@ import optax.contrib
 
 from sgw_jax.backbones.layer_rates import scale_by_layer
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.layers.parameter_names import is_kernel
 from sgw_jax.sharding import path_name
-
-# What weight decay shrinks: matrices. Biases, norms, slots, embeddings and gates keep their scale.
-DECAYED = "kernel"
 
 
 def learning_rate_schedule(
@@ -110,7 +108,7 @@ def _matrix_axes(params: Any) -> Any:
     leading axis of a scanned stack where there is one; None for every other leaf."""
 
     def axes(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        if path_name(path[-1:]) != DECAYED or leaf.ndim < 2:
+        if not is_kernel(path_name(path)) or leaf.ndim < 2:
             return None
         inputs = (leaf.ndim - 4, leaf.ndim - 3, leaf.ndim - 2) if leaf.ndim >= 4 else (leaf.ndim - 2,)
         return optax.contrib.MuonDimensionNumbers(inputs, leaf.ndim - 1)
@@ -119,5 +117,5 @@ def _matrix_axes(params: Any) -> Any:
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the leaves that weight decay shrinks."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path[-1:]) == DECAYED, params)
+    """True for the leaves that weight decay shrinks: kernels. All else keeps its scale."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path_name(path)), params)

@@ -15,14 +15,16 @@ from sgw_jax.differentiate import (
     GRADIENTS,
     Objective,
     Program,
+    Question,
     by_parameters,
     by_representation,
     by_scalar,
     flat,
-    initial_state,
+    initial_objective_state,
     unflat,
 )
-from sgw_jax.model import FEATURES, PRELIMINARY, owner
+from sgw_jax.layers.parameter_names import owner
+from sgw_jax.model import FEATURES, PRELIMINARY
 from sgw_jax.multi_objective import Scalarizer, weighted_sum
 from sgw_jax.tasks.base import Task
 
@@ -80,7 +82,7 @@ def init_state(
         constants=variables.get("constants", {}),
         opt_state=optimizer.init(params),
         ema=jax.tree.map(jnp.copy, params) if ema else None,  # likewise
-        objective=initial_state(objective, params),
+        objective=initial_objective_state(objective, params),
     )
 
 
@@ -157,13 +159,13 @@ def make_train_step(
         first = jax.random.fold_in(jax.random.key(state.seed), state.step)
         keys = jax.vmap(lambda micro: jax.random.fold_in(first, micro))(jnp.arange(accumulate))
         params = flat(state.params)
-        common = (params, state.objective, micro_batches(batch, accumulate), keys, mask)
+        own = frozenset(path for path in params if owner(path, names, mixes))
+        parts = micro_batches(batch, accumulate)
+        asked = Question(program, params, state.objective, parts, keys, mask, names, own)
         if isinstance(objective, Scalarizer):
-            found = by_scalar(program, objective, *common)
+            found = by_scalar(asked, objective)
         else:
-            own = frozenset(path for path in params if owner(path, names, mixes))
-            combine = by_parameters if gradients == "parameters" else by_representation
-            found = combine(program, objective, own, *common, names)
+            found = (by_parameters if gradients == "parameters" else by_representation)(asked, objective)
         # In the parameters' own order: a flat tree is sorted by path.
         grads = unflat({name: found.gradients[name] for name in params})
 

@@ -13,15 +13,17 @@ from jax.sharding import PartitionSpec as P
 from sgw_jax.backbones.vit import ViT
 from sgw_jax.differentiate import (
     Program,
+    Question,
     by_parameters,
     by_representation,
     by_scalar,
     flat,
     gradient_metrics,
-    initial_state,
+    initial_objective_state,
 )
 from sgw_jax.interactions import KEM, NoInteraction
-from sgw_jax.model import MultiTaskModel, owner
+from sgw_jax.layers.parameter_names import owner
+from sgw_jax.model import MultiTaskModel
 from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS, upgrad, weights
 from sgw_jax.optimizers import make_optimizer
 from sgw_jax.pictures.charts import loss_curves
@@ -213,13 +215,13 @@ def decode(z, params, part, key):
 PROGRAM = Program(lambda p, part, key: decode(encode(p, part, key), p, part, key), encode, decode)
 
 
-def run(function, objective, parts, *more):
+def run(function, objective, parts, program=PROGRAM, own=frozenset({"head_a/w"}), mask=(True, True, True)):
     keys = jax.random.split(jax.random.key(0), len(parts))
-    state = initial_state(objective, PARAMS)
-    mask = jnp.ones(3, bool)
-    return jax.jit(lambda s, p: function(PROGRAM, objective, *more[:1], PARAMS, s, p, keys, mask, *more[1:]))(
-        state, parts
-    )
+
+    def found(state, parts):
+        return function(Question(program, PARAMS, state, parts, keys, jnp.array(mask), NAMES, own), objective)
+
+    return jax.jit(found)(initial_objective_state(objective, PARAMS), parts)
 
 
 def same(found, expected, tolerance):
@@ -239,7 +241,7 @@ def test_a_scalariser_accumulates_whether_it_is_linear_or_not(name):
     """Four micro-batches against the gradient of the scalariser of their summed losses."""
     objective = SCALARIZERS[name](3, **({"steps_per_epoch": 5} if name == "dwa" else {}))
     found = run(by_scalar, objective, PARTS)
-    state = initial_state(objective, PARAMS)
+    state = initial_objective_state(objective, PARAMS)
     losses, rows = losses_and_rows()
     slope = jax.jit(jax.grad(lambda x: objective.apply(x, state)[0]))(losses)
     same(found.gradients, {path: np.tensordot(slope, rows[path], 1) for path in found.gradients}, 64 * EPS32)
@@ -252,8 +254,8 @@ def test_a_scalariser_accumulates_whether_it_is_linear_or_not(name):
 def test_every_aggregator_accumulates_and_keeps_its_state(name, function):
     """Weights of micro-batches are those of the whole; what a second step is given is what the first returned."""
     objective = AGGREGATORS[name](3)
-    found = run(function, objective, PARTS, frozenset({"head_a/w"}), NAMES)
-    before = initial_state(objective, PARAMS)
+    found = run(function, objective, PARTS)
+    before = initial_objective_state(objective, PARAMS)
     assert jax.tree.structure(found.state) == jax.tree.structure(before)
     for leaf, other in zip(jax.tree.leaves(found.state), jax.tree.leaves(before), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.weak_type) == (other.shape, other.dtype, other.weak_type)
@@ -272,10 +274,7 @@ def test_opposed_tasks_raise_the_flag(function):
         return decode(z, params, part, key)[1] * jnp.array([1.0, -1.0, 1.0])
 
     program = Program(lambda p, part, key: opposed(encode(p, part, key), p, part, key), encode, opposed)
-    mask, keys = jnp.array([True, True, False]), jax.random.split(jax.random.key(0), 1)
-    objective = upgrad(3)
-    state = initial_state(objective, PARAMS)
-    found = jax.jit(lambda s: function(program, objective, frozenset(), PARAMS, s, PARTS[:1], keys, mask, NAMES))(state)
+    found = run(function, upgrad(3), PARTS[:1], program, frozenset(), (True, True, False))
     assert found.state.stationary
 
 

@@ -16,10 +16,10 @@ from etils import epath
 
 from sgw_jax.backbones.augreg import read_augreg
 from sgw_jax.backbones.hub import FAMILIES, HALF
-from sgw_jax.backbones.layer_rates import ADDED
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.tensors import PretrainedError, Tensors
 from sgw_jax.backbones.vit import ViT
+from sgw_jax.layers.parameter_names import is_added
 from sgw_jax.layers.resize import cubic_matrix
 
 # Heads, pooling, masked-image tokens and index buffers, which a feature extractor has no use for.
@@ -155,7 +155,7 @@ def fit(found: Pretrained, backbone: nn.Module, shapes: Mapping[str, Any], mean:
     if "position_embedding" in flat:
         flat["position_embedding"] = _resized(flat["position_embedding"], wanted["position_embedding"].shape[1:3])
     flat |= _renormalised(flat, found.normalisation, (mean, std))
-    missing = [name for name in wanted if name not in flat and not ADDED.match(name)]
+    missing = [name for name in wanted if name not in flat and not is_added(name)]
     wrong = [name for name in wanted if name in flat and flat[name].shape != tuple(wanted[name].shape)]
     left = [name for name in flat if name not in wanted]
     if missing or wrong or left:

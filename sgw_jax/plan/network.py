@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +11,20 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from sgw_jax.layers import parameter_names as names
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.plan.cost import by_part, largest_arrays, multiply_accumulates, residual_bytes
 from sgw_jax.tasks.base import Task
 from sgw_jax.train_step import task_losses
 
-PARTS = ("backbone", "stems", "interaction", "heads", "preliminary heads")
+HEADINGS = {
+    names.BACKBONE: "backbone",
+    names.STEM: "stems",
+    names.INTERACTION: "interaction",
+    names.HEAD: "heads",
+    names.PRELIMINARY: "preliminary heads",
+}
+PARTS = tuple(HEADINGS.values())
 GIB, GIGA = 2**30, 1e9
 
 
@@ -131,9 +138,8 @@ def _add_row(table: Table, part: str, parameters: int, macs: int, total: int) ->
 
 def part_of(path: str) -> str | None:
     """Which of `PARTS` an operation belongs to, by its path in a trace or a compiled program; None: none of them."""
-    found = re.search(r"(?:^|/)(backbone|stem|interaction|head|preliminary)\d*(?:_[^/]*)?(?:/|$)", path)
-    names = {"stem": "stems", "head": "heads", "preliminary": "preliminary heads"}
-    return names.get(found[1], found[1]) if found else None
+    found = names.part_of(path)
+    return None if found is None else HEADINGS[found]
 
 
 def _sums(counts: dict[str, int]) -> dict[str, int]:

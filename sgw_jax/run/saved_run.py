@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.experiment.build import build_model
+from sgw_jax.layers.parameter_names import evaluated
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.run.checkpoints import CheckpointError, Checkpoints
 from sgw_jax.tasks import TASKS, task_from_dict
@@ -41,7 +42,7 @@ class SavedRun:
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         saved = self.checkpoints.shapes(self.step)
-        name = "ema" if any(path.startswith("ema/") for path in saved) else "params"
+        name = evaluated(saved)
         wanted = {name: shapes["params"], "constants": shapes.get("constants", {})}
         abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), wanted)
         found = self.checkpoints.restore_variables(abstract, self.step)

@@ -9,16 +9,14 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 
-from sgw_jax.backbones.layer_rates import ADDED
 from sgw_jax.backbones.pretrained import Pretrained, fit, read_pretrained
 from sgw_jax.data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
 from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.layers.parameter_names import BACKBONE, evaluated, in_backbone, is_added
 from sgw_jax.run.checkpoints import Checkpoints
 from sgw_jax.run.workdir import WorkdirError
 from sgw_jax.sharding import path_name
 from sgw_jax.train_step import TrainState
-
-BACKBONE = "backbone/"
 
 
 @contextlib.contextmanager
@@ -37,7 +35,7 @@ def warm_from_run(state: TrainState, source: Path, console: Console) -> TrainSta
     names = [path_name(path) for path, _ in flat]
     with warm_source(source) as (checkpoints, step):
         found = checkpoints.shapes(step)
-        collection = "ema" if any(name.startswith("ema/") for name in found) else "params"
+        collection = evaluated(found)
         fits = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, (_, leaf) in zip(names, flat, strict=True)
@@ -68,15 +66,16 @@ def warm_from_backbone(state: TrainState, experiment: Experiment, console: Conso
     found, values = pretrained_parameters(experiment, state.params)
 
     def place(path: Any, leaf: jax.Array) -> jax.Array:
-        value = values.get(path_name(path).removeprefix(BACKBONE)) if path_name(path).startswith(BACKBONE) else None
+        name = in_backbone(path_name(path))
+        value = None if name is None else values.get(name)
         if value is None:
             return leaf
         # Every process has read the whole file; each device takes its part.
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index].astype(leaf.dtype))
 
     params = jax.tree_util.tree_map_with_path(place, state.params)
-    names = [path_name(path).removeprefix(BACKBONE) for path, _ in jax.tree_util.tree_leaves_with_path(state.params)]
-    fresh = [name for name in names if ADDED.match(name)]
+    inside = (in_backbone(path_name(path)) for path, _ in jax.tree_util.tree_leaves_with_path(state.params))
+    fresh = [name for name in inside if name is not None and is_added(name)]
     console.print(f"Backbone from {found.summary()}", soft_wrap=True)
     if left := [name for name in fresh if name not in values]:
         console.print(f"  fresh: {', '.join(left)}", soft_wrap=True)
@@ -90,7 +89,7 @@ def pretrained_parameters(experiment: Experiment, params: Any) -> tuple[Pretrain
       PretrainedError: see `read_pretrained` and `fit`.
     """
     found = read_pretrained(experiment.backbone_weights)
-    return found, fit(found, experiment.model.backbone, params["backbone"], IMAGE_MEAN, IMAGE_STD)
+    return found, fit(found, experiment.model.backbone, params[BACKBONE], IMAGE_MEAN, IMAGE_STD)
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
