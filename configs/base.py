@@ -59,10 +59,14 @@ def get_config() -> ConfigDict:
                 "data": optional(int),  # copies of the network
                 "fsdp": optional(int),  # parts of the parameters
                 "context": optional(int),  # parts of an image's rows
+                # Where parameters and their moments lie that the mesh places badly: pairs of a pattern of paths and,
+                # for each axis, None or the mesh's axes that split it; the first match wins. A file sets them:
+                # config.mesh.rules = (("backbone/.*mlp/hidden/kernel", (None, None, "fsdp")),)
+                "rules": optional(tuple),
             },
             # --- data -------------------------------------------------------------------------------------------
             "data": {
-                # scenes | folder | nyud | pascal_context | cityscapes | mtan_nyuv2 | mtan_cityscapes
+                # scenes | folder | nyud | ...: DATA_SETS in sgw_jax/experiment/data_sets.py
                 "source": "scenes",
                 "root": "",  # the data's directory (docs/datasets.md); scenes need none
                 "format": "archive",  # archive: the files as published | prepared: written by data_pipelines.prepare
@@ -241,8 +245,9 @@ def use_system(config: ConfigDict, name: str, interaction: str) -> None:
     config.backbones[config.backbone].update(options)
     config.interaction = interaction
     config.channels = 192
-    for workspace in ("kem", "skem", "shared_workspace", "within_tasks"):
-        config.interactions[workspace].num_slots = 32
+    for workspace in config.interactions.values():
+        if "num_slots" in workspace:
+            workspace.num_slots = 32
     config.interactions.skem.etf_vertices = 128
     config.dtype = "bfloat16"
 

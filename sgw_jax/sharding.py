@@ -36,11 +36,46 @@ MAX_REPEATED = 0.02  # share of the parameters' bytes that may be repeated on ev
 Rules = Sequence[tuple[str, P]]
 
 
-def mesh_sizes(name: str = "data", **sizes: int | None) -> dict[str, int]:
-    """The sizes of one of `MESHES`, those given here in their place (None: as named)."""
+def mesh_sizes(name: str = "data", rules: Any = None, **sizes: int | None) -> dict[str, int]:
+    """The sizes of one of `MESHES`, those given here in their place (None: as named); `read_rules` reads the rules."""
+    del rules
     if name not in MESHES:
         raise InputError(f"mesh: {name!r} is not known; it must be one of {list(MESHES)}.")
     return MESHES[name] | {axis: size for axis, size in sizes.items() if size is not None}
+
+
+def read_rules(pairs: Sequence[Any] | None) -> Rules:
+    """Rules from plain data: pairs of a pattern and, for each axis of the leaf, None, an axis or several.
+
+    Such as ``(("backbone/.*mlp/hidden/kernel", (None, None, "fsdp")), ("interaction/", ()))``.
+
+    Raises:
+      ValueError: what is no such pair, a pattern that is no regular expression, an unknown axis, an axis named twice.
+    """
+    if not isinstance(pairs, list | tuple | None):
+        raise InputError(f"mesh: rules are {pairs!r}; give a tuple of pairs (pattern, axes), or None.")
+    return tuple(_rule(pair) for pair in pairs or ())
+
+
+def _rule(pair: Any) -> tuple[str, P]:
+    if not isinstance(pair, list | tuple) or [isinstance(part, str) for part in pair] != [True, False]:
+        raise InputError(
+            f"mesh: the rule {pair!r} is no pair (pattern, axes), as ('head_.*kernel', (None, 'fsdp')) is."
+        )
+    pattern, entries = pair
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"mesh: the pattern {pattern!r} of a rule is no regular expression: {error}.") from error
+    if not isinstance(entries, list | tuple):
+        raise InputError(f"mesh: the axes of the rule {pattern!r} are {entries!r}; give a tuple, () to split none.")
+    spec = [tuple(entry) if isinstance(entry, list | tuple) else entry for entry in entries]
+    named = [axis for entry in spec if entry is not None for axis in (entry if isinstance(entry, tuple) else (entry,))]
+    if any(axis not in AXES for axis in named) or len(set(named)) < len(named):
+        raise InputError(
+            f"mesh: the rule {pattern!r} names the axes {named}; they must be of {list(AXES)}, each at most once."
+        )
+    return pattern, P(*spec)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -90,8 +125,13 @@ def state_sharding(shapes: Any, mesh: Mesh, rules: Rules = (), min_size: int | N
     biases and the like, as many of the smallest as make up a hundredth of the whole.
 
     Raises:
-      ValueError: a rule that does not fit the leaf it matches.
+      ValueError: a rule that does not fit the leaf it matches, or that matches none.
     """
+    names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+    for pattern, _ in rules:
+        if not any(re.search(pattern, name) for name in names):
+            some = ", ".join(names[:3])
+            raise InputError(f"sharding: no leaf's path matches the rule {pattern!r}; they are like {some}.")
     sizes = [math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)]
     smallest = _small(sizes) if min_size is None else min_size
 

@@ -1,6 +1,7 @@
 """Every shipped configuration: it reads, its tasks and its network exist, and its published recipe is what it says."""
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from sgw_jax.configs.base import SYSTEMS
 from sgw_jax.experiment.build import build, build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config
-from sgw_jax.experiment.data_sets import DATA_SETS
+from sgw_jax.experiment.data_sets import DATA_SETS, Published
+from sgw_jax.tasks import TASKS
 
 FOLDER = Path(__file__).parent.parent / "configs"
 CONFIGS = sorted(file.stem for file in FOLDER.glob("[!_]*.py") if file.stem != "base")
@@ -72,10 +74,24 @@ def test_published_recipes():
 
 def test_sources_name_the_task_that_their_depth_is_for():
     """What a source says of its depth and what the library makes of it, in the same word."""
-    for name, data in DATA_SETS.items():
+    published = {name: data for name, data in DATA_SETS.items() if isinstance(data, Published)}
+    for name, data in published.items():
         quantity = data.tasks.get("depth", {}).get("quantity")
-        said = re.findall(r'Depth\(quantity="(\w+)"', data.archive.__doc__)
+        said = re.findall(r'Depth\(quantity="(\w+)"', data.archive.__doc__ or "")
         assert said == ([quantity] if quantity else []), name
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_contract_of_a_data_set(name, tmp_path):
+    """Its tasks exist and take the options; without its files the error names the key that says where they are."""
+    config = read_config("scenes", [f"--config.data.source={name}", "--config.batch_size=8"])
+    for task, options in DATA_SETS[name].task_options(config.data).items():
+        found = TASKS[task](**options)
+        assert all(getattr(found, key) == value for key, value in options.items() if value != ()), task
+    assert len(build_tasks(config)) == len(config.tasks)
+    if name != "scenes":
+        with pytest.raises(ValueError, match=r"config.data.root is empty: give the data's directory"):
+            build(config, tmp_path)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -87,17 +103,21 @@ def test_the_commands_in_a_configuration_exist(name):
 
 
 def test_classes_of_the_data_sets():
+    data = read_config("scenes").data
     counts = {
-        name: {task: options["num_classes"] for task, options in data.tasks.items() if "num_classes" in options}
-        for name, data in DATA_SETS.items()
+        name: {task: options["num_classes"] for task, options in found.items() if "num_classes" in options}
+        for name, found in ((name, DATA_SETS[name].task_options(data)) for name in DATA_SETS)
     }
-    assert counts == {
+    expected = {
+        "scenes": {"semseg": 12, "human_parts": 7},
+        "folder": {"semseg": 12, "human_parts": 7},
         "nyud": {"semseg": 40},
         "pascal_context": {"semseg": 21, "human_parts": 7},
         "cityscapes": {"semseg": 19},
         "mtan_nyuv2": {"semseg": 13},
         "mtan_cityscapes": {"semseg": 7},
     }
+    assert {name: counts[name] for name in expected} == expected
 
 
 def test_mtan_knows_its_two_sets():
@@ -121,3 +141,24 @@ def test_a_key_that_holds_no_numbers_takes_any_number_of_them():
     assert all(isinstance(scale, int) for scale in config.scales)
     with pytest.raises(Exception, match=r"--config.scales=coarse: expected a number"):
         read_config("scenes", ["--config.scales=coarse"])
+
+
+def test_the_keys_of_a_task_are_its_own():
+    keys = ["--config.edge_weight=0.5", "--config.dot_regression=2.0"]
+    tasks = {task.name: task for task in build_tasks(read_config("scenes", keys))}
+    assert (tasks["edges"].edge_weight, tasks["semseg"].dot_regression) == (0.5, 2.0)
+    assert tasks["human_parts"].dot_regression == 0
+    assert [name for name, task in tasks.items() if task.boundary_scores] == ["edges"]
+    base = read_config("scenes")
+    for name, kind in TASKS.items():
+        assert set(kind.configured) <= set(base) & {field.name for field in dataclasses.fields(kind)}, name
+
+
+def test_crops_are_balanced_by_a_task_with_classes():
+    keys = ["--config.augment.cat_max_ratio=0.75", "--config.batch_size=8"]
+    data = build(read_config("scenes", keys), None).data
+    assert (data.augmentation.cat_max_ratio, data.augmentation.cat_max_target) == (0.75, "semseg")
+    renamed = [dataclasses.replace(build_tasks(read_config("scenes"))[0], name="things")]
+    assert build(read_config("scenes", keys), None, renamed).data.augmentation.cat_max_target == "things"
+    with pytest.raises(ValueError, match=r"cat_max_ratio is 0.75, but none of the tasks \['depth'\] has classes"):
+        build(read_config("scenes:tasks=depth", keys), None)

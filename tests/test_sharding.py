@@ -1,6 +1,7 @@
 """The mesh and its rules: where every leaf lies, what it costs a device, and when activations are pinned."""
 
 import functools
+import json
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -11,11 +12,15 @@ import optax
 import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from sgw_jax import sharding
 from sgw_jax.backbones.vit import ViT
+from sgw_jax.experiment.build import build
+from sgw_jax.experiment.config_files import read_config
 from sgw_jax.interactions import KEM
 from sgw_jax.model import MultiTaskModel
+from sgw_jax.run.state import abstract_state
 from sgw_jax.sharding import (
     batch_sharding,
     check_batch,
@@ -27,6 +32,7 @@ from sgw_jax.sharding import (
     mesh_sizes,
     own_rows,
     path_name,
+    read_rules,
     replicated,
     state_sharding,
 )
@@ -308,3 +314,66 @@ def test_processes_that_share_some_rows_are_refused():
     mesh = SimpleNamespace(devices=devices.reshape(2, 1, 3), shape={"data": 2, "fsdp": 1, "context": 3})
     with pytest.raises(ValueError, match="3 devices of a context lie on processes that share"):
         own_rows(mesh)
+
+
+# ---- rules of a configuration ---------------------------------------------------------------------------------------
+
+RULED = """
+from sgw_jax.configs import base
+
+
+def get_config():
+    config = base.get_config()
+    config.tasks = ("depth",)
+    config.backbones.vit.update({"width": 16, "depth": 4, "num_heads": 2, "patch_size": 8})
+    config.channels, config.ema_decay = 8, 0.9
+    config.mesh.name = "fsdp"
+    config.mesh.rules = (("backbone/blocks/mlp/hidden/kernel", (None, "fsdp")), ("interaction/slots", ()))
+    return config
+"""
+
+
+def test_a_configuration_places_a_parameter(tmp_path):
+    """Its average and its moments too; what no rule names lies where the mesh puts it. A run may go on under others."""
+    file = tmp_path / "ruled.py"
+    file.write_text(RULED, encoding="utf-8")
+    config = read_config(str(file))
+    found, plain = build(config, None), build(read_config(str(file), ["--config.mesh.rules=None"]), None)
+    state, other = abstract_state(found), abstract_state(plain)
+    wanted = {"backbone/blocks/mlp/hidden/kernel": P(None, "fsdp"), "interaction/slots": P()}
+    ruled = 0
+    for (path, leaf), before in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(other), strict=True):
+        spec = next((spec for name, spec in wanted.items() if path_name(path).endswith(name)), before.sharding.spec)
+        assert leaf.sharding.spec == spec, path_name(path)
+        ruled += leaf.sharding.spec != before.sharding.spec
+    assert ruled >= 4  # parameter, average, two moments
+    assert found.identity() == plain.identity()
+    again = ConfigDict(json.loads(config.to_json()))  # as a checkpoint holds it
+    assert build(again, None).rules == found.rules
+    with pytest.raises(
+        ValueError, match=r"mesh.rules=fsdp: expected what only a file can set, a tuple of pairs, or None"
+    ):
+        read_config("scenes", ["--config.mesh.rules=fsdp"])
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ("kernel", "rules are 'kernel'; give a tuple of pairs"),
+        (("kernel", ("fsdp",)), "the rule 'kernel' is no pair"),
+        ([("kernel", "fsdp")], "the rule .* is no pair"),
+        ([("(", ("fsdp",))], r"the pattern '\(' of a rule is no regular expression"),
+        ([("kernel", None)], "the axes of the rule 'kernel' are None; give a tuple"),
+        ([("kernel", ("model",))], r"names the axes \['model'\]; they must be of \['data', 'fsdp', 'context'\]"),
+        ([("kernel", (3,))], r"names the axes \[3\]"),
+        ([("kernel", (("data", "fsdp"), "fsdp"))], "each at most once"),
+    ],
+)
+def test_what_is_no_rule_is_refused(rules, message):
+    with pytest.raises(ValueError, match=message):
+        read_rules(rules)
+
+
+def test_a_rule_that_matches_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"no leaf's path matches the rule 'kernle'; they are like a/kernel"):
+        state_sharding({"a": {"kernel": jnp.zeros((16, 9))}}, make_mesh({"fsdp": 8}), [("kernle", P())])

@@ -134,6 +134,8 @@ def _parse(key: str, text: str, old: Any) -> Any:
     if optional and text in ("None", "none"):
         return None
     try:
+        if optional and kind is tuple:
+            raise ValueError("what only a file can set, a tuple of pairs,")
         return _tuple(text, old) if kind is tuple else _scalar(text, kind)
     except ValueError as error:
         wanted = f"{error}{' or None' if optional else ''}"

@@ -1,24 +1,43 @@
-"""The field's data sets as the library uses them: which source reads them, their splits, what each task is there."""
+"""The data sets that a configuration can name: which source reads each, its splits, and what its tasks are there."""
 
+import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from sgw_jax.data_pipelines import scenes
 from sgw_jax.data_pipelines.cityscapes import Cityscapes
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.folder import Folder
 from sgw_jax.data_pipelines.loader import Source
 from sgw_jax.data_pipelines.mtan import MtanCityscapes, MtanNYUv2
 from sgw_jax.data_pipelines.nyud import Nyud
 from sgw_jax.data_pipelines.pascal_context import PascalContext
 from sgw_jax.data_pipelines.prepared import Prepared
+from sgw_jax.data_pipelines.transforms import Target
 
+SPLITS = ("train", "validation", "test")
 FORMATS = ("archive", "prepared")
 
 
+class DataSet(abc.ABC):
+    """How a data set enters: what a configuration says is read here, and the source gets plain arguments."""
+
+    @abc.abstractmethod
+    def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
+        """Task name -> its fields that are not the task's defaults, such as the classes; ``data`` is `config.data`."""
+
+    @abc.abstractmethod
+    def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
+        """The sources by split."""
+
+
 @dataclasses.dataclass(frozen=True)
-class DataSet:
-    """How a published data set enters.
+class Published(DataSet):
+    """A published data set, over the archive's own files or over a set that `data_pipelines.prepare` made.
 
     archive: (root, split of the archive, task names) -> the source over its files.
     tasks: options of the tasks that are not the task's defaults.
@@ -32,11 +51,14 @@ class DataSet:
     by_protocol: bool = False
     splits: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"train": "train", "test": "validation"})
 
-    def sources(self, root: Path, format: str, tasks: Sequence[str], protocol: str) -> dict[str, Source]:
-        """The sources by split, over the archive's own files or over a set that `data_pipelines.prepare` made."""
-        if format not in FORMATS:
-            raise InputError(f"config.data.format is {format!r}; it must be one of {FORMATS}.")
-        if format == "prepared":
+    def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
+        return self.tasks
+
+    def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
+        root, form, protocol = _root(config), config.data.format, config.protocol
+        if form not in FORMATS:
+            raise InputError(f"config.data.format is {form!r}; it must be one of {FORMATS}.")
+        if form == "prepared":
             if self.by_protocol and protocol != "exact":
                 raise InputError(
                     f"config.protocol is {protocol!r}, but prepared files of this data set hold the targets of the "
@@ -44,7 +66,50 @@ class DataSet:
                 )
             return {ours: Prepared(root, theirs) for ours, theirs in self.splits.items()}
         options = {"protocol": protocol} if self.by_protocol else {}
-        return {ours: self.archive(root, theirs, tasks, **options) for ours, theirs in self.splits.items()}
+        return {ours: self.archive(root, theirs, tuple(targets), **options) for ours, theirs in self.splits.items()}
+
+
+class RenderedScenes(DataSet):
+    """Procedural scenes, rendered into the cache directory: `config.data.lengths` of each split."""
+
+    def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
+        return {
+            "semseg": _classes(scenes.SEMSEG_CLASSES, scenes.SEMSEG_COLOURS),
+            "human_parts": _classes(scenes.PART_CLASSES, scenes.PART_COLOURS),
+        }
+
+    def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
+        data = config.data
+        return {
+            split: scenes.Scenes(split, data.lengths[split], size=tuple(data.size), seed=data.seed, cache_dir=cache_dir)
+            for split in SPLITS
+            if data.lengths[split]
+        }
+
+
+class OwnFolder(DataSet):
+    """A user's own files, with the splits that lists of images name."""
+
+    def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
+        return {"semseg": {"num_classes": data.num_classes}, "human_parts": {"num_classes": data.num_parts}}
+
+    def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
+        root = _root(config)
+        found = [split for split in SPLITS if (root / "splits" / f"{split}.txt").is_file()]
+        if "train" not in found:
+            raise InputError(
+                f"config.data.root: {root / 'splits' / 'train.txt'} does not exist; it lists the training images."
+            )
+        return {split: Folder(root, split, targets) for split in found}
+
+
+def _root(config: ConfigDict) -> Path:
+    if not config.data.root:
+        raise InputError(
+            f"config.data.source is {config.data.source!r}, but config.data.root is empty: give the data's directory "
+            "(--config.data.root=DIR; docs/datasets.md says what it must hold)."
+        )
+    return Path(config.data.root)
 
 
 def _classes(names: tuple[str, ...], colours: tuple[tuple[int, int, int], ...] = ()) -> dict[str, Any]:
@@ -55,19 +120,23 @@ def _classes(names: tuple[str, ...], colours: tuple[tuple[int, int, int], ...] =
 _DISPARITY = {"quantity": "disparity", "zero_is_valid": True, "max_depth": 80.0}
 
 DATA_SETS: dict[str, DataSet] = {
-    "nyud": DataSet(Nyud, {"semseg": _classes(Nyud.CLASSES)}),
-    "pascal_context": DataSet(
+    "scenes": RenderedScenes(),
+    "folder": OwnFolder(),
+    "nyud": Published(Nyud, {"semseg": _classes(Nyud.CLASSES)}),
+    "pascal_context": Published(
         PascalContext,
         {
             "semseg": _classes(PascalContext.CLASSES, PascalContext.COLOURS),
             "human_parts": _classes(PascalContext.PART_CLASSES, PascalContext.PART_COLOURS),
         },
     ),
-    "cityscapes": DataSet(
+    "cityscapes": Published(
         Cityscapes, {"semseg": _classes(Cityscapes.CLASSES, Cityscapes.COLOURS), "depth": _DISPARITY}, by_protocol=True
     ),
     # The archives of MTAN hold no class names.
-    "mtan_nyuv2": DataSet(MtanNYUv2, {"semseg": {"num_classes": 13}}),
+    "mtan_nyuv2": Published(MtanNYUv2, {"semseg": {"num_classes": 13}}),
     # The stored number is an inverse depth: it grows with a zoom, and 0 is invalid.
-    "mtan_cityscapes": DataSet(MtanCityscapes, {"semseg": {"num_classes": 7}, "depth": {"quantity": "inverse_depth"}}),
+    "mtan_cityscapes": Published(
+        MtanCityscapes, {"semseg": {"num_classes": 7}, "depth": {"quantity": "inverse_depth"}}
+    ),
 }

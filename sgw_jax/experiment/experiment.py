@@ -12,6 +12,7 @@ from sgw_jax.data_pipelines.loader import Batches, Source, eval_batches, train_b
 from sgw_jax.data_pipelines.transforms import Augmentation, Target
 from sgw_jax.differentiate import Objective
 from sgw_jax.model import MultiTaskModel
+from sgw_jax.sharding import Rules
 from sgw_jax.tasks.base import Task
 
 # Keys that may differ between a run and its resumption: they change no number of the run on the same mesh.
@@ -106,6 +107,7 @@ class Experiment:
     model: MultiTaskModel
     size: tuple[int, int]
     mesh: Mesh
+    rules: Rules  # where parameters lie that the mesh would place otherwise
     data: Data
     settings: Settings
     boundary: Boundary

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from sgw_jax.functional.tokens import by_name, check_features
 from sgw_jax.interactions.knowledge_extraction import KEM
+from sgw_jax.layers.placement import Placement
 
 
 class WithinTasks(nn.Module):
@@ -33,6 +34,6 @@ class WithinTasks(nn.Module):
         return as_given({name: self.kem({name: value})[name] for name, value in features.items()})
 
 
-def within_tasks(**options) -> WithinTasks:
+def within_tasks(placement: Placement | None = None, **options) -> WithinTasks:
     """`WithinTasks` with a KEM of these options."""
-    return WithinTasks(KEM(**options))
+    return WithinTasks(KEM(placement=placement, **options))

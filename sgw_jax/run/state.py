@@ -41,7 +41,7 @@ def abstract_state(experiment: Experiment) -> TrainState:
     a mesh over which its parameters cannot be split."""
     with jax.set_mesh(experiment.mesh):
         shapes = jax.eval_shape(_init(experiment), np.uint32(0))
-        shardings = state_sharding(shapes, experiment.mesh)
+        shardings = state_sharding(shapes, experiment.mesh, experiment.rules)
         check_split(shapes.params, shardings.params, experiment.mesh)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings

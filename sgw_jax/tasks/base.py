@@ -46,6 +46,9 @@ class Task(abc.ABC):
     protocol: str = "exact"
 
     kind: ClassVar[str]  # the key in TASKS; a user's own class that sets none is called by its class name
+    configured: ClassVar[tuple[str, ...]] = ()  # fields that a configuration sets, by keys of their names
+    balances_crops: ClassVar[bool] = False  # whether its classes say which random crops are redrawn (cat_max_ratio)
+    boundary_scores: ClassVar[bool] = False  # whether its predictions are boundaries, scored by matching (ODS, OIS, AP)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

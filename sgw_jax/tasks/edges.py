@@ -30,6 +30,8 @@ class Edges(MaskTask):
     """
 
     kind: ClassVar[str] = "edges"
+    configured: ClassVar[tuple[str, ...]] = ("edge_weight",)
+    boundary_scores: ClassVar[bool] = True
 
     name: str = "edges"
     weight: float = 50.0

@@ -15,6 +15,8 @@ class HumanParts(SemSeg):
     """
 
     kind: ClassVar[str] = "human_parts"
+    configured: ClassVar[tuple[str, ...]] = ()
+    balances_crops: ClassVar[bool] = False
     DEFAULT_NAMES: ClassVar[tuple[str, ...]] = (
         "background",
         "head",

@@ -40,6 +40,8 @@ class SemSeg(Task):
     """
 
     kind: ClassVar[str] = "semseg"
+    configured: ClassVar[tuple[str, ...]] = ("dot_regression",)
+    balances_crops: ClassVar[bool] = True
     DEFAULT_NAMES: ClassVar[tuple[str, ...]] = ()  # used where their number is num_classes
 
     name: str = "semseg"
