@@ -11,7 +11,9 @@ import pytest
 
 from sgw_jax.backbones.vit import ViT
 from sgw_jax.interactions import KEM, NoInteraction
+from sgw_jax.layers import parameter_names as names
 from sgw_jax.model import FEATURES, PRELIMINARY, MultiTaskModel
+from sgw_jax.sharding import path_name
 from sgw_jax.tasks import TASKS, Depth, Normals, SemSeg, Task
 from sgw_jax.tasks.base import count
 
@@ -43,6 +45,21 @@ def test_one_float32_map_per_task(upsample, stride, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
     stems, heads = ({f"{part}_{task.name}" for task in ALL} for part in ("stem", "head"))
     assert set(variables["params"]) == {"backbone", "interaction"} | stems | heads
+
+
+def test_every_parameter_lies_in_a_part():
+    """And a task's own are found by its name, at every scale."""
+    _, variables = shapes_of(make_model(scales=(16,), preliminary=True), train=True)
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables["params"])]
+    assert {names.part_of(path) for path in paths} == {"backbone", "stem", "interaction", "head", "preliminary"}
+    tasks = [task.name for task in ALL]
+    for path in paths:
+        own = next((task for task in tasks if path.split("/")[0].endswith(f"_{task}")), None)
+        assert names.owner(path, tasks, mixes=False) == own
+        assert (names.in_backbone(path) is not None) == path.startswith("backbone/")
+    assert names.of_task(names.STEM, "depth", 16) == "stem16_depth"
+    assert names.part_of("jit(step)/transpose(jvp(stem16_depth))") is None
+    assert names.part_of("optimizer/mu/kernel") is None
 
 
 def test_preliminary_predictions_are_for_training_only():

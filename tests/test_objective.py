@@ -21,6 +21,7 @@ from sgw_jax.differentiate import (
     gradient_metrics,
     initial_objective_state,
 )
+from sgw_jax.experiment.choice import taken
 from sgw_jax.interactions import KEM, NoInteraction
 from sgw_jax.layers.parameter_names import owner
 from sgw_jax.model import MultiTaskModel
@@ -239,7 +240,7 @@ def losses_and_rows():
 @pytest.mark.parametrize("name", SCALARIZERS)
 def test_a_scalariser_accumulates_whether_it_is_linear_or_not(name):
     """Four micro-batches against the gradient of the scalariser of their summed losses."""
-    objective = SCALARIZERS[name](3, **({"steps_per_epoch": 5} if name == "dwa" else {}))
+    objective = SCALARIZERS[name](3, **taken(SCALARIZERS[name], {"steps_per_epoch": 5}))
     found = run(by_scalar, objective, PARTS)
     state = initial_objective_state(objective, PARAMS)
     losses, rows = losses_and_rows()

@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sgw_jax.experiment.choice import taken
 from sgw_jax.multi_objective import SCALARIZERS
 from sgw_jax.multi_objective.scalarize import dwa, famo, rlw, stch, uncertainty, uw_so, weighted_sum
 
 EPS32 = float(np.finfo(np.float32).eps)
 LOSSES = np.array([0.5, 2.0, 4.0], np.float32)
-OPTIONS = {"dwa": {"steps_per_epoch": 2}}
 
 
 def make(name, tasks=3, **options):
-    return SCALARIZERS[name](tasks, **OPTIONS.get(name, {}), **options)
+    return SCALARIZERS[name](tasks, **taken(SCALARIZERS[name], {"steps_per_epoch": 2}), **options)
 
 
 @functools.cache
