@@ -29,7 +29,6 @@ from sgw_jax.run.logs import read_metrics
 from sgw_jax.run.saved_run import open_run
 from sgw_jax.run.state import restored_state
 from sgw_jax.run.steps import compiled_eval_step, evaluate_split
-from sgw_jax.tasks import Edges
 from sgw_jax.tasks.base import Task
 from sgw_jax.train_step import TrainState
 
@@ -88,19 +87,19 @@ def earlier_speed(workdir: Path) -> Speed | None:
 
 
 def evaluate(experiment: Experiment, state: TrainState, split: str, console: Console) -> Evaluation:
-    """Metrics of the split; those of edge tasks with ODS, OIS and AP, where the configuration asks for them."""
+    """Metrics of the split; those of boundaries with ODS, OIS and AP, where the configuration asks for them."""
     found = evaluate_split(experiment, compiled_eval_step(experiment), state.variables, split)
     metrics = dict(found.metrics)
     for task in experiment.tasks:
-        if isinstance(task, Edges) and experiment.boundary.max_dist is not None:
+        if task.boundary_scores and experiment.boundary.max_dist is not None:
             metrics[task.name] = metrics[task.name] | boundary_scores(experiment, state, task, split, console)
     return dataclasses.replace(found, metrics=metrics)
 
 
 def boundary_scores(
-    experiment: Experiment, state: TrainState, task: Edges, split: str, console: Console
+    experiment: Experiment, state: TrainState, task: Task, split: str, console: Console
 ) -> dict[str, float]:
-    """ODS, OIS and AP of an edge task."""
+    """ODS, OIS and AP of a task of boundaries."""
     with experiment.data.evaluation(split) as batches:
         return edge_scores(
             experiment.model,
