@@ -38,7 +38,8 @@ from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.host import keep_freed_memory
-from sgw_jax.report.results import count_parameters, without_nan
+from sgw_jax.report.results import count_parameters
+from sgw_jax.run.logs import without_nan
 from sgw_jax.run.steps import evaluate_split
 from sgw_jax.sharding import replicated
 from sgw_jax.train import train
