@@ -103,8 +103,8 @@ def make_train_step(
 
     Args:
       objective: how losses become one update (multi_objective/): a scalariser, or an aggregator made for the number of
-        tasks, whose weights act on the shared parameters (see `owner`), while a task's own take its own gradient. None
-        is the sum.
+        tasks, whose weights act on the shared parameters, while a task's own take its own gradient
+        (`parameter_names.owner` says whose they are). None is the sum.
       gradients: of which an aggregator takes the Gramian: the shared parameters, or the backbone's pyramid, which costs
         one backward pass of the backbone instead of one a task.
       accumulate: k micro-batches, one after another in a scan. Counts and balances are taken over the whole batch
