@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -18,7 +17,7 @@ from sgw_jax.multi_objective import (
     representation_gradients,
 )
 from sgw_jax.multi_objective.gradients import added, rows_of, stacked
-from sgw_jax.sharding import constrain_rows
+from sgw_jax.sharding import constrain_rows, path_name
 
 GRADIENTS = ("parameters", "representation")
 
@@ -187,13 +186,14 @@ def gradient_metrics(
 
 
 def flat(params: Any) -> dict[str, Array]:
-    """{"a": {"b": x}} as {"a/b": x}."""
-    return flax.traverse_util.flatten_dict(params, sep="/")
+    """{"a": {"b": x}} as {"a/b": x}; any pytree's leaves by their paths."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def unflat(params: Mapping[str, Array]) -> Any:
-    """The inverse of `flat`."""
-    return flax.traverse_util.unflatten_dict(dict(params), sep="/")
+def unflat(leaves: Mapping[str, Array], params: Any) -> Any:
+    """A tree like ``params``, with these of its leaves by their paths and the others as they are: `flat` undone."""
+    whole = {**flat(params), **leaves}
+    return jax.tree.unflatten(jax.tree.structure(params), list(whole.values()))
 
 
 def _split(params: Mapping[str, Array], second: frozenset[str]) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -1,8 +1,12 @@
 """One training step and one evaluation step, as pure functions of (state, batch)."""
 
+import inspect
+import re
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import flax.errors
 import flax.linen as nn
 import flax.struct
 import jax
@@ -30,6 +34,16 @@ from sgw_jax.tasks.base import Task
 
 Batch = Mapping[str, Array]
 
+DROP_PATH = "drop_path"  # the stream that has always been
+
+
+class Apply(Protocol):
+    """How a model is called: (variables {"params", "constants"}, image, train=, rngs={stream: key}) -> predictions."""
+
+    def __call__(
+        self, variables: Any, image: Float[Array, "batch height width 3"], /, *, train: bool, rngs: dict[str, Array]
+    ) -> Mapping[str, Array]: ...
+
 
 class TrainState(flax.struct.PyTreeNode):
     """All that a step reads and writes; what a checkpoint holds.
@@ -55,20 +69,28 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def init_state(
-    model: nn.Module,
+    model: Any,
     optimizer: optax.GradientTransformation,
     image: Float[Array, "batch height width 3"],
     *,
     seed: int | UInt32[Array, ""] = 0,
     ema: bool = False,
     objective: Objective | None = None,
+    init: Callable[[Array, Array], Mapping[str, Any]] | None = None,
 ) -> TrainState:
     """The state at step 0. Call it under `jax.jit` with out_shardings, so that parameters are born where they live.
 
     Args:
-      seed: in [0, 2^32); of the parameters, and of drop path while training.
+      model: a linen module that is called with (image, train); any other needs ``init``, and is not looked at.
+      seed: in [0, 2^32); of the parameters, and of all that is random while training.
+      init: (key, image) -> {"params": any pytree of arrays, "constants": likewise, or absent}, in place of the model's.
     """
-    variables = model.init({"params": jax.random.key(seed)}, image, train=True)
+    key = jax.random.key(seed)
+    if init is not None:
+        variables = init(key, image)
+    else:
+        _check_call(model, "init_state", "init=lambda key, image: model.init(key, image)")
+        variables = model.init({"params": key}, image, train=True)
     if unknown := set(variables) - {"params", "constants"}:
         raise InputError(
             f"The model has collections {sorted(unknown)}; a train step carries `params` and `constants` alone. Use "
@@ -87,7 +109,7 @@ def init_state(
 
 
 def make_train_step(
-    model: nn.Module,
+    model: Any,
     tasks: Sequence[Task],
     optimizer: optax.GradientTransformation,
     *,
@@ -95,6 +117,8 @@ def make_train_step(
     gradients: Literal["parameters", "representation"] = "parameters",
     accumulate: int = 1,
     ema_decay: float | None = None,
+    rngs: Sequence[str] = (DROP_PATH,),
+    apply: Apply | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds ``step(state, batch) -> (state, metrics)``; jit it with the state donated.
 
@@ -102,6 +126,7 @@ def make_train_step(
     weight; a task without labels in the batch has loss 0, no gradient, and no say in how the others are combined.
 
     Args:
+      model: a linen module that is called with (image, train); any other needs ``apply``, and is not looked at.
       objective: how losses become one update (multi_objective/): a scalariser, or an aggregator made for the number of
         tasks, whose weights act on the shared parameters, while a task's own take its own gradient
         (`parameter_names.owner` says whose they are). None is the sum.
@@ -111,14 +136,18 @@ def make_train_step(
         first, so the gradient equals that of one large batch up to rounding, whatever the objective.
       ema_decay: d in ``ema <- d ema + (1 - d) params``, with d at most (1 + step) / (10 + step) so that the
         random start is forgotten; None keeps no average.
+      rngs: the streams that the model draws from in training, such as "dropout".
+      apply: how the model is called, see `Apply`; None is ``model.apply(variables, image, train=train, rngs=rngs)``.
 
-    Drop path draws by the state's seed, the step and the micro-batch, so a resumed run draws the same numbers.
+    Each stream draws by the state's seed, the step, the micro-batch and its name, so a resumed run draws the same
+    numbers.
 
     Returns metrics: "loss" (the weighted sum, whatever the objective), "loss/TASK" (unweighted; 0 for a weight of 0),
     "grad_norm" (of the update), with an aggregator those of `gradient_metrics`; all float32 scalars.
 
     Raises:
-      ValueError: unknown ``gradients``; "representation" with a model that has no `encode` and `decode`.
+      ValueError: unknown ``gradients``; "representation" with a model that has no `encode` and `decode`, or with
+        ``apply``; a model without an argument ``train`` and no ``apply``; in the step, a stream that ``rngs`` lacks.
     """
     objective = weighted_sum([1.0] * len(tasks)) if objective is None else objective
     names = [task.name for task in tasks]
@@ -130,6 +159,11 @@ def make_train_step(
             f"train step: gradients='representation' needs a model with encode and decode; {type(model).__name__} has "
             "none."
         )
+    if gradients == "representation" and apply is not None:
+        raise InputError("train step: gradients='representation' calls encode and decode, and apply= neither.")
+    if isinstance(rngs, str):
+        raise InputError(f"train step: rngs is {rngs!r}; give a sequence of names, ({rngs!r},).")
+    call = _default_apply(model, "train step") if apply is None else apply
     mixes = getattr(getattr(model, "interaction", None), "mixes_tasks", True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -145,17 +179,23 @@ def make_train_step(
             losses = task_losses(tasks, predictions, part, statistics)
             return [factor * loss for factor, loss in zip(scale, losses, strict=True)]
 
-        def apply(params: Any, key: Array, *arguments: Any, **options: Any) -> Any:
-            variables = {"params": unflat(params), "constants": state.constants}
-            return model.apply(variables, *arguments, train=True, rngs={"drop_path": key}, **options)
+        def variables(params: Any) -> dict[str, Any]:
+            return {"params": unflat(params, state.params), "constants": state.constants}
 
-        program = Program(
-            losses=lambda params, part, key: weighted_losses(apply(params, key, part["image"]), part),
-            encode=lambda params, part, key: apply(params, key, part["image"], method="encode"),
-            decode=lambda z, params, part, key: weighted_losses(
-                apply(params, key, z, part["image"].shape[1:3], method="decode"), part
-            ),
-        )
+        def options(key: Array) -> dict[str, Any]:
+            return {"train": True, "rngs": {stream: _stream_key(key, stream) for stream in rngs}}
+
+        def losses(params: Any, part: Batch, key: Array) -> list[Array]:
+            return weighted_losses(call(variables(params), part["image"], **options(key)), part)
+
+        def encode(params: Any, part: Batch, key: Array) -> Any:
+            return model.apply(variables(params), part["image"], **options(key), method="encode")
+
+        def decode(z: Any, params: Any, part: Batch, key: Array) -> list[Array]:
+            size = part["image"].shape[1:3]
+            return weighted_losses(model.apply(variables(params), z, size, **options(key), method="decode"), part)
+
+        program = Program(*(_naming_streams(function, rngs) for function in (losses, encode, decode)))
         first = jax.random.fold_in(jax.random.key(state.seed), state.step)
         keys = jax.vmap(lambda micro: jax.random.fold_in(first, micro))(jnp.arange(accumulate))
         params = flat(state.params)
@@ -166,8 +206,7 @@ def make_train_step(
             found = by_scalar(asked, objective)
         else:
             found = (by_parameters if gradients == "parameters" else by_representation)(asked, objective)
-        # In the parameters' own order: a flat tree is sorted by path.
-        grads = unflat({name: found.gradients[name] for name in params})
+        grads = unflat({name: found.gradients[name] for name in params}, state.params)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         new_params = optax.apply_updates(state.params, updates)
@@ -218,14 +257,18 @@ def _averaged(ema: Any, params: Any, decay: float, step: Array) -> Any:
     return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)
 
 
-def make_eval_step(model: nn.Module, tasks: Sequence[Task]) -> Callable[[Any, Batch], dict[str, Any]]:
+def make_eval_step(
+    model: Any, tasks: Sequence[Task], *, apply: Apply | None = None
+) -> Callable[[Any, Batch], dict[str, Any]]:
     """Builds ``step(variables, batch) -> {task: {"metrics": sums, "loss": sum, "count": n}}``, all additive.
 
-    Rows of padding hold only ignored labels and add nothing.
+    Rows of padding hold only ignored labels and add nothing. ``apply``: as in `make_train_step`; it is called with
+    ``train=False`` and no rngs.
     """
+    call = _naming_streams(_default_apply(model, "evaluation step") if apply is None else apply, None)
 
     def step(variables: Any, batch: Batch) -> dict[str, Any]:
-        predictions: Any = model.apply(variables, batch["image"])
+        predictions: Any = call(variables, batch["image"], train=False, rngs={})
         sums = {}
         for task in tasks:
             prediction, target = predictions[task.name], batch[task.name]
@@ -234,3 +277,51 @@ def make_eval_step(model: nn.Module, tasks: Sequence[Task]) -> Callable[[Any, Ba
         return sums
 
     return step
+
+
+def _stream_key(key: Array, stream: str) -> Array:
+    """Of a micro-batch's key, one for each stream; drop path's is the key itself."""
+    return key if stream == DROP_PATH else jax.random.fold_in(key, zlib.crc32(stream.encode()))
+
+
+def _default_apply(model: Any, what: str) -> Apply:
+    _check_call(model, what, "apply=lambda variables, image, *, train, rngs: model.apply(variables, image, rngs=rngs)")
+
+    def apply(variables: Any, image: Array, /, *, train: bool, rngs: dict[str, Array]) -> Any:
+        return model.apply(variables, image, train=train, rngs=rngs)
+
+    return apply
+
+
+def _check_call(model: Any, what: str, remedy: str) -> None:
+    """Raises a ValueError unless the model is a linen module whose call takes ``train``."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{what}: {type(model).__name__} is no linen module; say how it is called, such as {remedy}.")
+    parameters = inspect.signature(type(model).__call__).parameters.values()
+    if not any(p.name == "train" or p.kind is p.VAR_KEYWORD for p in parameters):
+        raise InputError(
+            f"{what}: the call of {type(model).__name__} has no argument train; say how it is called, such as {remedy}."
+        )
+
+
+def _naming_streams(function: Callable[..., Any], rngs: Sequence[str] | None) -> Callable[..., Any]:
+    """The function, whose demand for a stream of randomness that was not named becomes an error that says how to."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except flax.errors.InvalidRngError as error:
+            found = re.search(r'PRNG for "(\w+)"', str(error))
+            if found is None:
+                raise
+            if rngs is None:
+                raise InputError(
+                    f"evaluation step: the model draws from the stream {found[1]!r} with train=False; give apply= that "
+                    "calls it so that it draws nothing (deterministic=True)."
+                ) from error
+            raise InputError(
+                f"train step: the model draws from the stream {found[1]!r}, but the step has {tuple(rngs)}; name it: "
+                f"make_train_step(..., rngs={(*rngs, found[1])})."
+            ) from error
+
+    return call

@@ -18,7 +18,7 @@ from sgw_jax.layers.drop_path import DropPath
 from sgw_jax.layers.patch_embed import PatchEmbed
 from sgw_jax.layers.placement import Placement
 from sgw_jax.model import PRELIMINARY, MultiTaskModel
-from sgw_jax.multi_objective import Scalarizer
+from sgw_jax.multi_objective import Scalarizer, upgrad
 from sgw_jax.optimizers import make_optimizer
 from sgw_jax.plan.cost import operations
 from sgw_jax.sharding import BATCH, CONTEXT, global_batch, make_mesh, path_name, replicated, state_sharding
@@ -256,6 +256,163 @@ def test_eval_step_sums_add_up_over_batches_and_padding_adds_nothing():
     for other in (added, step(state.variables, padded)):
         for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(other), strict=True):
             np.testing.assert_allclose(b, a, rtol=ROWS * 1024 * EPS32, err_msg=str(path))  # a sum of that many terms
+
+
+# ---- other people's models -----------------------------------------------------------------------------------------
+
+
+class Host(nn.Module):
+    """A network as others write them: dropout, ``deterministic``, and sKEM in its midst."""
+
+    @nn.compact
+    def __call__(self, image, deterministic):
+        channels = nn.Dropout(0.5)(nn.Dense(4)(image[:, ::8, ::8]), deterministic=deterministic)
+        mixed = KEM(3, top_k=4, etf_vertices=4)({"depth": channels, "saliency": channels})
+        return {name: jnp.repeat(jnp.repeat(nn.Dense(1)(x), 8, 1), 8, 2) for name, x in mixed.items()}
+
+
+def host_apply(variables, image, *, train, rngs):
+    return Host().apply(variables, image, deterministic=not train, rngs=rngs)
+
+
+def host_init(key, image):
+    return Host().init(key, image, deterministic=True)
+
+
+def linear_init(key, image):
+    """A function as Haiku's `transform` makes them: names with slashes, no collections."""
+    return {"params": {"net/~/linear": {"w": 0.1 * jax.random.normal(key, (image.shape[-1], 2)), "b": jnp.zeros(2)}}}
+
+
+def linear_apply(variables, image, *, train, rngs):
+    layer = variables["params"]["net/~/linear"]
+    if train:
+        image *= jax.random.bernoulli(rngs["dropout"], 0.5, image.shape)
+    channels = image @ layer["w"] + layer["b"]
+    return {"depth": channels[..., :1], "saliency": channels[..., 1:]}
+
+
+@jax.tree_util.register_pytree_node_class
+class Linear:
+    """Parameters that are an object, as Equinox's modules are."""
+
+    def __init__(self, w):
+        self.w = w
+
+    def tree_flatten(self):
+        return (self.w,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, leaves):
+        return cls(*leaves)
+
+    def __call__(self, image):
+        channels = image @ self.w
+        return {"depth": channels[..., :1], "saliency": channels[..., 1:]}
+
+
+def object_apply(variables, image, *, train, rngs):
+    return variables["params"](image)
+
+
+OTHERS = {
+    "linen": (host_init, host_apply),
+    "function": (linear_init, linear_apply),
+    "object": (lambda key, _: {"params": Linear(0.1 * jax.random.normal(key, (3, 2)))}, object_apply),
+}
+PAIR = (Depth(), Saliency())
+
+
+def other(name, **options):
+    init, apply = OTHERS[name]
+    optimizer, batch = optax.adam(0.03), {k: v for k, v in make_batch().items() if k != "semseg"}
+    state = jit(lambda: init_state(None, optimizer, batch["image"], init=init, objective=options.get("objective")))()
+    return jit(make_train_step(None, PAIR, optimizer, rngs=("dropout",), apply=apply, **options)), state, batch
+
+
+@pytest.mark.parametrize("objective", [None, upgrad(2)], ids=["sum", "upgrad"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_of_other_libraries(name, objective):
+    """The loss falls in two micro-batches, what is fixed stays, the structure too, and evaluation draws nothing."""
+    step, start, batch = other(name, accumulate=2, objective=objective)
+    state, losses = start, []
+    for _ in range(8):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    assert step._cache_size() == 1
+    assert jax.tree.structure(state) == jax.tree.structure(start)
+    jax.tree.map(np.testing.assert_array_equal, state.constants, start.constants)
+    evaluate = jit(make_eval_step(None, PAIR, apply=OTHERS[name][1]))
+    first, again = evaluate(state.variables, batch), evaluate(state.variables, batch)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert set(first) == {"depth", "saliency"}
+
+
+@pytest.mark.parametrize("name", ["linen", "function"])
+def test_a_resumed_host_draws_the_same(name):
+    step, state, batch = other(name, accumulate=2)
+    for _ in range(2):
+        state, _ = step(state, batch)
+    kept = jax.device_get(state)
+    on, resumed = step(state, batch), step(jax.tree.map(jnp.array, kept), batch)
+    jax.tree.map(np.testing.assert_array_equal, resumed, on)
+    assert on[1]["loss"] != step(state.replace(step=jnp.int32(9)), batch)[1]["loss"]
+    assert on[1]["loss"] != step(state.replace(seed=jnp.uint32(9)), batch)[1]["loss"]
+
+
+def test_every_stream_has_its_key_and_that_of_drop_path_is_the_micro_batchs():
+    """fold_in(fold_in(key(seed), step), micro-batch): what checkpoints of runs under way go on with."""
+    seen = []
+
+    def apply(variables, image, *, train, rngs):
+        seen.append({name: jax.random.key_data(key) for name, key in rngs.items()})
+        return Toy().apply(variables, image, train, rngs=rngs)
+
+    _, state, batch = toy()
+    state = state.replace(seed=jnp.uint32(5), step=jnp.int32(7))
+    with jax.disable_jit():
+        make_train_step(None, (Depth(),), optax.adam(0.1), rngs=("drop_path", "dropout", "noise"), apply=apply)(
+            state, batch
+        )
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 7), 0)
+    np.testing.assert_array_equal(seen[0]["drop_path"], jax.random.key_data(key))
+    assert len({tuple(np.ravel(data).tolist()) for data in seen[0].values()}) == 3
+    default = jit(make_train_step(Toy(), (Depth(),), optax.adam(0.1)))(state, batch)[1]
+    predicted = Toy().apply(state.variables, batch["image"], True, rngs={"drop_path": key})["depth"]
+    np.testing.assert_allclose(default["loss"], Depth().loss(predicted, batch["depth"]), rtol=1e-5)
+
+
+def test_models_that_are_called_otherwise_are_told_how():
+    image = make_batch()["image"]
+    state, batch = init_state(None, SGD, image, init=host_init), make_batch()
+    with pytest.raises(ValueError, match=r"Host has no argument train; say how it is called, such as init="):
+        init_state(Host(), SGD, image)
+    with pytest.raises(ValueError, match=r"Host has no argument train; say how it is called, such as apply="):
+        make_train_step(Host(), PAIR, SGD)
+    with pytest.raises(ValueError, match=r"evaluation step: function is no linen module; .* apply="):
+        make_eval_step(linear_apply, PAIR)
+    with pytest.raises(
+        ValueError, match=r"stream 'dropout', .*\('drop_path',\); name it: .*\('drop_path', 'dropout'\)"
+    ):
+        jax.eval_shape(make_train_step(None, PAIR, SGD, apply=host_apply), state, batch)
+    drawing = make_eval_step(None, PAIR, apply=lambda *args, train, rngs: host_apply(*args, train=True, rngs=rngs))
+    with pytest.raises(ValueError, match=r"'dropout' with train=False; give apply="):
+        jax.eval_shape(drawing, state.variables, batch)
+    with pytest.raises(ValueError, match=r"rngs is 'dropout'; give a sequence of names, \('dropout',\)"):
+        make_train_step(Toy(), PAIR, SGD, rngs="dropout")
+    with pytest.raises(ValueError, match=r"calls encode and decode, and apply= neither"):
+        make_train_step(make_model(), TASKS, SGD, gradients="representation", apply=host_apply)
+
+
+def test_running_state_is_refused():
+    class Running(nn.Module):
+        @nn.compact
+        def __call__(self, image, train=False):
+            return {"depth": nn.BatchNorm(not train)(nn.Dense(1)(image))}
+
+    with pytest.raises(ValueError, match=r"collections \['batch_stats'\]; a train step carries"):
+        init_state(Running(), SGD, make_batch()["image"])
 
 
 # ---- meshes --------------------------------------------------------------------------------------------------------
