@@ -118,6 +118,10 @@ def load(workdir: str | Path, which: str = "best", **options: Any) -> "Predictor
 
     Raises:
       CheckpointError: there is no complete checkpoint, or it is damaged.
+
+    >>> import sgw_jax
+    >>> predictor = sgw_jax.load("runs/scenes")  # doctest: +SKIP
+    >>> maps = predictor(photo)  # doctest: +SKIP
     """
     from sgw_jax.prediction.predictor import Predictor
 

@@ -38,13 +38,32 @@ class MultiTaskModel(nn.Module):
       preliminary: also predict from the stems, before the interaction, in training (deep supervision as in InvPT).
       dtype: of the computation; parameters and predictions are float32.
 
-    Call: (image (batch, H, W, 3), train) -> {task: (batch, H, W, head width)} float32 raw outputs; with
-    ``preliminary`` and ``train`` also {"preliminary/task": ...}, and in training {"features/task": (batch, h, w,
-    channels)}, what enters the interaction, for each task whose loss uses it (`Task.uses_features`).
+    Call:
+      image: (batch, H, W, 3), normalised.
+      train: whether it is training, which drops paths and adds outputs.
+
+    Returns:
+      {task: (batch, H, W, head width)} float32 raw outputs; with ``preliminary`` and ``train`` also
+      {"preliminary/task": ...}, and in training {"features/task": (batch, h, w, channels)}, what enters the
+      interaction, for each task whose loss uses it (`Task.uses_features`).
 
     Raises:
       ValueError: no task, or two of one name; a scale that is not coarser than ``stride``; ``persist`` with an
         interaction that has no slots.
+
+    >>> import flax.linen as nn
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax import KEM, TASKS, MultiTaskModel
+    >>> class Backbone(nn.Module):
+    ...     def __call__(self, image, train=False):
+    ...         return {4: image[:, ::4, ::4]}
+    >>> tasks = [TASKS["depth"](), TASKS["normals"]()]
+    >>> model = MultiTaskModel(tasks, Backbone(), KEM(num_slots=2), channels=4)
+    >>> image = jnp.ones((1, 8, 8, 3))
+    >>> outputs, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    >>> {name: value.shape for name, value in outputs.items()}
+    {'depth': (1, 8, 8, 1), 'normals': (1, 8, 8, 3)}
     """
 
     tasks: Sequence[Task]

@@ -48,10 +48,29 @@ class Apply(Protocol):
 class TrainState(flax.struct.PyTreeNode):
     """All that a step reads and writes; what a checkpoint holds.
 
-    step: how many updates have been made (int32). seed: of all randomness in training (uint32); part of the state and
-    no constant of the program, so that another seed needs no other program. params, constants: the model's collections;
-    constants (the ETF) never change. ema: exponential moving average of params, or None. objective: the state of the
-    scalariser or aggregator.
+    Attributes:
+      step: how many updates have been made (int32).
+      seed: of all randomness in training (uint32); part of the state and no constant of the program, so that another
+        seed needs no other program.
+      params: the model's collection of that name.
+      constants: likewise; they (the ETF) never change.
+      opt_state: the optimiser's.
+      ema: exponential moving average of params, or None.
+      objective: the state of the scalariser or aggregator.
+
+    >>> import flax.linen as nn
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> from sgw_jax import KEM, TASKS, MultiTaskModel, TrainState, init_state
+    >>> class Backbone(nn.Module):
+    ...     def __call__(self, image, train=False):
+    ...         return {4: image[:, ::4, ::4]}
+    >>> tasks = [TASKS["depth"](), TASKS["normals"]()]
+    >>> model = MultiTaskModel(tasks, Backbone(), KEM(num_slots=2), channels=4)
+    >>> state = jax.eval_shape(lambda image: init_state(model, optax.sgd(0.1), image), jnp.ones((1, 8, 8, 3)))
+    >>> isinstance(state, TrainState), sorted(state.variables)
+    (True, ['constants', 'params'])
     """
 
     step: Int[Array, ""]
@@ -82,8 +101,33 @@ def init_state(
 
     Args:
       model: a linen module that is called with (image, train); any other needs ``init``, and is not looked at.
+      optimizer: an Optax transformation.
+      image: one batch (batch, H, W, 3), of which the shapes count.
       seed: in [0, 2^32); of the parameters, and of all that is random while training.
+      ema: whether the state keeps an average of the parameters.
+      objective: as of `make_train_step`.
       init: (key, image) -> {"params": any pytree of arrays, "constants": likewise, or absent}, in place of the model's.
+
+    Returns:
+      The state; the parameters are as the model makes them.
+
+    Raises:
+      ValueError: a model with running state or other collections; one without an argument ``train`` and no ``init``.
+
+    >>> import flax.linen as nn
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> from sgw_jax import KEM, TASKS, MultiTaskModel, init_state
+    >>> class Backbone(nn.Module):
+    ...     def __call__(self, image, train=False):
+    ...         return {4: image[:, ::4, ::4]}
+    >>> tasks = [TASKS["depth"](), TASKS["normals"]()]
+    >>> model = MultiTaskModel(tasks, Backbone(), KEM(num_slots=2), channels=4)
+    >>> make = jax.jit(lambda image: init_state(model, optax.sgd(0.1), image, seed=3))
+    >>> state = make(jnp.ones((1, 8, 8, 3)))
+    >>> int(state.step), int(state.seed), state.ema
+    (0, 3, None)
     """
     key = jax.random.key(seed)
     if init is not None:
@@ -125,8 +169,13 @@ def make_train_step(
     Losses are sums over all labelled pixels of the global batch divided by their count, per task, times the task's
     weight; a task without labels in the batch has loss 0, no gradient, and no say in how the others are combined.
 
+    Each stream draws by the state's seed, the step, the micro-batch and its name, so a resumed run draws the same
+    numbers.
+
     Args:
       model: a linen module that is called with (image, train); any other needs ``apply``, and is not looked at.
+      tasks: what is trained; their names are keys of the batch.
+      optimizer: an Optax transformation, of one gradient.
       objective: how losses become one update (multi_objective/): a scalariser, or an aggregator made for the number of
         tasks, whose weights act on the shared parameters, while a task's own take its own gradient
         (`parameter_names.owner` says whose they are). None is the sum.
@@ -139,15 +188,34 @@ def make_train_step(
       rngs: the streams that the model draws from in training, such as "dropout".
       apply: how the model is called, see `Apply`; None is ``model.apply(variables, image, train=train, rngs=rngs)``.
 
-    Each stream draws by the state's seed, the step, the micro-batch and its name, so a resumed run draws the same
-    numbers.
-
-    Returns metrics: "loss" (the weighted sum, whatever the objective), "loss/TASK" (unweighted; 0 for a weight of 0),
-    "grad_norm" (of the update), with an aggregator those of `gradient_metrics`; all float32 scalars.
+    Returns:
+      (state, {"image": (batch, H, W, 3), task: target}) -> (state, metrics), float32 scalars: "loss" (the weighted sum,
+      whatever the objective), "loss/TASK" (unweighted; 0 for a weight of 0), "grad_norm" (of the update), with an
+      aggregator those of `gradient_metrics`.
 
     Raises:
       ValueError: unknown ``gradients``; "representation" with a model that has no `encode` and `decode`, or with
-        ``apply``; a model without an argument ``train`` and no ``apply``; in the step, a stream that ``rngs`` lacks.
+        ``apply``; a model without an argument ``train`` and no ``apply``; in the step, a stream that ``rngs`` lacks, an
+        average in the state without ``ema_decay`` or the other way round, rows that ``accumulate`` does not divide.
+
+    >>> import flax.linen as nn
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> from sgw_jax import KEM, TASKS, MultiTaskModel, init_state, make_train_step
+    >>> class Backbone(nn.Module):
+    ...     def __call__(self, image, train=False):
+    ...         return {4: image[:, ::4, ::4]}
+    >>> tasks = [TASKS["depth"](), TASKS["normals"]()]
+    >>> model = MultiTaskModel(tasks, Backbone(), KEM(num_slots=2), channels=4)
+    >>> image = jnp.ones((2, 8, 8, 3))
+    >>> batch = {"image": image, "depth": jnp.ones((2, 8, 8)), "normals": image / 3**0.5}
+    >>> optimizer = optax.sgd(0.1)
+    >>> state = jax.jit(lambda image: init_state(model, optimizer, image))(image)
+    >>> step = jax.jit(make_train_step(model, tasks, optimizer), donate_argnums=0)
+    >>> state, metrics = step(state, batch)
+    >>> int(state.step), sorted(metrics)
+    (1, ['grad_norm', 'loss', 'loss/depth', 'loss/normals'])
     """
     objective = weighted_sum([1.0] * len(tasks)) if objective is None else objective
     names = [task.name for task in tasks]
@@ -262,8 +330,34 @@ def make_eval_step(
 ) -> Callable[[Any, Batch], dict[str, Any]]:
     """Builds ``step(variables, batch) -> {task: {"metrics": sums, "loss": sum, "count": n}}``, all additive.
 
-    Rows of padding hold only ignored labels and add nothing. ``apply``: as in `make_train_step`; it is called with
-    ``train=False`` and no rngs.
+    Rows of padding hold only ignored labels and add nothing.
+
+    Args:
+      model: as of `make_train_step`.
+      tasks: what is measured.
+      apply: as of `make_train_step`; it is called with ``train=False`` and no rngs.
+
+    Returns:
+      (variables, {"image": (batch, H, W, 3), task: target}) -> sums by task; add them with `metrics.add_sums`.
+
+    Raises:
+      ValueError: a model without an argument ``train`` and no ``apply``.
+
+    >>> import flax.linen as nn
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax import KEM, TASKS, MultiTaskModel, make_eval_step
+    >>> class Backbone(nn.Module):
+    ...     def __call__(self, image, train=False):
+    ...         return {4: image[:, ::4, ::4]}
+    >>> tasks = [TASKS["depth"](), TASKS["normals"]()]
+    >>> model = MultiTaskModel(tasks, Backbone(), KEM(num_slots=2), channels=4)
+    >>> image = jnp.ones((2, 8, 8, 3))
+    >>> batch = {"image": image, "depth": jnp.ones((2, 8, 8)), "normals": image / 3**0.5}
+    >>> variables = jax.jit(model.init)(jax.random.key(0), image)
+    >>> sums = jax.jit(make_eval_step(model, tasks))(variables, batch)
+    >>> int(sums["depth"]["count"]), sorted(sums["depth"])
+    (128, ['count', 'loss', 'metrics'])
     """
     call = _naming_streams(_default_apply(model, "evaluation step") if apply is None else apply, None)
 

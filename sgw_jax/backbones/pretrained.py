@@ -83,9 +83,19 @@ def load_pretrained(path: epath.PathLike) -> tuple[nn.Module, dict[str, Any]]:
     merging, with output norms if the file has them; for ViT and DINOv2 {layer: map} of four layers, the last after the
     final norm, without the class token.
 
+    Args:
+      path: the folder, or the ``.npz``; local or in a bucket.
+
+    Returns:
+      (module, {"params": ...}), NumPy float32.
+
     Raises:
       PretrainedError: no such file, truncated, pickled, of another kind or option than those above; tensors that are
         missing, of another shape, or that nothing asks for, all of which are listed.
+
+    >>> from sgw_jax import load_pretrained
+    >>> module, variables = load_pretrained("dinov2-large")  # doctest: +SKIP
+    >>> maps = module.apply(variables, pixels)  # doctest: +SKIP
     """
     found = read_pretrained(path)
     logging.getLogger(__name__).info("Loaded %s", found.summary())

@@ -31,6 +31,11 @@ def simplex_etf(num_vertices: int, dim: int, *, seed: int = 0) -> np.ndarray:
       ValueError: if K < 2, or if d < K - 1 (K points need K - 1 dimensions to be equiangular).
 
     Source: Papyan, Han, Donoho 2020 (definition); Yang et al. 2022, arXiv 2203.09081 (fixed, not learned).
+
+    >>> from sgw_jax import simplex_etf
+    >>> vertices = simplex_etf(num_vertices=3, dim=4)
+    >>> (vertices.T @ vertices).round(6).tolist()
+    [[1.0, -0.5, -0.5], [-0.5, 1.0, -0.5], [-0.5, -0.5, 1.0]]
     """
     check_vertices(num_vertices, dim)
     frame = orthonormal_frame(dim, num_vertices - 1, seed=seed)
@@ -118,7 +123,23 @@ class SimplexETF(nn.Module):
       seed: of the frame; see `simplex_etf`.
       eps: added to ||f||^2.
 
-    Call: features (..., d) -> (..., K) in the dtype of the features; the norm is taken in float32.
+    Call:
+      features: (..., d).
+
+    Returns:
+      (..., K) in the dtype of the features; the norm is taken in float32.
+
+    Raises:
+      ValueError: fewer than 2 vertices, or more than d + 1.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax import SimplexETF
+    >>> etf = SimplexETF(num_vertices=5)
+    >>> features = jnp.ones((2, 8))
+    >>> variables = etf.init(jax.random.key(0), features)  # {"constants": ...}; no parameters
+    >>> etf.apply(variables, features).shape
+    (2, 5)
     """
 
     num_vertices: int

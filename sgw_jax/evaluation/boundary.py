@@ -57,16 +57,26 @@ def evaluate(
         saves and reads them).
       targets: bool, of the same shapes.
       max_dist: greatest distance of a match, as a fraction of the image's diagonal (PASCAL-Context 0.0075, NYUD 0.011).
+      thresholds: in [0, 1), at which predictions are binarised.
       thin: thin predictions and targets before matching.
       outline_targets: replace a target by the outline of its mask first, as the published NYUD evaluation does.
       ignore: bool; pixels that count neither as prediction nor as target.
       workers: processes that share the images; 0 is this one.
       console: where a progress bar is shown; None shows none.
 
-    Returns: see `summarise`; all in [0, 1].
+    Returns:
+      As `summarise`; all in [0, 1].
 
-    Raises ValueError for no image, different lengths or shapes, predictions outside [0, 1] or not finite, and
-    options that do not make sense.
+    Raises:
+      ValueError: no image, different lengths or shapes, predictions outside [0, 1] or not finite, options that do not
+        make sense.
+
+    >>> import numpy as np
+    >>> from sgw_jax import boundary
+    >>> target = np.eye(8, dtype=bool)
+    >>> found = boundary.evaluate([0.9 * target], [target], max_dist=0.1, thresholds=(0.25, 0.5))
+    >>> found["ods"], found["ois"], found["images"]
+    (1.0, 1.0, 1)
     """
     if len(predictions) != len(targets) or (ignore is not None and len(ignore) != len(targets)):
         raise InputError(
@@ -94,6 +104,26 @@ def counts_of(
     """`image_counts` of each (prediction, target[, ignore]) in order; what several processes can pool.
 
     Images are taken from the iterable as they are needed, at most four per worker ahead.
+
+    Args:
+      images: (prediction, target) or (prediction, target, ignore) each.
+      max_dist: as of `evaluate`.
+      workers: processes that share the images; 0 is this one.
+      console: where a progress bar is shown; None shows none.
+      total: how many images, for the bar.
+      options: of `image_counts`.
+
+    Returns:
+      int64 (images, thresholds, 3).
+
+    Raises:
+      ValueError: as `image_counts`, with the image's number.
+
+    >>> import numpy as np
+    >>> from sgw_jax import boundary
+    >>> target = np.eye(8, dtype=bool)
+    >>> boundary.counts_of([(0.9 * target, target)], max_dist=0.1, thresholds=(0.5,)).tolist()
+    [[[8, 8, 8]]]
     """
     options["max_dist"] = max_dist
     found: Iterable[np.ndarray] = _in_order(images, options, workers)
@@ -137,7 +167,29 @@ def image_counts(
     thin_lines: bool = True,
     outline_targets: bool = False,
 ) -> Int[np.ndarray, "thresholds 3"]:
-    """Per threshold: matched pixels, predicted pixels, target pixels. See `evaluate` for the arguments."""
+    """Per threshold: matched pixels, predicted pixels, target pixels.
+
+    Args:
+      prediction: in [0, 1], or uint8 levels.
+      target: bool.
+      ignore: bool; pixels that count neither as prediction nor as target.
+      max_dist: as of `evaluate`, and so are the others.
+      thresholds: in [0, 1).
+      thin_lines: thin predictions and targets before matching.
+      outline_targets: replace the target by the outline of its mask first.
+
+    Returns:
+      int64 (thresholds, 3).
+
+    Raises:
+      ValueError: different shapes, predictions outside [0, 1] or not finite, options that do not make sense.
+
+    >>> import numpy as np
+    >>> from sgw_jax import boundary
+    >>> target = np.eye(8, dtype=bool)
+    >>> boundary.image_counts(0.9 * target, target, max_dist=0.1, thresholds=(0.5, 0.95)).tolist()
+    [[8, 8, 8], [0, 0, 8]]
+    """
     prediction, target = _checked(prediction, target, ignore, max_dist, thresholds)
     if outline_targets:
         target = outline(target)
@@ -187,6 +239,17 @@ def outline(mask: Bool[np.ndarray, "height width"]) -> Bool[np.ndarray, "height 
     """seg2bmap: true where a pixel differs from its east, south or south-east neighbour.
 
     Outside the image the nearest pixel counts: in the last row only east differs, in the last column only south.
+
+    Args:
+      mask: bool (height, width).
+
+    Returns:
+      bool (height, width).
+
+    >>> import numpy as np
+    >>> from sgw_jax import boundary
+    >>> boundary.outline(np.array([[False, True, True]])).tolist()
+    [[True, False, False]]
     """
     padded = np.pad(mask, ((0, 1), (0, 1)), mode="edge")
     east, south, both = padded[:-1, 1:], padded[1:, :-1], padded[1:, 1:]
@@ -228,11 +291,23 @@ class _Matcher:
 def summarise(
     counts: Int[np.ndarray, "images thresholds 3"], thresholds: Sequence[float] = HED_THRESHOLDS
 ) -> dict[str, Any]:
-    """{"ods", "ods_threshold", "ods_precision", "ods_recall", "ois", "ap", "images", "precision", "recall"}.
+    """ODS, OIS and AP from counts. An image without counts changes nothing.
 
-    Numbers in [0, 1]; precision and recall are lists over the thresholds. An image without counts changes nothing.
+    Args:
+      counts: as of `counts_of`, (images, thresholds, 3).
+      thresholds: those that were counted at.
 
-    Raises ValueError when there is no image.
+    Returns:
+      {"ods", "ods_threshold", "ods_precision", "ods_recall", "ois", "ap", "images", "precision", "recall"}: numbers in
+      [0, 1], and lists over the thresholds.
+
+    Raises:
+      ValueError: no image.
+
+    >>> import numpy as np
+    >>> from sgw_jax import boundary
+    >>> boundary.summarise(np.array([[[3, 4, 4]]]), thresholds=(0.5,))["ods"]
+    0.75
     """
     if not len(counts):
         raise InputError("boundary: there are no images, so there is nothing to summarise.")

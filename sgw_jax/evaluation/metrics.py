@@ -47,12 +47,26 @@ def delta_m(
 ) -> float:
     """100 / T * sum over the T tasks of (-1)^l (M - B) / B, in percent; positive means better than the baselines.
 
-    M and B are a task's headline metric (`task.metric`) in `results` and `baselines`, both {task name: {metric:
-    value}}; l = 1 where lower is better (Vandenhende et al., "Multi-Task Learning for Dense Prediction Tasks: A
-    Survey", eq. 10). A result that is NaN, because there was nothing to measure, makes delta_m NaN.
+    M and B are a task's headline metric (`task.metric`); l = 1 where lower is better (Vandenhende et al., "Multi-Task
+    Learning for Dense Prediction Tasks: A Survey", eq. 10). A result that is NaN, because there was nothing to measure,
+    makes delta_m NaN.
 
-    Raises ValueError without tasks, when a task or its metric is missing on either side, and when a baseline is zero
-    or not finite.
+    Args:
+      results: M, {task name: {metric: value}}.
+      baselines: B, likewise; in the same units.
+      tasks: which to compare, at least one.
+
+    Returns:
+      Percent.
+
+    Raises:
+      ValueError: no tasks; a task or its metric that is missing on either side; a baseline that is zero or not finite.
+
+    >>> from sgw_jax import TASKS, delta_m
+    >>> tasks = [TASKS["depth"](), TASKS["semseg"]()]
+    >>> single = {"depth": {"rmse": 1.0}, "semseg": {"miou": 40.0}}
+    >>> round(delta_m({"depth": {"rmse": 0.9}, "semseg": {"miou": 42.0}}, single, tasks), 6)
+    7.5
     """
     gains = []
     for task in tasks:

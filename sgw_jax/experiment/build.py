@@ -23,9 +23,21 @@ def build(
     """Builds all objects, checking the whole configuration before anything is rendered, compiled or written.
 
     Args:
+      config: as of `read_config`.
       cache_dir: where rendered scenes are kept; None leaves the data out (`plan` needs none).
       tasks: task instances in place of those the configuration names, for a user's own.
       mesh: in place of the one the configuration names, over all devices.
+
+    Returns:
+      The `Experiment`: tasks, model, optimiser, mesh, data and the loop's numbers.
+
+    Raises:
+      ValueError: a value that is not allowed, or that does not go with another; the message names the key.
+
+    >>> from sgw_jax import build, read_config
+    >>> experiment = build(read_config("scenes:tasks=depth+normals"), cache_dir=None)
+    >>> [task.name for task in experiment.tasks], experiment.settings.steps
+    (['depth', 'normals'], 1000)
     """
     check_positive(config)
     tasks = tuple(tasks) if tasks is not None else build_tasks(config)

@@ -25,9 +25,21 @@ class UsageError(InputError):
 def read_config(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """The configuration of a file, or of a shipped one by name, with ``--config.key=value`` applied, locked.
 
+    Args:
+      argument: NAME_OR_FILE[:args]; args go to the file's ``get_config``.
+      overrides: "--config.key=value" each.
+
+    Returns:
+      The configuration, locked, with every key of configs/base.py.
+
     Raises:
       UsageError: no such file or name, a file that fails, a key that does not exist (names the nearest that does), a
         value of another type.
+
+    >>> from sgw_jax import read_config
+    >>> config = read_config("scenes:interaction=none", ["--config.steps=300"])
+    >>> config.steps, config.interaction
+    (300, 'none')
     """
     config = _load(argument)
     keys = _leaves(config)

@@ -27,7 +27,26 @@ def cross_task_attention(
     Args:
       params: {"query", "key", "value", "output"}: {"kernel": (C, C)} each, and, for layer normalisation in front of the
         maps, "norm": {"scale", "bias"}.
+      features: task -> (batch, *space, C), floating-point, of one C, batch size and dtype.
+      num_heads: h; divides C.
+      query_chunk: queries at a time; None: all.
       mask: True where a token is real; padding is not attended to and keeps its features.
+      dtype: of the computation; softmax stays float32.
+
+    Returns:
+      The same mapping: keys, order, shapes and dtype.
+
+    Raises:
+      ValueError: features that do not fit together, see `check_features`; masks of other tasks or shapes; a chunk
+        below 1.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.functional import cross_task_attention
+    >>> features = {"depth": jnp.ones((1, 2, 2, 4)), "edges": jnp.ones((1, 3, 4))}
+    >>> params = {name: {"kernel": jnp.eye(4)} for name in ("query", "key", "value", "output")}
+    >>> mixed = cross_task_attention(params, features, num_heads=2)
+    >>> {name: (value.shape, float(value.mean())) for name, value in mixed.items()}
+    {'depth': ((1, 2, 2, 4), 2.0), 'edges': ((1, 3, 4), 2.0)}
     """
     tokens, layout = concatenate_tasks(features, "CrossTaskAttention")
     real = None if mask is None else concatenate_mask(mask, layout, "CrossTaskAttention")

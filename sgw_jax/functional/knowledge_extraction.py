@@ -21,12 +21,19 @@ Projection = Callable[[Array], tuple[Array, Array | None]]  # tokens -> (values,
 
 
 class Extraction(NamedTuple):
-    """What a call of `knowledge_extraction` returns.
+    """What a call of `knowledge_extraction` returns. Under jit what nobody reads costs nothing.
 
-    features: the mapping, as it came in. slots: R^ of the last round, (batch, L, d_e). records: what happened, a list
-    with an entry for each round: retrieve_weights (batch, heads, L, kept), retrieve_index likewise (absent without
-    selection), readout (batch, L, d_e), write_weights (batch, heads, tokens, L) and update_ratio (batch,), which is
-    ||F^|| / ||F||. Under jit what nobody reads costs nothing.
+    Attributes:
+      features: the mapping, as it came in.
+      slots: R^ of the last round, (batch, L, d_e).
+      records: what happened, a list with an entry for each round: retrieve_weights (batch, heads, L, kept),
+        retrieve_index likewise (absent without selection), readout (batch, L, d_e), write_weights (batch, heads,
+        tokens, L) and update_ratio (batch,), which is ||F^|| / ||F||.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.functional import Extraction
+    >>> Extraction({"depth": jnp.ones((1, 4, 8))}, slots=jnp.ones((1, 2, 8)), records={}).slots.shape
+    (1, 2, 8)
     """
 
     features: dict[str, Array]
@@ -82,13 +89,38 @@ def knowledge_extraction(
         ...}, "write": {"query": {"kernel": (C', d_e)}, "key": {"kernel": (d_e, d_e)}, "value": {"kernel": (d_e, C)}}},
         C' the width of the projected features; and, for the options they stand for, "norm": {"scale", "bias"} (C,),
         "task_embedding_NAME" (C',) and "task_gate_NAME" (1,) of every task.
+      features: task -> (batch, *space, C), floating-point, of one C, batch size and dtype.
+      num_heads: h; divides d_e and C.
+      top_k: tokens that a slot keeps per head; None: all.
       projection: tokens -> (values, frame or None), such as `etf_projection`'s; None is KEM.
+      values_from: whether values are of the "projected" tokens or of the "features" as they are.
+      temperature: divides the scores of the retrieval.
+      rounds: how often retrieve and write run.
+      recall: expected share of the k best that a TPU finds, in (0, 1]; None: all, exactly.
       products: on which side the tokens' maps are applied, see products.py; "cheaper" counts.
-      mask: True where a token is real; padding is not retrieved and keeps its features. None: all are.
+      placement: how batch and tokens are split over a mesh; None leaves it to the partitioner.
+      slots: the state to start from, (batch, L, d_e), in place of ``params["slots"]``.
+      mask: task -> (batch, *space) bool, True where a token is real; padding is not retrieved and keeps its features.
+        None: all are.
       change: applied to R^ of every round before it is used: what would be if the slots held something else.
+      dtype: of the computation; scores and softmax stay float32.
+
+    Returns:
+      An `Extraction`.
 
     Raises:
-      ValueError: features that do not fit together, see `check_features`.
+      ValueError: features that do not fit together, see `check_features`; masks of other tasks or shapes.
+
+    >>> import functools
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax import KEM
+    >>> from sgw_jax.functional import knowledge_extraction
+    >>> features = {"depth": jnp.ones((1, 2, 2, 4)), "edges": jnp.ones((1, 2, 2, 4))}
+    >>> params = jax.jit(KEM(num_slots=2).init)(jax.random.key(0), features)["params"]
+    >>> found = jax.jit(functools.partial(knowledge_extraction, top_k=3))(params, features)
+    >>> found.slots.shape, [weights.shape for weights in found.records["retrieve_weights"]]
+    ((1, 2, 4), [(1, 1, 2, 3)])
     """
     parts = 1 if placement is None else placement.shards()
     tokens, layout = concatenate_tasks(features, "KEM", parts)
@@ -157,7 +189,36 @@ def retrieve(
     layout: TokenLayout | None = None,
     mask: Bool[Array, "batch tokens"] | None = None,
 ) -> Retrieved:
-    """``R^ = topk-softmax((R W_qr)(F W_kr)^T / (temperature sqrt(d))) (F W_vr)`` (the paper's first step)."""
+    """``R^ = topk-softmax((R W_qr)(F W_kr)^T / (temperature sqrt(d))) (F W_vr)`` (the paper's first step).
+
+    Args:
+      slots: R (batch, L, d_e).
+      seen: the tokens, as what makes keys and as what makes values.
+      maps: W_qr, W_kr and W_vr, cut into heads.
+      products: on which side W_kr and W_vr are applied: a value of `PRODUCTS`.
+      top_k: tokens that a slot keeps per head; None: all.
+      temperature: as in the formula.
+      recall: expected share of the k best that a TPU finds; None: all, exactly.
+      placement: how batch and tokens are split over a mesh.
+      layout: where each task's tokens lie; needed where ``placement`` splits them.
+      mask: (batch, tokens), False for padding, which no slot retrieves.
+
+    Returns:
+      R^ (batch, L, d_e), the weights (batch, heads, L, kept) behind it, and of which tokens they are (None: of all).
+
+    Raises:
+      ValueError: tokens that the shards of ``placement`` do not divide.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.functional import retrieve
+    >>> from sgw_jax.functional.knowledge_extraction import Seen
+    >>> from sgw_jax.functional.products import PRODUCTS, Maps, Tokens
+    >>> tokens, kernel = Tokens(jnp.ones((1, 6, 4))), jnp.ones((4, 1, 4))
+    >>> maps = Maps(kernel, kernel, kernel)
+    >>> found = retrieve(jnp.ones((1, 2, 4)), Seen(tokens, tokens), maps, PRODUCTS["tokens"], top_k=3)
+    >>> found.readout.shape, found.weights.shape, found.tokens.shape
+    ((1, 2, 4), (1, 1, 2, 3), (1, 1, 2, 3))
+    """
 
     def attend(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array | None]:
         scale = 1 / (temperature * maps.query.shape[-1] ** 0.5)
@@ -170,7 +231,26 @@ def retrieve(
 
 
 def write(seen: Seen, slots: Float[Array, "batch slots width"], maps: Maps, products: Products) -> Written:
-    """``F^ = softmax((F W_qw)(R^ W_kw)^T / sqrt(d)) (R^ W_vw)`` (the paper's second step)."""
+    """``F^ = softmax((F W_qw)(R^ W_kw)^T / sqrt(d)) (R^ W_vw)`` (the paper's second step).
+
+    Args:
+      seen: the tokens, whose choosers make the queries.
+      slots: R^ (batch, L, d_e).
+      maps: W_qw, W_kw and W_vw, cut into heads.
+      products: on which side W_qw is applied: a value of `PRODUCTS`.
+
+    Returns:
+      F^ (batch, tokens, C) and the weights (batch, heads, tokens, L) behind it.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.functional import write
+    >>> from sgw_jax.functional.knowledge_extraction import Seen
+    >>> from sgw_jax.functional.products import PRODUCTS, Maps, Tokens
+    >>> tokens, kernel = Tokens(jnp.ones((1, 6, 4))), jnp.ones((4, 1, 4))
+    >>> written = write(Seen(tokens, tokens), jnp.ones((1, 2, 4)), Maps(kernel, kernel, kernel), PRODUCTS["tokens"])
+    >>> written.update.shape, written.weights.shape
+    ((1, 6, 4), (1, 1, 6, 2))
+    """
     scale = maps.query.shape[-1] ** -0.5
     scores = products.scores(seen.chooser, maps.query, by_head(slots, maps.key), scale)
     weights = jax.nn.softmax(scores, axis=-1)
@@ -181,7 +261,20 @@ def write(seen: Seen, slots: Float[Array, "batch slots width"], maps: Maps, prod
 def broadcast(
     tokens: Float[Array, "batch tokens channels"], update: Float[Array, "batch tokens channels"]
 ) -> Float[Array, "batch tokens channels"]:
-    """``F <- F + F^`` (the paper's third step, residual weight 1), in the dtype of the tokens."""
+    """``F <- F + F^`` (the paper's third step, residual weight 1), in the dtype of the tokens.
+
+    Args:
+      tokens: F (batch, tokens, C).
+      update: F^, of the same shape.
+
+    Returns:
+      F + F^ (batch, tokens, C): each task takes its own tokens back.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.functional import broadcast
+    >>> broadcast(jnp.ones((1, 1, 2)), jnp.array([[[0.5, -1.0]]])).tolist()
+    [[[1.5, 0.0]]]
+    """
     return tokens + update.astype(tokens.dtype)
 
 

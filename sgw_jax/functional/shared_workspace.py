@@ -43,11 +43,35 @@ def shared_workspace(
         the norms attended_memory_layernorm and attended_memory_layernorm2 ({"scale", "bias"}); with a gate also
         input_gate_projector ({"w" (E,), "linear"}), memory_gate_projector ({"kernel" (L, E, gates), "bias"}),
         input_bias and forget_bias ().
-      slots: the state to start from.
-      mask: False for tokens that are padding: no slot reads them, and their broadcast is 0.
+      inputs: (batch, N, D).
+      slots: the state to start from, (batch, L, E).
+      num_heads: h; divides E and the width of the keys.
+      top_k: weights that a slot keeps per head; None: all.
+      gate: of what there is a gate for each: "unit", "memory" (a slot) or None.
+      mlp_layers: how often the tied layer runs.
+      rounds: how often the write runs.
+      placement: how batch and tokens of the write are split over a mesh.
+      mask: (batch, N), False for tokens that are padding: no slot reads them, and their broadcast is 0.
+      dtype: of the computation; scores and softmax stay float32.
 
     Returns:
-      (broadcast, the new slots).
+      (broadcast (batch, N, E), the new slots (batch, L, E)).
+
+    Raises:
+      ValueError: tokens that the shards of ``placement`` do not divide.
+
+    >>> import functools
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax import SharedWorkspace
+    >>> from sgw_jax.functional import shared_workspace
+    >>> tokens, slots = jnp.ones((1, 5, 4)), jnp.ones((1, 2, 4))
+    >>> module = SharedWorkspace(num_slots=2, num_heads=2, head_dim=2)
+    >>> params = jax.jit(module.init)(jax.random.key(0), tokens)["params"]
+    >>> mix = jax.jit(functools.partial(shared_workspace, num_heads=2))
+    >>> broadcast, slots = mix(params, tokens, slots=slots)
+    >>> broadcast.shape, slots.shape
+    ((1, 5, 4), (1, 2, 4))
     """
 
     def attend(to: Array, source: Array, keep: int | None, **options: Any) -> Array:
@@ -89,7 +113,32 @@ def workspace_interaction(
     """``F <- F + broadcast(LN(F))`` over the tokens F of all tasks, and the new slots.
 
     Args:
-      params: {"norm": {"scale", "bias"}, "workspace": those of `shared_workspace`}; its options are passed on.
+      params: {"norm": {"scale", "bias"}, "workspace": those of `shared_workspace`}.
+      features: task -> (batch, *space, C), floating-point, of one C, batch size and dtype.
+      slots: the state to start from, (batch, L, C).
+      mask: task -> (batch, *space) bool, False for padding, which no slot reads and which keeps its features.
+      placement: how batch and tokens are split over a mesh.
+      dtype: of the computation.
+      options: passed on to `shared_workspace`.
+
+    Returns:
+      (the same mapping, the new slots (batch, L, C)).
+
+    Raises:
+      ValueError: features that do not fit together, see `check_features`; masks of other tasks or shapes.
+
+    >>> import functools
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax import INTERACTIONS
+    >>> from sgw_jax.functional import workspace_interaction
+    >>> features = {"depth": jnp.ones((1, 2, 2, 4)), "edges": jnp.ones((1, 3, 4))}
+    >>> module = INTERACTIONS["shared_workspace"](num_slots=2)
+    >>> params = jax.jit(module.init)(jax.random.key(0), features)["params"]
+    >>> mix = jax.jit(functools.partial(workspace_interaction, num_heads=1))
+    >>> mixed, slots = mix(params, features, slots=jnp.ones((1, 2, 4)))
+    >>> {name: value.shape for name, value in mixed.items()}, slots.shape
+    ({'depth': (1, 2, 2, 4), 'edges': (1, 3, 4)}, (1, 2, 4))
     """
     parts = 1 if placement is None else placement.shards()
     tokens, layout = concatenate_tasks(features, "SharedWorkspace", parts)

@@ -46,6 +46,8 @@ class KEM(nn.Module):
     unit variance, far apart, because slots that retrieve the same tokens are a failure to watch. top_k is a
     constant, not a share of n_s: a share would lose the bottleneck.
 
+    Nothing is causal: every token takes of every other, as images need it.
+
     Attributes:
       num_slots: L.
       num_heads: h.
@@ -86,21 +88,36 @@ class KEM(nn.Module):
         their features.
       change: applied to R^ of every round before it is used, to ask what would be if the slots held something else.
 
-    Nothing is causal: every token takes of every other, as images need it.
-
     Returns:
       The same mapping (or list or tuple): keys, order, shapes and dtype; with ``return_slots`` a pair with the slots
       (batch, L, d_e).
 
-    Collections: ``params`` (slots, retrieve/{query,key,value}/kernel, write/{query,key,value}/kernel; with the options
-    also task_embedding_NAME, task_gate_NAME and norm), ``constants`` (the fixed frame, if any; a host need not keep it,
-    see `SimplexETF`) and, when made mutable, ``intermediates``: retrieve_weights, retrieve_index, write_weights,
-    readout (R^) and update_ratio (||F^|| / ||F||) of every round.
+    Collections:
+      params: slots, retrieve/{query,key,value}/kernel, write/{query,key,value}/kernel; with the options also
+        task_embedding_NAME, task_gate_NAME and norm.
+      constants: the fixed frame, if any; a host need not keep it, see `SimplexETF`.
+      intermediates: when made mutable, retrieve_weights, retrieve_index, write_weights, readout (R^) and update_ratio
+        (||F^|| / ||F||) of every round.
 
     Raises:
       ValueError: no task, tasks of different channels, batch size or dtype, widths that do not divide by the heads,
         an unknown ``etf_for`` or ``projection``, a temperature that is not positive, a count below 1, ``slots`` of
         another shape, an impossible ETF (see `simplex_etf`).
+
+    >>> import functools
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax import KEM
+    >>> features = {"depth": jnp.ones((2, 4, 4, 8)), "edges": jnp.ones((2, 8, 8, 8))}
+    >>> kem = KEM(num_slots=4, top_k=3)  # sKEM: etf_vertices=6
+    >>> variables = jax.jit(kem.init)(jax.random.key(0), features)
+    >>> mixed = jax.jit(kem.apply)(variables, features)
+    >>> {name: value.shape for name, value in mixed.items()}
+    {'depth': (2, 4, 4, 8), 'edges': (2, 8, 8, 8)}
+    >>> recorded = jax.jit(functools.partial(kem.apply, mutable=["intermediates"]))
+    >>> _, records = recorded(variables, features)
+    >>> records["intermediates"]["retrieve_index"][0].shape  # batch, heads, slots, kept
+    (2, 1, 4, 3)
     """
 
     num_slots: int

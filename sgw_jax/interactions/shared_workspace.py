@@ -31,24 +31,39 @@ class SharedWorkspace(nn.Module):
 
     Attributes:
       num_slots: L.
-      num_heads, head_dim: of the values; E is their product.
+      num_heads: of keys and values.
+      head_dim: of the values; E = num_heads x head_dim.
       key_dim: of queries and keys, per head; None means head_dim.
       top_k: weights a slot keeps per head; None (or >= N) is soft competition.
       gate: "unit" (a gate per unit of a slot), "memory" (one per slot) or None (next = mem).
-      mlp_layers, rounds: as above, at least 1.
+      mlp_layers: how often the tied layer runs, at least 1.
+      rounds: how often the write runs, at least 1.
       dtype: of the computation; scores and softmax stay float32.
-      placement: how batch and tokens are split over a mesh, see `Placement`; of the write.
-      param_dtype, kernel_init, kernel_axes: of parameters and of the linear maps' kernels, as in `KEM`.
+      placement: how batch and tokens of the write are split over a mesh, see `Placement`.
+      param_dtype: of the parameters.
+      kernel_init: of the linear maps' kernels.
+      kernel_axes: logical names of the kernels' axes for partitioning, as in `KEM`.
 
     Call:
-      inputs (batch, N, D); slots: (batch, L, E), the state to start from; None is the authors' eye(L) padded to E;
-      mask (batch, N): False for tokens that are padding, which no slot reads and to which 0 is broadcast.
+      inputs: (batch, N, D).
+      slots: (batch, L, E), the state to start from; None is the authors' eye(L) padded to E.
+      mask: (batch, N) bool, False for tokens that are padding, which no slot reads and to which 0 is broadcast.
 
     Returns:
       (broadcast (batch, N, E), the new slots (batch, L, E)).
 
     Raises:
       ValueError: an unknown gate, a count below 1, slots of another shape.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax import SharedWorkspace
+    >>> workspace = SharedWorkspace(num_slots=3, num_heads=2, head_dim=4, top_k=5)
+    >>> tokens = jnp.ones((2, 6, 7))
+    >>> variables = jax.jit(workspace.init)(jax.random.key(0), tokens)
+    >>> broadcast, slots = jax.jit(workspace.apply)(variables, tokens)
+    >>> broadcast.shape, slots.shape
+    ((2, 6, 8), (2, 3, 8))
     """
 
     num_slots: int

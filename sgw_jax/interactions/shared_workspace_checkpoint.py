@@ -34,8 +34,22 @@ def shared_workspace_params(state_dict: Mapping[str, Any]) -> dict[str, Any]:
       state_dict: name -> array (anything `np.asarray` takes: NumPy, torch tensors on the CPU). A prefix from a larger
         model must be cut off first.
 
+    Returns:
+      The nested ``params``, NumPy float32.
+
     Raises:
       ValueError: names every tensor that is missing, unexpected or of another shape, and tied layers that differ.
+
+    >>> import numpy as np
+    >>> from sgw_jax import shared_workspace_params
+    >>> maps = ("input_projector", "query_proj", "key_proj", "value_proj", "attention_mlp.0")
+    >>> state_dict = {f"{name}.weight": np.eye(4) for name in maps}
+    >>> state_dict |= {f"{name}.bias": np.zeros(4) for name in maps}
+    >>> for norm in ("attended_memory_layernorm", "attended_memory_layernorm2"):
+    ...     state_dict |= {f"{norm}.weight": np.ones(4), f"{norm}.bias": np.zeros(4)}
+    >>> params = shared_workspace_params(state_dict)  # without gates: of SharedWorkspace(gate=None)
+    >>> {name: value.shape for name, value in params["attention_mlp"].items()}
+    {'kernel': (4, 4), 'bias': (4,)}
     """
     tensors = {name: np.asarray(value) for name, value in state_dict.items()}
     layers = sorted({name.split(".")[1] for name in tensors if name.startswith(f"{MLP}.")}, key=lambda n: (len(n), n))

@@ -18,6 +18,12 @@ class Placement:
       tokens: axis that splits the tokens (image rows); None, none does.
       mesh: None takes the mesh in force (`jax.set_mesh`). Without one, on one device, or inside a `shard_map` over
         these axes, the layer is an ordinary one: one network can be trained on a pod and loaded on a laptop.
+
+    >>> from sgw_jax import KEM, Placement
+    >>> placement = Placement(batch=("data",), tokens="rows")
+    >>> placement.shards()  # without a mesh in force
+    1
+    >>> kem = KEM(num_slots=4, placement=placement)
     """
 
     batch: tuple[str, ...] = ()

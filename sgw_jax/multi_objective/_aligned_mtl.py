@@ -34,8 +34,24 @@ def aligned_mtl_weights(
     relative noise of 3e-3): finite, but the choice jumps there. Use it for conflicting tasks of similar scale; not with
     rows much shorter than others, to which "min" shrinks the whole update.
 
+    Args:
+      gramian: G (T, T) of the tasks' gradients.
+      preference: (T,), not negative; None: equal ones.
+      scale: which eigenvalue becomes the common one, as above.
+      mask: (T,), False for tasks without labels in the batch; their weight is 0.
+
+    Returns:
+      The weights (T,), in the tasks' order.
+
     Raises:
-      ValueError: an unknown scale.
+      ValueError: an unknown scale; a Gramian that is not square; a preference or mask of another length.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import weights
+    >>> gramian = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # two tasks in conflict
+    >>> [round(float(weight), 2) for weight in jax.jit(weights.aligned_mtl)(gramian)]
+    [0.56, 0.31]
     """
     if scale not in SCALES:
         raise InputError(f"aligned_mtl: scale is {scale!r}; it must be one of {SCALES}.")

@@ -23,6 +23,23 @@ def equal_weights(
     for logging cosines under plain training. Scale: linear in each row, so the largest gradient leads. Promise: none.
     At stationarity: the weights do not change. With tuned weights of the losses it is a strong baseline (Kurin et al.
     2022, arXiv 2201.04122; Xin et al. 2022, arXiv 2209.11379): use it first; not where scales are unknown and untuned.
+
+    Args:
+      gramian: G (T, T) of the tasks' gradients.
+      preference: (T,), not negative; None: equal ones.
+      mask: (T,), False for tasks without labels in the batch; their weight is 0.
+
+    Returns:
+      The weights (T,), in the tasks' order.
+
+    Raises:
+      ValueError: a Gramian that is not square; a preference or mask of another length.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import weights
+    >>> gramian = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # two tasks in conflict
+    >>> [round(float(weight), 2) for weight in weights.equal(gramian)]
+    [1.0, 1.0]
     """
     return standardise(gramian, preference, mask, 0.0, "count").preference
 
@@ -42,6 +59,24 @@ def db_mtl_weights(
     stationarity of one task (|g_i| to 0) its weight grows without bound, as published, while its part of the update
     keeps the common length; a zero gradient is left out. Use it when scales differ by orders of magnitude; not where a
     task may be done early, as its noise then counts as much as the others' gradients.
+
+    Args:
+      gramian: G (T, T) of the tasks' gradients.
+      losses: L (T,).
+      preference: (T,), not negative; None: equal ones.
+      mask: (T,), False for tasks without labels in the batch; their weight is 0.
+
+    Returns:
+      The weights (T,), in the tasks' order.
+
+    Raises:
+      ValueError: a Gramian that is not square; a preference or mask of another length.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import weights
+    >>> gramian = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # two tasks in conflict
+    >>> [round(float(weight), 2) for weight in weights.db_mtl(gramian, losses=jnp.array([1.0, 0.5]))]
+    [4.0, 2.0]
     """
     found = standardise(gramian, preference, mask, 0.0, "count")
     usable = found.active & (losses > 0)
@@ -66,6 +101,22 @@ def gradnorm(
     Preference: sums to T; it multiplies the lengths aimed at [ours]. Cost: the norms alone. Scale: balances it, in some
     hundred steps. Promise: none about conflicts. At stationarity: bounded, weights are between 0 and T. Use it where
     tasks learn at different speeds in a long run; not in a short one, which its weights hardly leave equal.
+
+    Args:
+      num_tasks: T.
+      alpha: how much more a slow task's gradient is to be; 0: all alike.
+      learning_rate: of theta.
+      preference: (T,), not negative; None: equal ones.
+
+    Returns:
+      The aggregator; its state holds theta and the first losses.
+
+    Raises:
+      ValueError: (update) no losses; a Jacobian of another number of tasks.
+
+    >>> from sgw_jax.multi_objective import gradnorm
+    >>> gradnorm(num_tasks=2).init({}).weights.shape
+    (2,)
     """
 
     def init(number: int) -> tuple[Array, Array]:

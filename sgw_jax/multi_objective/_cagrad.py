@@ -29,8 +29,26 @@ def cagrad_weights(
     gradient. Use it to stay near the mean gradient (c = 0 is the mean); not with more than 10 tasks, nor where the mean
     itself is dominated by one task's scale.
 
+    Args:
+      gramian: G (T, T) of the tasks' gradients.
+      c: radius of the ball, in lengths of g_0; not negative.
+      rescale: divide by 1 + c^2.
+      preference: (T,), not negative; None: equal ones.
+      eps: added to the diagonal of the cosines; it bounds the weights of collinear gradients.
+      mask: (T,), False for tasks without labels in the batch; their weight is 0.
+
+    Returns:
+      The weights (T,), in the tasks' order.
+
     Raises:
-      ValueError: c < 0, more than 10 tasks.
+      ValueError: c < 0, more than 10 tasks; a Gramian that is not square; a preference or mask of another length.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import weights
+    >>> gramian = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # two tasks in conflict
+    >>> [round(float(weight), 2) for weight in jax.jit(weights.cagrad)(gramian)]
+    [0.93, 0.5]
     """
     tasks = gramian.shape[-1]
     if c < 0:

@@ -23,6 +23,25 @@ def config_weights(
     noise of 1e-3 and more) leave an update that vanishes like their common direction, bounded by the cosines' ``eps``.
     At stationarity likewise. Use it where every task must gain alike in angle, as IMTL-G, from which it differs in
     length; not with gradients nearly opposite to each other, whose common direction is mostly noise.
+
+    Args:
+      gramian: G (T, T) of the tasks' gradients.
+      preference: (T,), not negative; None: equal ones.
+      eps: added to the diagonal of the cosines; it bounds the weights of collinear gradients.
+      mask: (T,), False for tasks without labels in the batch; their weight is 0.
+
+    Returns:
+      The weights (T,), in the tasks' order.
+
+    Raises:
+      ValueError: a Gramian that is not square; a preference or mask of another length.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import weights
+    >>> gramian = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # two tasks in conflict
+    >>> [round(float(weight), 2) for weight in jax.jit(weights.config_)(gramian)]
+    [1.5, 0.75]
     """
     found = standardise(gramian, preference, mask, eps, "count")
     wanted = jnp.where(found.active, found.preference, 0)

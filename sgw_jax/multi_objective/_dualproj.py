@@ -22,6 +22,25 @@ def dualproj_weights(
     decides where the projection lands. Promise: no conflict, up to ``eps`` (see `upgrad_weights`). At stationarity:
     finite, the update vanishes. Use it to stay as near to the mean gradient as no conflict allows; not for small
     gradients beside large ones, which UPGrad lets count more.
+
+    Args:
+      gramian: G (T, T) of the tasks' gradients.
+      preference: (T,), not negative; None: equal ones.
+      eps: added to the diagonal of the cosines; it bounds the weights of collinear gradients.
+      mask: (T,), False for tasks without labels in the batch; their weight is 0.
+
+    Returns:
+      The weights (T,), in the tasks' order.
+
+    Raises:
+      ValueError: a Gramian that is not square; a preference or mask of another length.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import weights
+    >>> gramian = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # two tasks in conflict
+    >>> [round(float(weight), 2) for weight in jax.jit(weights.dualproj)(gramian)]
+    [0.5, 0.5]
     """
     found = standardise(gramian, preference, mask, eps, "one")
     wanted = found.preference * found.norms * found.active

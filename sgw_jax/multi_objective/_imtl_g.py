@@ -24,6 +24,25 @@ def imtl_g_weights(
     with what is common. Directions that float32 does not tell from none are dropped as in `config_weights`. At
     stationarity the sum of the solution may vanish: it is then taken to be 5 % of the sum of sizes, which bounds the
     weights [our decision]. Use it to balance tasks of different scales; not where they conflict much.
+
+    Args:
+      gramian: G (T, T) of the tasks' gradients.
+      preference: (T,), not negative; None: equal ones.
+      eps: added to the diagonal of the cosines; it bounds the weights of collinear gradients.
+      mask: (T,), False for tasks without labels in the batch; their weight is 0.
+
+    Returns:
+      The weights (T,), in the tasks' order.
+
+    Raises:
+      ValueError: a Gramian that is not square; a preference or mask of another length.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import weights
+    >>> gramian = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # two tasks in conflict
+    >>> [round(float(weight), 2) for weight in jax.jit(weights.imtl_g)(gramian)]
+    [0.67, 0.33]
     """
     found = standardise(gramian, preference, mask, eps, "count")
     largest = jnp.max(jnp.where(found.active, found.norms, 0), initial=1e-30)

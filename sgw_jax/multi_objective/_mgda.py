@@ -35,8 +35,27 @@ def mgda_weights(
     gradient of a present task gets all the weight; under "l2" it is left out). Use it for its theory; not where
     training must go on when one task is done, as it slows down to its slowest task.
 
+    Args:
+      gramian: G (T, T) of the tasks' gradients.
+      preference: (T,), not negative; None: equal ones.
+      eps: added to the diagonal of the cosines; it bounds the weights of collinear gradients.
+      mask: (T,), False for tasks without labels in the batch; their weight is 0.
+      normalisation: what the rows are divided by first, as above.
+      losses: L (T,); for "loss" and "loss+" alone.
+
+    Returns:
+      The weights (T,), in the tasks' order.
+
     Raises:
-      ValueError: an unknown normalisation; "loss" or "loss+" without losses.
+      ValueError: an unknown normalisation; "loss" or "loss+" without losses; a Gramian that is not square; a
+        preference or mask of another length.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import weights
+    >>> gramian = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # two tasks in conflict
+    >>> [round(float(weight), 2) for weight in jax.jit(weights.mgda)(gramian)]
+    [0.71, 0.29]
     """
     if normalisation not in NORMALISATIONS:
         raise InputError(f"mgda: normalisation is {normalisation!r}; it must be one of {NORMALISATIONS}.")

@@ -27,6 +27,26 @@ def nash_mtl_weights(
     conflict. At stationarity there is no solution; ``eps`` bounds the weights by about sqrt(T / eps) / |g_i|, and the
     aggregator's flag is set. Use it when the losses' scales are arbitrary; not with a constant learning rate, under
     which it never comes to rest.
+
+    Args:
+      gramian: G (T, T) of the tasks' gradients.
+      preference: (T,), not negative; None: equal ones.
+      max_norm: greatest length of the update; None: sqrt(T), as it comes.
+      eps: added to the diagonal of the cosines; it bounds the weights of collinear gradients.
+      mask: (T,), False for tasks without labels in the batch; their weight is 0.
+
+    Returns:
+      The weights (T,), in the tasks' order.
+
+    Raises:
+      ValueError: a Gramian that is not square; a preference or mask of another length.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import weights
+    >>> gramian = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # two tasks in conflict
+    >>> [round(float(weight), 2) for weight in jax.jit(weights.nash_mtl)(gramian)]
+    [1.0, 0.5]
     """
     found = standardise(gramian, preference, mask, eps, "count")
     gain = jnp.where(found.active & (found.preference > 0), found.preference, 1)
@@ -59,8 +79,24 @@ def fairgrad_weights(
     for alpha between 1/2 and 4 on gradients of similar sizes; not on rows 1e6 apart with other alphas than 1: these ask
     for angles to the update that float32 does not resolve.
 
+    Args:
+      gramian: G (T, T) of the tasks' gradients.
+      alpha: of the fairness, positive.
+      preference: (T,), not negative; None: equal ones.
+      eps: added to the diagonal of the cosines; it bounds the weights of collinear gradients.
+      mask: (T,), False for tasks without labels in the batch; their weight is 0.
+
+    Returns:
+      The weights (T,), in the tasks' order.
+
     Raises:
-      ValueError: alpha that is not positive.
+      ValueError: alpha that is not positive; a Gramian that is not square; a preference or mask of another length.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import weights
+    >>> gramian = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # two tasks in conflict
+    >>> [round(float(weight), 2) for weight in weights.fairgrad(gramian, alpha=2.0)]
+    [1.5, 0.68]
     """
     if not alpha > 0:
         raise InputError(f"fairgrad: alpha is {alpha}; it must be positive.")

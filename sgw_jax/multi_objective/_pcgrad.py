@@ -26,6 +26,25 @@ def pcgrad_weights(
     depend on the rows' sizes, the sum does. Promise: for two tasks no conflict; for more, the last projection may undo
     an earlier one. At stationarity: finite. Use it as the simplest method with surgery; not where a promise, or the
     same result for any order of the tasks, matters.
+
+    Args:
+      gramian: G (T, T) of the tasks' gradients.
+      key: of the random orders.
+      preference: (T,), not negative; None: equal ones.
+      mask: (T,), False for tasks without labels in the batch; their weight is 0.
+
+    Returns:
+      The weights (T,), in the tasks' order.
+
+    Raises:
+      ValueError: a Gramian that is not square; a preference or mask of another length.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import weights
+    >>> gramian = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # two tasks in conflict
+    >>> [round(float(weight), 2) for weight in weights.pcgrad(gramian, key=jax.random.key(0))]
+    [2.0, 1.25]
     """
     found = standardise(gramian, preference, mask, 0.0, "count")
 
@@ -56,9 +75,30 @@ def gradvac_weights(
     """As PCGrad, but a cosine below a running target phi_ij is raised to it (Wang et al. 2021, arXiv 2010.05874).
 
     ``g_i += |g_i| (phi sqrt(1 - s^2) - s sqrt(1 - phi^2)) / (|g_j| sqrt(1 - phi^2)) g_j`` where s = cos(g_i, g_j) <
-    phi; then ``phi <- (1 - beta) phi + beta s``. One group of all parameters. Returns (weights, new targets); targets
-    start at 0. Cost, preference, scale and stationarity as PCGrad; promise: not even PCGrad's, as raising a cosine may
-    lower another. Use it when tasks agree too little without conflict; not for the first steps, whose targets are 0.
+    phi; then ``phi <- (1 - beta) phi + beta s``. One group of all parameters. Cost, preference, scale and stationarity
+    as PCGrad; promise: not even PCGrad's, as raising a cosine may lower another. Use it when tasks agree too little
+    without conflict; not for the first steps, whose targets are 0.
+
+    Args:
+      gramian: G (T, T) of the tasks' gradients.
+      targets: phi (T, T), zeros at first.
+      key: of the random orders.
+      beta: share of the new cosine in the new target.
+      preference: (T,), not negative; None: equal ones.
+      mask: (T,), False for tasks without labels in the batch; their weight is 0.
+
+    Returns:
+      (the weights (T,), the new targets (T, T)).
+
+    Raises:
+      ValueError: a Gramian that is not square; a preference or mask of another length.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import weights
+    >>> gramian = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # two tasks in conflict
+    >>> [round(float(weight), 2) for weight in weights.gradvac(gramian, jnp.zeros((2, 2)), key=jax.random.key(0))[0]]
+    [2.0, 1.25]
     """
     found = standardise(gramian, preference, mask, 0.0, "count")
     phi = jnp.clip(targets, -0.999, 0.999)
@@ -92,7 +132,23 @@ def orders(key: Array, tasks: int) -> Int[Array, "tasks tasks"]:
 
 
 def pcgrad(num_tasks: int | None = None, *, seed: int = 0, **options: Any) -> WeightedAggregator:
-    """The aggregator of `pcgrad_weights`; without ``key`` in its update the orders follow from ``seed`` and a count."""
+    """The aggregator of `pcgrad_weights`; without ``key`` in its update the orders follow from ``seed`` and a count.
+
+    Args:
+      num_tasks: T; with it the state holds the weights of the last update.
+      seed: of the orders.
+      options: of `pcgrad_weights`.
+
+    Returns:
+      The aggregator; its state counts updates.
+
+    Raises:
+      ValueError: (update) a Jacobian of another number of tasks; what `pcgrad_weights` refuses.
+
+    >>> from sgw_jax.multi_objective import pcgrad
+    >>> pcgrad(num_tasks=2).init({}).weights.shape
+    (2,)
+    """
 
     def apply(matrix: Array, count: Array, *, losses: Any = None, mask: Any = None, key: Any = None) -> Any:
         del losses
@@ -103,7 +159,23 @@ def pcgrad(num_tasks: int | None = None, *, seed: int = 0, **options: Any) -> We
 
 
 def gradvac(num_tasks: int, *, seed: int = 0, **options: Any) -> WeightedAggregator:
-    """The aggregator of `gradvac_weights`; its state, the targets, needs ``num_tasks``."""
+    """The aggregator of `gradvac_weights`; its state, the targets, needs ``num_tasks``.
+
+    Args:
+      num_tasks: T.
+      seed: of the orders.
+      options: of `gradvac_weights`.
+
+    Returns:
+      The aggregator; its state holds the targets and counts updates.
+
+    Raises:
+      ValueError: (update) a Jacobian of another number of tasks; what `gradvac_weights` refuses.
+
+    >>> from sgw_jax.multi_objective import gradvac
+    >>> gradvac(num_tasks=2).init({}).weights.shape
+    (2,)
+    """
 
     def init(number: int) -> tuple[Array, Array]:
         return jnp.zeros((num_tasks, num_tasks)), jnp.zeros((), jnp.int32)

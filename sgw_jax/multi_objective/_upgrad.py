@@ -24,6 +24,25 @@ def upgrad_weights(
     smaller than the largest lose the promise). At stationarity: finite; the update goes to zero with the conflict-free
     cone. Use it as the first choice among Gramian methods: it keeps the losses' scale and never hurts a task to first
     order. Not when the losses' scales are arbitrary: it does not balance them.
+
+    Args:
+      gramian: G (T, T) of the tasks' gradients.
+      preference: (T,), not negative; None: equal ones.
+      eps: added to the diagonal of the cosines; it bounds the weights of collinear gradients.
+      mask: (T,), False for tasks without labels in the batch; their weight is 0.
+
+    Returns:
+      The weights (T,), in the tasks' order.
+
+    Raises:
+      ValueError: a Gramian that is not square; a preference or mask of another length.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import weights
+    >>> gramian = jnp.array([[1.0, -1.0], [-1.0, 4.0]])  # two tasks in conflict
+    >>> [round(float(weight), 2) for weight in jax.jit(weights.upgrad)(gramian)]
+    [1.0, 0.62]
     """
     found = standardise(gramian, preference, mask, eps, "one")
     # In units of p_i |g_i| each program is: x >= 0 added to the i-th unit vector.

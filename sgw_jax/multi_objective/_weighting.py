@@ -14,10 +14,19 @@ from sgw_jax.multi_objective.gramian import gramian, standardise
 
 
 class Weighting(NamedTuple):
-    """A pair of pure functions.
+    """A method as a pair of pure functions.
 
-    init(num_tasks) -> state. apply(gramian (T, T), state, *, losses (T,), mask (T,), key) -> (weights (T,), state);
-    ``losses``, ``mask`` and ``key`` may be None where the method does not need them.
+    Attributes:
+      init: num_tasks -> state.
+      apply: (gramian (T, T), state, *, losses (T,), mask (T,), key) -> (weights (T,), state); ``losses``, ``mask`` and
+        ``key`` may be None where the method does not need them.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import Weighting, from_weighting
+    >>> first = Weighting(lambda num_tasks: (), lambda gramian, state, **_: (jnp.eye(len(gramian))[0], state))
+    >>> aggregator = from_weighting(first)
+    >>> aggregator.weigh(jnp.eye(2), aggregator.init({}))[0].tolist()
+    [1.0, 0.0]
     """
 
     init: Callable[[int], Any]
@@ -36,8 +45,19 @@ class AggregatorState(NamedTuple):
 class WeightedAggregator(aggregating.Aggregator):
     """An Optax aggregator that can also be used by those who have a Gramian but no Jacobian.
 
-    weighting: the method itself, for wrappers. weigh(gramian, state, *, losses, mask, key) -> (weights, state): what
-    the update does between the Gramian and the weighted sum; the state is that of the update.
+    Attributes:
+      init: params -> state.
+      update: (jacobian, state, params, *, losses, task_mask, key) -> (the update, like the parameters; state).
+      weighting: the method itself, for wrappers.
+      weigh: (gramian, state, *, losses, mask, key) -> (weights, state): what the update does between the Gramian and
+        the weighted sum; the state is that of the update.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import equal
+    >>> aggregator = equal(num_tasks=2)
+    >>> weights, state = aggregator.weigh(jnp.eye(2), aggregator.init({}))
+    >>> weights.tolist()
+    [1.0, 1.0]
     """
 
     weighting: Weighting
@@ -64,10 +84,26 @@ def from_weighting(weighting: Weighting | Callable[..., Array], num_tasks: int |
 
     ``init(params)`` and ``update(jacobian, state, params, *, losses, task_mask, key)``: the Jacobian's leaves have a
     leading axis of tasks, the update is like the parameters. It goes first in ``optax.chain``: what comes after sees
-    one gradient. With ``num_tasks`` the state holds the weights of the last update, for logging.
+    one gradient.
+
+    Args:
+      weighting: the method, or a function that is one without a state.
+      num_tasks: T; with it the state holds the weights of the last update, for logging.
+
+    Returns:
+      The aggregator.
 
     Raises:
-      ValueError: (update) a Jacobian of another number of tasks than ``num_tasks``.
+      ValueError: (update) a Jacobian of another number of tasks than ``num_tasks``; no losses where the function needs
+        them.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import from_weighting
+    >>> halves = from_weighting(lambda gramian, mask=None: jnp.full(len(gramian), 0.5))
+    >>> jacobian = {"kernel": jnp.array([[1.0, 0.0], [0.0, 1.0]])}
+    >>> update, state = halves.update(jacobian, halves.init({"kernel": jnp.zeros(2)}))
+    >>> update["kernel"].tolist()
+    [0.5, 0.5]
     """
     chosen = weighting if isinstance(weighting, Weighting) else stateless(weighting)
 
@@ -110,22 +146,68 @@ def from_weighting(weighting: Weighting | Callable[..., Array], num_tasks: int |
 class Method(NamedTuple):
     """A member of the family.
 
-    weights: its pure function of the Gramian; None if it has none. aggregator: (num_tasks, **options) -> aggregator.
+    Attributes:
+      weights: its pure function of the Gramian; None if it has none.
+      aggregator: (num_tasks, **options) -> aggregator.
+
+    >>> from sgw_jax.multi_objective import METHODS, weights
+    >>> METHODS["upgrad"].weights is weights.upgrad
+    True
     """
 
     weights: Callable[..., Any] | None
     aggregator: Callable[..., WeightedAggregator]
 
 
+# The docstring of an aggregator that is made of a function.
+AGGREGATOR = """The aggregator of `{function}`, with its options.
+
+{about}
+
+Args:
+  num_tasks: T; with it the state holds the weights of the last update.
+  options: of `{function}`.
+
+Returns:
+  The aggregator.
+
+Raises:
+  ValueError: (update) a Jacobian of another number of tasks than ``num_tasks``; what `{function}` refuses.
+
+>>> from sgw_jax.multi_objective import AGGREGATORS
+>>> AGGREGATORS["{name}"](num_tasks=2).init({{}}).weights.shape
+(2,)
+"""
+
+
 def method(weights: Callable[..., Array]) -> Method:
-    """The member of a function as `stateless` takes, named ``NAME_weights``; its aggregator has the rest as options."""
+    """The member of a function as `stateless` takes, named ``NAME_weights``; its aggregator has the rest as options.
+
+    Args:
+      weights: (gramian, mask=, preference=, ...) -> weights (T,).
+
+    Returns:
+      The function and its aggregator.
+
+    Raises:
+      ValueError: (update) a Jacobian of another number of tasks; no losses where the function needs them.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import method
+    >>> def halves_weights(gramian, *, mask=None):
+    ...     return jnp.full(len(gramian), 0.5)
+    >>> method(halves_weights).aggregator.__name__
+    'halves'
+    """
 
     def aggregator(num_tasks: int | None = None, **options: Any) -> WeightedAggregator:
         return from_weighting(stateless(weights, **options), num_tasks)
 
-    aggregator.__name__ = aggregator.__qualname__ = weights.__name__.removesuffix("_weights")
+    name = weights.__name__.removesuffix("_weights")
+    about = inspect.cleandoc(weights.__doc__ or "").partition("\n\nArgs:")[0]
+    aggregator.__name__ = aggregator.__qualname__ = name
     aggregator.__module__ = weights.__module__
-    aggregator.__doc__ = f"The aggregator of `{weights.__name__}`, with its options:\n\n    {weights.__doc__}"
+    aggregator.__doc__ = AGGREGATOR.format(name=name, function=weights.__name__, about=about)
     return Method(weights, aggregator)
 
 
@@ -134,6 +216,18 @@ def weighted_sum_of(jacobian: Any, weights: Float[Array, " tasks"]) -> Any:
 
     Added task by task: elementwise, so that shards stay where they are, and no matrix product that a TPU would take in
     bfloat16. A task of weight 0 adds nothing, even if its gradient is not finite.
+
+    Args:
+      jacobian: a pytree like the parameters, every leaf with a leading axis of T tasks.
+      weights: (T,).
+
+    Returns:
+      A pytree like the parameters.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import weighted_sum_of
+    >>> weighted_sum_of({"bias": jnp.array([[1.0], [2.0]])}, jnp.array([0.5, 0.25]))["bias"].tolist()
+    [1.0]
     """
 
     def combine(leaf: Array) -> Array:

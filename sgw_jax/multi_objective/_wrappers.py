@@ -17,8 +17,20 @@ def ema_weights(inner: WeightedAggregator, decay: float, num_tasks: int) -> Weig
     where weights jump from batch to batch; not with a promise of no conflict that must hold in every step, which
     averages do not keep. Cost: T numbers.
 
+    Args:
+      inner: the aggregator whose weights they are.
+      decay: share of the old average, in [0, 1).
+      num_tasks: T.
+
+    Returns:
+      The aggregator; its state holds the average.
+
     Raises:
-      ValueError: a decay outside [0, 1).
+      ValueError: a decay outside [0, 1); (update) a Jacobian of another number of tasks.
+
+    >>> from sgw_jax.multi_objective import ema_weights, nash_mtl
+    >>> ema_weights(nash_mtl(2), decay=0.9, num_tasks=2).init({}).weights.shape
+    (2,)
     """
     if not 0 <= decay < 1:
         raise InputError(f"ema_weights: decay is {decay}; it must be in [0, 1).")
@@ -45,8 +57,20 @@ def every_k(inner: WeightedAggregator, k: int, num_tasks: int) -> WeightedAggreg
     needed for the update (with ``gradients="representation"`` it is cheap anyway). Use it for weights that stand still
     between looks, as Nash-MTL's authors do; not for a promise that must hold in every step.
 
+    Args:
+      inner: the aggregator whose weights they are.
+      k: updates from one look to the next, at least 1.
+      num_tasks: T.
+
+    Returns:
+      The aggregator; its state holds the weights.
+
     Raises:
-      ValueError: k < 1.
+      ValueError: k < 1; (update) a Jacobian of another number of tasks.
+
+    >>> from sgw_jax.multi_objective import every_k, nash_mtl
+    >>> every_k(nash_mtl(2), k=10, num_tasks=2).init({}).weights.shape
+    (2,)
     """
     if k < 1:
         raise InputError(f"every_k: k is {k}; it must be at least 1.")

@@ -35,6 +35,9 @@ def task_gradients(
       losses_fn: returns T numbers, a sequence of scalars or a vector (T,). Prefer the sequence: with "unroll" the pass
         of loss i then leaves out what it does not depend on, such as the other tasks' heads. Through a vector they are
         all passed through with zeros, which no compiler removes (0 times infinity is not 0).
+      params: a pytree, what the losses are differentiated by.
+      args: the other arguments of ``losses_fn``.
+      mode: how the backward passes are made, as above.
       constrain: applied to the Jacobian, for instance to keep its leaves sharded like the parameters.
       has_aux: losses_fn returns (losses, aux).
 
@@ -43,6 +46,12 @@ def task_gradients(
 
     Raises:
       ValueError: losses that are neither one vector nor scalars, an unknown mode.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import task_gradients
+    >>> losses, jacobian, _ = task_gradients(lambda w, x: [w @ x, w @ w], jnp.array([1.0, 2.0]), jnp.array([3.0, 4.0]))
+    >>> losses.tolist(), jacobian.tolist()
+    ([11.0, 5.0], [[3.0, 4.0], [2.0, 4.0]])
     """
     if mode not in MODES:
         raise InputError(f"task_gradients: mode is {mode!r}; it must be one of {MODES}.")
@@ -99,9 +108,21 @@ def added(rows: Sequence[Any]) -> Any:
 
 
 class RepresentationGradients(NamedTuple):
-    """losses (T,); trunk: the gradient of the weighted losses in the trunk's parameters; shared: in the parameters
-    after the representation, weighted likewise; own: the unweighted sum of the losses' gradients in ``own`` parameters;
-    weights (T,) and state: of the weighting; gramian (T, T)."""
+    """What `representation_gradients` returns.
+
+    Attributes:
+      losses: (T,).
+      trunk: the gradient of the weighted losses in the trunk's parameters.
+      shared: in the parameters after the representation, weighted likewise.
+      own: the unweighted sum of the losses' gradients in ``own`` parameters.
+      weights: (T,), of the weighting.
+      state: of the weighting.
+      gramian: (T, T), of the gradients in the representation.
+
+    >>> from sgw_jax.multi_objective import RepresentationGradients
+    >>> RepresentationGradients._fields
+    ('losses', 'trunk', 'shared', 'own', 'weights', 'state', 'gramian')
+    """
 
     losses: Float[Array, " tasks"]
     trunk: Any
@@ -132,10 +153,32 @@ def representation_gradients(
     Args:
       trunk: trunk_params -> z, any pytree; the inputs are in its closure.
       heads: (z, shared_params, own_params) -> T losses, best as a sequence of scalars (see `task_gradients`).
+      trunk_params: a pytree.
       shared_params: parameters after z that more than one task uses; they take the weighted gradients, from the same
         backward passes.
       own_params: parameters that one task alone uses; they take their task's gradient unweighted.
       weighting: (gramian (T, T), losses (T,)) -> (weights (T,), its state).
+      mode: as of `task_gradients`.
+
+    Returns:
+      The gradients, and what they were weighted by.
+
+    Raises:
+      ValueError: losses that are neither one vector nor scalars; a z without a leading axis of samples.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import representation_gradients
+    >>> x = jnp.array([[1.0], [2.0]])
+    >>> found = representation_gradients(
+    ...     trunk=lambda w: x * w,
+    ...     heads=lambda z, shared, own: [jnp.sum(z * shared), jnp.sum(z * own)],
+    ...     trunk_params=jnp.array(1.0),
+    ...     shared_params=jnp.array(2.0),
+    ...     own_params=jnp.array(3.0),
+    ...     weighting=lambda gramian, losses: (jnp.array([0.5, 0.5]), None),
+    ... )
+    >>> float(found.trunk), float(found.shared), float(found.own)
+    (7.5, 1.5, 3.0)
     """
     z, pull_trunk = jax.vjp(trunk, trunk_params)
     losses, pull = jax.vjp(heads, z, shared_params, own_params)

@@ -15,8 +15,19 @@ def gramian(jacobian: Any) -> Float[Array, "tasks tasks"]:
     Leaf by leaf and at full precision: nothing is ravelled or concatenated, so that sharded leaves stay where they are
     and only T x T numbers are summed over devices.
 
+    Args:
+      jacobian: a pytree, every leaf (T, ...).
+
+    Returns:
+      G (T, T).
+
     Raises:
       ValueError: no leaf, or leaves with different leading axes.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import gramian
+    >>> gramian({"a": jnp.array([[1.0, 0.0], [3.0, 4.0]])}).tolist()
+    [[1.0, 3.0], [3.0, 25.0]]
     """
     leaves = jax.tree.leaves(jacobian)
     tasks = {leaf.shape[:1] for leaf in leaves}
@@ -38,14 +49,38 @@ def gramian(jacobian: Any) -> Float[Array, "tasks tasks"]:
 
 
 def cosines(gramian: Float[Array, "tasks tasks"]) -> Float[Array, "tasks tasks"]:
-    """``G[i, j] / (|g_i| |g_j|)``; 0 where a gradient is zero."""
+    """``G[i, j] / (|g_i| |g_j|)``; 0 where a gradient is zero.
+
+    Args:
+      gramian: G (T, T).
+
+    Returns:
+      (T, T), in [-1, 1] up to rounding.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import cosines
+    >>> cosines(jnp.array([[1.0, -1.0], [-1.0, 4.0]])).tolist()
+    [[1.0, -0.5], [-0.5, 1.0]]
+    """
     norms = jnp.sqrt(jnp.diagonal(gramian))
     scale = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 0)
     return gramian * scale[:, None] * scale[None, :]
 
 
 def conflict_rate(gramian: Float[Array, "tasks tasks"]) -> Float[Array, ""]:
-    """The share of pairs of tasks with non-zero gradients whose gradients point apart (negative cosine); 0 of none."""
+    """The share of pairs of tasks with non-zero gradients whose gradients point apart (negative cosine); 0 of none.
+
+    Args:
+      gramian: G (T, T).
+
+    Returns:
+      A scalar in [0, 1].
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import conflict_rate
+    >>> float(conflict_rate(jnp.array([[1.0, -1.0], [-1.0, 4.0]])))
+    1.0
+    """
     norms = jnp.diagonal(gramian) > 0
     pairs = jnp.triu(norms[:, None] & norms[None, :], 1)
     return jnp.sum(pairs & (gramian < 0)) / jnp.maximum(jnp.sum(pairs), 1)

@@ -20,11 +20,20 @@ Mask = Bool[Array, " tasks"]
 class Scalarizer(NamedTuple):
     """A pair of pure functions, like an Optax transformation.
 
-    init() -> state. apply(losses (T,) float32, state, mask=None) -> (scalar, state): call it inside the gradient, so
-    that a gradient flows through the losses; what the state learns it learns in there, from losses held constant, at a
-    rate of its own. ``mask``: False for tasks without labels in the batch, which count as if they did not exist.
-    linear: the scalar is linear in the losses with weights that do not depend on them, so that gradients of
-    micro-batches add up.
+    Attributes:
+      init: () -> state.
+      apply: (losses (T,) float32, state, mask=None) -> (scalar, state). Call it inside the gradient, so that a gradient
+        flows through the losses; what the state learns it learns in there, from losses held constant, at a rate of its
+        own. ``mask``: False for tasks without labels in the batch, which count as if they did not exist.
+      linear: the scalar is linear in the losses with weights that do not depend on them, so that gradients of
+        micro-batches add up.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import SCALARIZERS
+    >>> equal = SCALARIZERS["equal"](num_tasks=2)
+    >>> total, state = equal.apply(jnp.array([1.0, 2.0]), equal.init())
+    >>> float(total)
+    3.0
     """
 
     init: Callable[[], Any]
@@ -33,7 +42,21 @@ class Scalarizer(NamedTuple):
 
 
 def weighted_sum(weights: Sequence[float]) -> Scalarizer:
-    """``sum_t w_t L_t`` with fixed weights, in the order of the tasks: the field's default."""
+    """``sum_t w_t L_t`` with fixed weights, in the order of the tasks: the field's default.
+
+    Args:
+      weights: w (T,).
+
+    Returns:
+      The scalariser.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import scalarize
+    >>> scalariser = scalarize.weighted_sum([1.0, 0.5])
+    >>> total, state = scalariser.apply(jnp.array([1.0, 4.0]), scalariser.init())
+    >>> round(float(total), 3)
+    3.0
+    """
     fixed = tuple(float(weight) for weight in weights)
 
     def apply(losses: Losses, state: Any, mask: Mask | None = None) -> tuple[Array, Any]:
@@ -45,7 +68,21 @@ def weighted_sum(weights: Sequence[float]) -> Scalarizer:
 
 def equal(num_tasks: int) -> Scalarizer:
     """``sum_t L_t``. The baseline to beat, with the losses' weights tuned (Kurin et al. 2022, arXiv 2201.04122; Xin et
-    al. 2022, arXiv 2209.11379); not where scales are unknown and untuned: the largest gradient leads."""
+    al. 2022, arXiv 2209.11379); not where scales are unknown and untuned: the largest gradient leads.
+
+    Args:
+      num_tasks: T.
+
+    Returns:
+      The scalariser.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import scalarize
+    >>> scalariser = scalarize.equal(2)
+    >>> total, state = scalariser.apply(jnp.array([1.0, 4.0]), scalariser.init())
+    >>> round(float(total), 3)
+    5.0
+    """
     return weighted_sum([1.0] * num_tasks)
 
 
@@ -55,6 +92,21 @@ def uncertainty(num_tasks: int, *, learning_rate: float = 0.025, start: float = 
     s takes a gradient step of ``learning_rate`` after each use, without decay; its optimum is log L_t. Losses must be
     positive, or s falls without end (a task of loss 0 keeps its s). Gradients of a task scale with e^-s_t / 2. Use it
     for scales that differ by a factor of ten; not for more in a short run: s moves by at most its rate in a step.
+
+    Args:
+      num_tasks: T.
+      learning_rate: of what is learnt, a step a use.
+      start: of every s.
+
+    Returns:
+      The scalariser.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import scalarize
+    >>> scalariser = scalarize.uncertainty(2)
+    >>> total, state = scalariser.apply(jnp.array([1.0, 4.0]), scalariser.init())
+    >>> round(float(total), 3)
+    2.5
     """
 
     def apply(losses: Losses, state: Array, mask: Mask | None = None) -> tuple[Array, Array]:
@@ -72,6 +124,20 @@ def uw_so(num_tasks: int, *, temperature: float = 1.0) -> Scalarizer:
 
     The analytic optimum of uncertainty weighting, 1 / L, through a softmax whose temperature is tuned; weights sum to
     1. Use it where one number can be tuned; not untuned with losses near 0, the smallest of which takes all the weight.
+
+    Args:
+      num_tasks: T.
+      temperature: of the softmax, positive.
+
+    Returns:
+      The scalariser.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import scalarize
+    >>> scalariser = scalarize.uw_so(2)
+    >>> total, state = scalariser.apply(jnp.array([1.0, 4.0]), scalariser.init())
+    >>> round(float(total), 3)
+    1.962
     """
     del num_tasks
 
@@ -89,7 +155,22 @@ def uw_so(num_tasks: int, *, temperature: float = 1.0) -> Scalarizer:
 def log_loss(num_tasks: int, *, eps: float = 1e-8) -> Scalarizer:
     """``sum_t log(L_t + eps)``: relative progress counts alike (half of DB-MTL, Lin et al. 2023, arXiv 2308.12029; the
     closed optimum of IMTL-L, Liu et al. 2021, openreview IMPnRXEWpvr). Use it for positive losses of unlike scales; not
-    for losses that reach 0, whose gradient grows as 1 / L, nor for negative ones."""
+    for losses that reach 0, whose gradient grows as 1 / L, nor for negative ones.
+
+    Args:
+      num_tasks: T.
+      eps: bounds the logarithm.
+
+    Returns:
+      The scalariser.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import scalarize
+    >>> scalariser = scalarize.log_loss(2)
+    >>> total, state = scalariser.apply(jnp.array([1.0, 4.0]), scalariser.init())
+    >>> round(float(total), 3)
+    1.386
+    """
     del num_tasks
 
     def apply(losses: Losses, state: Any, mask: Mask | None = None) -> tuple[Array, Any]:
@@ -102,7 +183,21 @@ def log_loss(num_tasks: int, *, eps: float = 1e-8) -> Scalarizer:
 def gls(num_tasks: int) -> Scalarizer:
     """The geometric mean ``(prod_t L_t)^(1/T)`` (Chennupati et al. 2019, arXiv 1902.08325), as exp(mean log L), which
     does not underflow. A loss of exactly 0 counts as the smallest positive float. As `log_loss`, with a step that
-    shrinks as the losses do; not where one task nears 0, which slows down all others."""
+    shrinks as the losses do; not where one task nears 0, which slows down all others.
+
+    Args:
+      num_tasks: T.
+
+    Returns:
+      The scalariser.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import scalarize
+    >>> scalariser = scalarize.gls(2)
+    >>> total, state = scalariser.apply(jnp.array([1.0, 4.0]), scalariser.init())
+    >>> round(float(total), 3)
+    2.0
+    """
     del num_tasks
 
     def apply(losses: Losses, state: Any, mask: Mask | None = None) -> tuple[Array, Any]:
@@ -119,8 +214,23 @@ def dwa(num_tasks: int, *, steps_per_epoch: int, temperature: float = 2.0) -> Sc
     a task without labels in a whole epoch keeps its last mean. Use it to help tasks that stall; not for unlike scales,
     which ratios do not see, nor for runs of a few epochs.
 
+    Args:
+      num_tasks: T.
+      steps_per_epoch: steps whose mean loss is one of the two.
+      temperature: of the softmax, positive.
+
+    Returns:
+      The scalariser.
+
     Raises:
       ValueError: steps_per_epoch < 1.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import scalarize
+    >>> scalariser = scalarize.dwa(2, steps_per_epoch=100)
+    >>> total, state = scalariser.apply(jnp.array([1.0, 4.0]), scalariser.init())
+    >>> round(float(total), 3)
+    5.0
     """
     if steps_per_epoch < 1:
         raise InputError(f"dwa: steps_per_epoch is {steps_per_epoch}; it must be at least 1.")
@@ -159,6 +269,20 @@ def rlw(num_tasks: int, *, seed: int = 0) -> Scalarizer:
 
     The draws follow from ``seed`` and a count in the state, so a resumed run draws the same. Use it as a control: what
     is no better than random weights balances nothing; not for unlike scales, as its mean is 1 / T for each task.
+
+    Args:
+      num_tasks: T.
+      seed: of the draws.
+
+    Returns:
+      The scalariser.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import scalarize
+    >>> scalariser = scalarize.rlw(2)
+    >>> total, state = scalariser.apply(jnp.array([1.0, 4.0]), scalariser.init())
+    >>> round(float(total), 3)
+    1.387
     """
 
     def apply(losses: Losses, count: Array, mask: Mask | None = None) -> tuple[Array, Array]:
@@ -178,8 +302,24 @@ def stch(
     takes logarithms of losses over a nadir first: another function.) Use it with preferences, or where the worst task
     counts; not for losses of unlike scales unless ``preference`` brings them to one.
 
+    Args:
+      num_tasks: T.
+      mu: how smooth, positive.
+      preference: p (T,); None: 1/T each.
+      ideal: z (T,); None: 0.
+
+    Returns:
+      The scalariser.
+
     Raises:
       ValueError: mu that is not positive, a preference or ideal of another length.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import scalarize
+    >>> scalariser = scalarize.stch(2)
+    >>> total, state = scalariser.apply(jnp.array([1.0, 4.0]), scalariser.init())
+    >>> round(float(total), 3)
+    2.201
     """
     if not mu > 0:
         raise InputError(f"stch: mu is {mu}; it must be positive.")
@@ -206,6 +346,22 @@ def famo(num_tasks: int, *, learning_rate: float = 0.025, weight_decay: float = 
     measure progress by a second forward pass on the same batch; here it is from one step to the next, on different
     batches: no extra cost, more noise [our decision]. b is ``floor``. Use it for equal relative progress at one
     backward pass; not with batches so small that a loss moves more between batches than between steps.
+
+    Args:
+      num_tasks: T.
+      learning_rate: of what is learnt, a step a use.
+      weight_decay: of xi.
+      floor: b, below every loss.
+
+    Returns:
+      The scalariser.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax.multi_objective import scalarize
+    >>> scalariser = scalarize.famo(2)
+    >>> total, state = scalariser.apply(jnp.array([1.0, 4.0]), scalariser.init())
+    >>> round(float(total), 3)
+    1.109
     """
 
     def init() -> tuple[Array, ...]:

@@ -16,11 +16,28 @@ ROUNDING = 1e-5  # a frame of the same seed that another machine or program has 
 
 
 def from_linen(module: nnx.Module, variables: Mapping[str, Any]) -> None:
-    """Sets the parameters of a module to those of its linen counterpart, ``variables`` or their ``params`` alone.
+    """Sets the parameters of a module to those of its linen counterpart.
+
+    Args:
+      module: whose parameters are set, in their own dtype.
+      variables: of the linen module, or their ``params`` alone.
 
     Raises:
       ValueError: names or shapes differ (the message lists them); a frame in ``constants`` that is not the one the
         module's program makes, as in checkpoints of the release before.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import sgw_jax
+    >>> from flax import nnx
+    >>> from sgw_jax.nnx import KEM, from_linen
+    >>> features = {"depth": jnp.ones((1, 4, 8))}
+    >>> linen = sgw_jax.KEM(num_slots=2)
+    >>> variables = jax.jit(linen.init)(jax.random.key(0), features)
+    >>> kem = KEM(channels=8, num_slots=2, rngs=nnx.Rngs(1))
+    >>> from_linen(kem, variables)
+    >>> bool(jnp.allclose(kem(features)["depth"], linen.apply(variables, features)["depth"]))
+    True
     """
     params = variables.get("params", variables)
     given = flax.traverse_util.flatten_dict(params, sep="/")
@@ -42,7 +59,19 @@ def from_linen(module: nnx.Module, variables: Mapping[str, Any]) -> None:
 
 
 def to_linen(module: nnx.Module) -> dict[str, Any]:
-    """The ``variables`` of the linen counterpart: {"params": ...}; its program makes the same frame."""
+    """The ``variables`` of the linen counterpart: {"params": ...}; its program makes the same frame.
+
+    Args:
+      module: one of this package.
+
+    Returns:
+      {"params": ...}.
+
+    >>> from flax import nnx
+    >>> from sgw_jax.nnx import KEM, to_linen
+    >>> sorted(to_linen(KEM(channels=8, num_slots=2, rngs=nnx.Rngs(0)))["params"])
+    ['retrieve', 'slots', 'write']
+    """
     return {"params": params_of(module)}
 
 

@@ -14,12 +14,37 @@ from sgw_jax.nnx.parameters import Dense, Initializer, Norm, params_of
 
 
 class CrossTaskAttention(nnx.Module):
-    """Every task's tokens attend to all tasks' tokens; arguments and call as `sgw_jax.CrossTaskAttention`.
+    """Every task's tokens attend to all tasks' tokens: `sgw_jax.CrossTaskAttention`, which has the maths, on flax.nnx.
 
     Args:
-      channels: of the features.
+      channels: C, of the features.
+      num_heads: h; divides C.
+      rngs: draws the kernels, from its stream ``params``; it is not kept.
+      query_chunk: queries at a time; None: all.
+      pre_norm: LayerNorm on F before the projections.
+      dtype: of the computation; softmax stays float32.
+      param_dtype: of the parameters.
+      kernel_init: of the four kernels; None is LeCun's normal.
       kernel_metadata: of the kernels' `nnx.Param`, such as their sharding.
-      rngs: draws the kernels, from its stream ``params``.
+
+    Call:
+      features: mapping task -> (batch, *space, C), or a list or tuple of maps, or the entries as keyword arguments.
+      mask: mapping task -> (batch, *space) bool, False for padding, which is not attended to and keeps its features.
+
+    Returns:
+      The same mapping (or list or tuple): keys, order, shapes and dtype.
+
+    Raises:
+      ValueError: channels that do not divide by the heads; features that do not fit together, masks of other tasks or
+        shapes.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from sgw_jax.nnx import CrossTaskAttention
+    >>> attention = CrossTaskAttention(channels=8, num_heads=2, rngs=nnx.Rngs(0))
+    >>> depth, edges = attention([jnp.ones((2, 4, 4, 8)), jnp.ones((2, 8, 8, 8))])
+    >>> depth.shape, edges.shape
+    ((2, 4, 4, 8), (2, 8, 8, 8))
     """
 
     def __init__(

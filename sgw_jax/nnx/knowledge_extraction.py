@@ -27,15 +27,48 @@ class _LearnedFrame(nnx.Module):
 
 
 class KEM(nnx.Module):
-    """The knowledge extraction module; what the arguments mean, `sgw_jax.KEM` says.
+    """The knowledge extraction module: `sgw_jax.KEM`, which has the maths, on flax.nnx.
+
+    `extract` is the call that also returns what happened.
 
     Args:
       channels: C, of the features.
-      tasks: names of the tasks; only ``task_embedding`` and ``task_gate`` need them, for a parameter each.
-      kernel_metadata: of the six kernels' `nnx.Param`, such as their sharding.
+      num_slots: L.
+      num_heads: h.
+      top_k: tokens that a slot keeps per head; None: all.
       rngs: draws the parameters, from its stream ``params``; it is not kept.
+      slot_dim: d_e; None means C.
+      etf_vertices: K; None is KEM, a number is sKEM.
+      etf_for: what the frame projects: "all", or "selection" (values are of F).
+      etf_seed: of the frame.
+      projection: "etf", or a control that replaces it: "direction", "orthonormal", "learned".
+      pre_norm: LayerNorm on F before all of it.
+      task_embedding: a learned vector per task added to what makes keys and queries.
+      task_gate: a learned scalar per task on the update, starting at 0.
+      tasks: names of the tasks; only ``task_embedding`` and ``task_gate`` need them, for a parameter each.
+      temperature: divides the scores of the retrieval.
+      rounds: how often retrieve and write run, with the same weights.
+      recall: expected share of the k best that a TPU finds, in (0, 1]; None: all, exactly.
+      products: on which side the maps of the tokens are applied: "tokens", "slots" or "cheaper".
+      placement: how batch and tokens are split over a mesh.
+      dtype: of the computation; scores and softmax stay float32.
+      param_dtype: of the parameters.
+      kernel_init: of the six kernels; None is LeCun's normal.
+      kernel_metadata: of the six kernels' `nnx.Param`, such as their sharding.
 
-    Call: as `sgw_jax.KEM`'s; `extract` also returns what happened.
+    Call:
+      features: mapping task -> (batch, *space, C), or a list or tuple of maps, or the entries as keyword arguments.
+      slots: the state to start from, (batch, L, d_e), in place of the learned one.
+      return_slots: also return R^ of the last round.
+      mask: mapping task -> (batch, *space) bool, False for padding, which is not retrieved and keeps its features.
+      change: applied to R^ of every round before it is used.
+
+    Returns:
+      The same mapping (or list or tuple): keys, order, shapes and dtype; with ``return_slots`` a pair with the slots
+      (batch, L, d_e).
+
+    Raises:
+      ValueError: as `sgw_jax.KEM`; ``task_embedding`` or ``task_gate`` without ``tasks``.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -121,7 +154,17 @@ class KEM(nnx.Module):
         mask: Mapping[str, Bool[Array, "batch *space"]] | None = None,
         change: Callable[[Array], Array] | None = None,
     ) -> Extraction:
-        """The features, the slots and what happened: attention weights, chosen tokens, read-outs."""
+        """The call, with attention weights, chosen tokens and read-outs.
+
+        Args:
+          features: mapping task -> (batch, *space, C).
+          slots: as of a call, and so are the others.
+          mask: mapping task -> (batch, *space) bool.
+          change: applied to R^ of every round before it is used.
+
+        Returns:
+          The features, the slots and what happened.
+        """
         check_features(features, "KEM")
         check_slots(slots, (next(iter(features.values())).shape[0], self.num_slots, self.slot_dim))
         params = params_of(self)

@@ -26,12 +26,43 @@ class _SlotGate(nnx.Module):
 
 
 class SharedWorkspace(nnx.Module):
-    """A memory of slots that inputs compete to write to; arguments and call as `sgw_jax.SharedWorkspace`.
+    """A memory of slots that inputs compete to write to: `sgw_jax.SharedWorkspace`, which has the maths, on flax.nnx.
 
     Args:
       inputs: D, the width of the inputs.
+      num_slots: L.
+      num_heads: of keys and values.
+      head_dim: of the values; E = num_heads x head_dim.
+      rngs: draws the parameters, from its stream ``params``; it is not kept.
+      key_dim: of queries and keys, per head; None means head_dim.
+      top_k: weights a slot keeps per head; None: all.
+      gate: "unit" (a gate per unit of a slot), "memory" (one per slot) or None.
+      mlp_layers: how often the tied layer runs, at least 1.
+      rounds: how often the write runs, at least 1.
+      placement: how batch and tokens of the write are split over a mesh.
+      dtype: of the computation; scores and softmax stay float32.
+      param_dtype: of the parameters.
+      kernel_init: of the linear maps' kernels; None is LeCun's normal.
       kernel_metadata: of the linear maps' kernels, such as their sharding.
-      rngs: draws the parameters, from its stream ``params``.
+
+    Call:
+      inputs: (batch, N, D).
+      slots: (batch, L, E), the state to start from; None is eye(L) padded to E.
+      mask: (batch, N) bool, False for padding, which no slot reads and to which 0 is broadcast.
+
+    Returns:
+      (broadcast (batch, N, E), the new slots (batch, L, E)).
+
+    Raises:
+      ValueError: an unknown gate, a count below 1, slots of another shape.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> from sgw_jax.nnx import SharedWorkspace
+    >>> workspace = SharedWorkspace(inputs=7, num_slots=3, num_heads=2, head_dim=4, rngs=nnx.Rngs(0))
+    >>> broadcast, slots = workspace(jnp.ones((2, 6, 7)))
+    >>> broadcast.shape, slots.shape
+    ((2, 6, 8), (2, 3, 8))
     """
 
     def __init__(

@@ -9,7 +9,18 @@ from sgw_jax.etf import etf_projection, project
 class SimplexETF(nnx.Module):
     """``z = sqrt(d) M^T f / ||f||``, as `sgw_jax.SimplexETF`; it holds nothing, the program makes M.
 
-    Call: features (..., d) -> (..., K) in the dtype of the features.
+    Args:
+      num_vertices: K, with 2 <= K <= d + 1.
+      seed: of the frame.
+
+    Call:
+      features: (..., d).
+
+    Returns:
+      (..., K) in the dtype of the features.
+
+    Raises:
+      ValueError: (call) fewer than 2 vertices, or more than d + 1.
 
     >>> import jax.numpy as jnp
     >>> from sgw_jax.nnx import SimplexETF

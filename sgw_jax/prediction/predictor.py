@@ -35,10 +35,36 @@ class Predictor:
       model: the network.
       variables: its collections.
       tasks: what it predicts.
-      size: (height, width) that it was trained at.
-      config, step: of the run, where there is one.
+      size: (height, width) that it was trained at, in pixels.
+      config: of the run, where there is one.
+      step: of the run, where there is one.
       batch_size: images that the network takes at once, always filled up to this number, so that it is compiled once.
         None: 1 on a CPU, where more gain nothing, else 8.
+
+    Call:
+      images: RGB, uint8 or float in [0, 1]: one (H, W, 3), a batch (N, H, W, 3) or a list of images of any sizes.
+
+    Returns:
+      Decoded maps by task: labels uint8 (H, W), depth float32 (H, W) in metres, unit normals float32 (H, W, 3),
+      probabilities float32 (H, W); with a leading axis for a batch, in lists for a list.
+
+    Raises:
+      ValueError: a batch size below 1; images of another shape, type or range, or none.
+
+    >>> import flax.linen as nn
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import numpy as np
+    >>> from sgw_jax import KEM, TASKS, MultiTaskModel, Predictor
+    >>> class Backbone(nn.Module):
+    ...     def __call__(self, image, train=False):
+    ...         return {4: image[:, ::4, ::4]}
+    >>> tasks = [TASKS["depth"](), TASKS["normals"]()]
+    >>> model = MultiTaskModel(tasks, Backbone(), KEM(num_slots=2), channels=4)
+    >>> predictor = Predictor(model, jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 8, 8, 3))), tasks, size=(8, 8))
+    >>> maps = predictor(np.zeros((6, 10, 3), np.uint8))
+    >>> {name: (value.shape, str(value.dtype)) for name, value in maps.items()}
+    {'depth': ((6, 10), 'float32'), 'normals': ((6, 10, 3), 'float32')}
     """
 
     def __init__(
@@ -74,8 +100,13 @@ class Predictor:
         """The predictor of a run, from its checkpoint alone.
 
         Args:
+          workdir: the run's directory.
           which: "best" or "last" checkpoint.
           kinds: task classes by name where the run used a user's own, {**TASKS, "Mine": Mine}.
+          batch_size: as of `Predictor`.
+
+        Returns:
+          The predictor, with the run's configuration and step.
 
         Raises:
           CheckpointError: there is no complete checkpoint.
@@ -87,13 +118,16 @@ class Predictor:
         return cls(model, variables, run.tasks, size, config=run.config, step=run.step, batch_size=batch_size)
 
     def __call__(self, images: Any) -> dict[str, Any]:
-        """Decoded maps by task: labels uint8 (H, W), depth float32 (H, W) in metres, unit normals float32 (H, W, 3),
-        probabilities of edges and saliency float32 (H, W).
+        """Decoded maps by task.
 
         Args:
           images: RGB, uint8 or float in [0, 1] (rounded to 8 bits, which is what the network was trained on): one
             (H, W, 3), whose maps are returned as they are; a batch (N, H, W, 3), whose maps get the leading axis N; or
             a list of images of any sizes, which gives a list per task.
+
+        Returns:
+          Labels uint8 (H, W), depth float32 (H, W) in metres, unit normals float32 (H, W, 3), probabilities of edges
+          and saliency float32 (H, W).
 
         Raises:
           ValueError: another shape, type or range; no image.
@@ -112,7 +146,14 @@ class Predictor:
         return {name: np.stack(values) for name, values in maps.items()}
 
     def stream(self, images: Iterable[Any]) -> Iterator[dict[str, np.ndarray]]:
-        """The maps of one image after another, in order; only `batch_size` images are held at a time."""
+        """The maps of one image after another, in order; only `batch_size` images are held at a time.
+
+        Args:
+          images: as of a call, one after another.
+
+        Returns:
+          Their maps by task.
+        """
         for group in _grouped(images, self.batch_size):
             checked = [check_image(image, "image") for image in group]
             fitted = [resize_to_fit(image, self.size) for image in checked]

@@ -28,17 +28,29 @@ class Task(abc.ABC):
     nothing to any loss, metric or gradient, whatever their target holds, NaN included: without labels sum and count
     are 0.
 
-    Fields:
-      name: the key of this task in batches, predictions and results.
-      weight: the factor of this task's loss in a weighted sum, >= 0.
-      protocol: "exact" computes every metric as it is defined. "published" repeats the known departures of the code
-        behind the field's published tables, so that numbers can be set beside them; each class lists its own.
-
     Losses add up. With s = `batch_statistics` added over the micro-batches of one large batch, the sums of
     `loss_terms(prediction, target, s)` add up to that of the large batch, and so do the counts; the loss is
     sum / max(count, 1).
     Metrics add up too: `metric_sums` of batches, devices and processes are added on the host (`metrics.add_sums`, in
     int64 and float64), and `metric_values` turns the total into numbers, NaN where there was nothing to measure.
+
+    Attributes:
+      name: the key of this task in batches, predictions and results.
+      weight: the factor of this task's loss in a weighted sum, >= 0.
+      protocol: "exact" computes every metric as it is defined. "published" repeats the known departures of the code
+        behind the field's published tables, so that numbers can be set beside them; each class lists its own.
+
+    Raises:
+      ValueError: an empty name, a weight that is not a finite number >= 0, an unknown protocol.
+
+    >>> import jax.numpy as jnp
+    >>> from sgw_jax import TASKS, Task
+    >>> depth = TASKS["depth"](weight=0.5)
+    >>> isinstance(depth, Task), depth.channels, depth.metric, depth.units["rmse"]
+    (True, 1, 'rmse', 'm')
+    >>> prediction, target = jnp.ones((1, 2, 2, 1)), jnp.full((1, 2, 2), 3.0)
+    >>> float(depth.loss(prediction, target)), depth.metric_values(depth.metric_sums(prediction, target))["rmse"]
+    (2.0, 2.0)
     """
 
     name: str
