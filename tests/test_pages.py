@@ -1,0 +1,56 @@
+"""What the pages name is there: paths, links, commands, extras and public names."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import sgw_jax
+import sgw_jax.functional
+import sgw_jax.multi_objective
+import sgw_jax.nnx
+from sgw_jax.__main__ import COMMANDS
+from sgw_jax.launch.__main__ import LAUNCHERS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PATH = re.compile(r"(?<![\w./:-])(?:\.\./|[\w-]+/)+[\w-]+(?:\.[\w-]+)*\.(?:py|sh|md|json|jinja|ipynb|png|yml)\b")
+PLACEHOLDER = re.compile(r"\b(yours|runs|_yours|WORKDIR|DIR)\b")
+
+
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_path_is_there(page: Path) -> None:
+    paths = {path for path in PATH.findall(text(page)) if not PLACEHOLDER.search(path)}
+    links = {link for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text(page)) if "://" not in link}
+    lost = [path for path in paths if not ((ROOT / path).exists() or (page.parent / path).exists())]
+    lost += [link for link in links if not (page.parent / link).exists()]
+    assert not lost
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_command_is_one(page: Path) -> None:
+    commands = set(re.findall(r"(?:sgw-jax|python -m sgw_jax) ([a-z]+)", text(page)))
+    assert commands <= COMMANDS.keys()
+    launchers = set(re.findall(r"(?:sgw-jax|python) launch ([a-z][a-z-]*)", text(page)))
+    assert launchers <= LAUNCHERS.keys()
+    assert not re.findall(r"python -m (?!sgw_jax\b)[\w.]*(?:sgw_jax|data_pipelines|configs|launch)[\w.]*", text(page))
+    tree = ast.parse(text(ROOT / "setup.py"))
+    (extras,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "EXTRAS"]
+    assert set(re.findall(r'"\.\[(\w+)\]"', text(page))) <= ast.literal_eval(extras).keys()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_import_is_of_public_names(page: Path) -> None:
+    modules = {"": sgw_jax, ".nnx": sgw_jax.nnx, ".functional": sgw_jax.functional}
+    modules[".multi_objective"] = sgw_jax.multi_objective
+    for module, names in re.findall(r"^from sgw_jax([.\w]*) import ([\w, ]+)", text(page), re.MULTILINE):
+        assert {name.strip() for name in names.split(",")} <= set(modules[module].__all__)
