@@ -38,21 +38,114 @@ def test_every_folder_of_modules_is_a_package() -> None:
     assert {path.parent / "__init__.py" for path in modules} <= modules
 
 
-@pytest.mark.slow
-def test_the_wheel_holds_the_package(tmp_path: Path) -> None:
+def copied(folder: Path) -> Path:
+    """What a distribution is made of: building leaves files behind."""
     pytest.importorskip("setuptools", "70.1", reason="older ones make no wheels by themselves")
-    copy = tmp_path / "copy"  # building leaves files behind
+    copy = folder / "copy"
     copy.mkdir()
     for name in ("sgw_jax", "configs", "data_pipelines", "launch"):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, copy)
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", f"--outdir={tmp_path}", str(copy)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return copy
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+def built(copy: Path, outdir: Path, *options: str) -> Path:
+    """The wheel that `python -m build` makes; without options of an sdist that it makes first."""
+    done = run(sys.executable, "-m", "build", "--no-isolation", f"--outdir={outdir}", *options, copy, cwd=outdir.parent)
     assert done.returncode == 0, done.stdout + done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = {Path(name) for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert names == installed()
+    (wheel,) = outdir.glob("*.whl")
+    return wheel
+
+
+def contents(wheel: Path) -> dict[Path, bytes]:
+    """The files of the package, without what is said about it."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {Path(name): archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    return built(copied(folder), folder / "dist", "--wheel")
+
+
+@pytest.fixture(scope="module")
+def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh virtual environment with the wheel installed, and what it depends on from the one that tests."""
+    folder = tmp_path_factory.mktemp("environment")
+    done = run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    pip = (sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "--disable-pip-version-check")
+    done = run(*pip, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    paths = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site(folder) / "dependencies.pth").write_text("\n".join(paths))
+    return folder
+
+
+def site(environment: Path) -> Path:
+    (found,) = environment.glob("lib/python*/site-packages")
+    return found
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package(wheel: Path) -> None:
+    assert contents(wheel).keys() == installed()
+
+
+@pytest.mark.slow
+def test_the_sdist_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    assert contents(built(copied(tmp_path), tmp_path / "dist")) == contents(wheel)
+    assert len(list((tmp_path / "dist").glob("*.tar.gz"))) == 1
+
+
+@pytest.mark.slow
+def test_one_name_is_installed(environment: Path, tmp_path: Path) -> None:
+    names = {path.name for path in site(environment).iterdir() if path.suffix != ".dist-info"}
+    assert names == {"sgw_jax", "dependencies.pth"}
+    for name in ("configs", "data_pipelines", "launch"):
+        done = run(environment / "bin" / "python", "-c", f"import {name}", cwd=tmp_path)
+        assert "ModuleNotFoundError" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("package", [True, False])
+def test_it_works_beside_folders_of_the_same_names(package: bool, environment: Path, tmp_path: Path) -> None:
+    """Where somebody starts it there may be a configs/ and a data_pipelines/ of their own."""
+    names = {"configs": ("scenes", "base"), "data_pipelines": ("loader", "errors", "prepare"), "launch": ("tpu_vm",)}
+    for folder, modules in names.items():
+        (tmp_path / folder).mkdir()
+        for module in modules:
+            (tmp_path / folder / f"{module}.py").write_text("raise SystemExit('the wrong file')\n")
+        if package:
+            (tmp_path / folder / "__init__.py").write_text("")
+    (tmp_path / "configs" / "default.py").write_text("NAME = 'mine'\n")
+    python, command = environment / "bin" / "python", environment / "bin" / "sgw-jax"
+    code = f"""
+import sgw_jax
+assert sgw_jax.__file__.startswith({str(environment)!r})
+assert sgw_jax.read_config("scenes").data.source == "scenes"
+from configs import default
+assert default.NAME == "mine"
+import sgw_jax.configs.base, sgw_jax.data_pipelines.loader, sgw_jax.launch.tpu_vm
+"""
+    for line, shown in (
+        ((python, "-W", "error", "-c", code), ""),
+        ((python, "-m", "sgw_jax", "--help"), "train | evaluate"),
+        ((command, "--help"), "train | evaluate"),
+        ((command, "launch", "tpu-vm", "--help"), "--accelerator-type"),
+        ((command, "prepare", "--help"), "--source"),
+        ((command, "plan", "--config=scenes:tasks=depth"), "parameters"),
+    ):
+        done = run(*line, cwd=tmp_path)
+        assert done.returncode == 0, (line, done.stderr)
+        assert shown in done.stdout
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
