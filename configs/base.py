@@ -99,6 +99,7 @@ def get_config() -> ConfigDict:
             "boundary": {  # ODS, OIS and AP of edges at the end of a run and in `evaluate`
                 "max_dist": optional(float),  # of a match, as a share of the image's diagonal; None = not evaluated
                 "outline_targets": False,  # the published NYUD evaluation's: outlines of the stored edge masks
+                "suppress": False,  # keep the crests of predicted ridges alone; protocol=published always does
                 "workers": 0,  # processes; 0 = this one
             },
             "edge_weight": optional(float, 0.95),  # of edge pixels in the edge loss; None = balanced per batch

@@ -1,4 +1,4 @@
-"""ODS of a network over a split: the frame of the labels, padding, devices, and the published rounding."""
+"""ODS of a network over a split: the frame of the labels, padding, devices, and the published protocol."""
 
 import flax.linen as nn
 import jax
@@ -57,7 +57,8 @@ def scores(batches, devices=1, length=LENGTH, **options):
 
 
 def expected(originals, **options):
-    found = boundary.summarise(boundary.counts_of(originals, max_dist=0.05, **options))
+    program = options.pop("program", "ours")
+    found = boundary.summarise(boundary.counts_of(originals, max_dist=0.05, **options), program=program)
     return {name: 100 * found[name] for name in ("ods", "ois", "ap")}
 
 
@@ -69,11 +70,18 @@ def test_scores_are_those_of_the_images_without_padding(split, devices):
     assert 0 < found["ods"] < 100
 
 
-def test_the_published_protocol_rounds_to_levels(split):
+def test_the_published_protocol_is_the_fields(split):
+    """8 bits as `astype(uint8)` leaves them (127.5 is 127), suppression, precision 1 where nothing is predicted."""
     batches, originals = split
-    rounded = [(np.round(255 * p).astype(np.uint8), t, i) for p, t, i in originals]
-    assert scores(batches, published=True) == expected(rounded)
-    assert scores(batches, published=True, outline_targets=True) == expected(rounded, outline_targets=True)
+    saved = [((255 * p).astype(np.uint8), t, i) for p, t, i in originals]
+    assert scores(batches, published=True) == expected(saved, suppressed=True, program="seism")
+    outlined = expected(saved, suppressed=True, outline_targets=True, program="seism")
+    assert scores(batches, published=True, outline_targets=True) == outlined
+
+
+def test_suppression_is_an_option_of_the_exact_protocol(split):
+    batches, originals = split
+    assert scores(batches, suppress=True) == expected(originals, suppressed=True) != expected(originals)
 
 
 def test_edges_and_ignored_pixels_are_those_of_the_task(split):

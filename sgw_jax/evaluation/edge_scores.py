@@ -29,6 +29,7 @@ def edge_scores(
     length: int,
     max_dist: float,
     outline_targets: bool = False,
+    suppress: bool = False,
     published: bool = False,
     workers: int = 0,
     console: Console | None = None,
@@ -42,15 +43,16 @@ def edge_scores(
 
     Args:
       batches: as `eval_batches` yields them.   length: of the split; what follows is padding.
-      max_dist, outline_targets: see `boundary.evaluate`.
-      published: probabilities are rounded to 8 bits first, as the field saves them.
+      max_dist, outline_targets, suppress: see `boundary.evaluate`.
+      published: as InvPT and SEISM compute them. Probabilities are cut down to 8 bits, as they are saved there, and
+        suppressed where they are no crest of a ridge; precision is 1 where nothing is predicted (program "seism").
     """
 
     def run(variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
         logit: Any = model.apply(variables, batch["image"])
         probability = jax.nn.sigmoid(logit[task][..., 0].astype(jnp.float32))
         if published:
-            probability = jnp.round(LEVELS * probability).astype(jnp.uint8)
+            probability = jnp.floor(LEVELS * probability).astype(jnp.uint8)
         return probability, batch[task].reshape(probability.shape)
 
     step = jax.jit(run, out_shardings=batch_sharding(mesh))
@@ -66,11 +68,17 @@ def edge_scores(
 
     with jax.set_mesh(mesh):
         counts = boundary.counts_of(
-            images(), max_dist=max_dist, outline_targets=outline_targets, workers=workers, console=console, total=length
+            images(),
+            max_dist=max_dist,
+            outline_targets=outline_targets,
+            suppressed=suppress or published,
+            workers=workers,
+            console=console,
+            total=length,
         )
     if jax.process_count() > 1:
         counts = _from_all_processes(counts)
-    found = boundary.summarise(counts)
+    found = boundary.summarise(counts, program="seism" if published else "ours")
     return {name: 100 * found[name] for name in SCORES}
 
 

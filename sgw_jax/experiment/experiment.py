@@ -47,6 +47,7 @@ class Boundary:
     max_dist: float | None
     outline_targets: bool
     workers: int
+    suppress: bool = False  # runs of before it was a key have none
 
 
 @dataclasses.dataclass(frozen=True)

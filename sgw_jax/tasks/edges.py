@@ -23,7 +23,7 @@ class Edges(MaskTask):
     Metrics from sums over the data set:
       max_f: percent; the greatest F1 of sigmoid(x) >= t over t = 0.01, 0.02 .. 0.99 at the exact pixels. It is not the
         field's odsF, which thins the prediction and allows a match within a few pixels, and it reads lower. That one
-        (ods, with ois and ap) needs matching on the host: `edge_evaluation.edge_scores` adds it at the end of a run.
+        (ods, with ois and ap) needs matching on the host: `edge_scores.edge_scores` adds it at the end of a run.
       loss: the loss above, with the balance of the whole data set for w = None. The peers report this number "for
         reference", computed by mistake on sigmoid(x) in place of x; "published" does the same.
     Thresholds are compared as logits: sigmoid(x) >= t is x >= logit(t), which no rounding of a sigmoid can upset.
