@@ -10,7 +10,8 @@ Recipe:    InvPT's, as published: zoom 0.5 to 2, crop 448 x 576 (no class over 7
            gradients clipped at norm 10 (TaskPrompter, MLoRE), layer instead of batch normalisation.
 Hardware:  1, 2, 3 or 6 accelerators (they must divide the batch of 6; --config.batch_size=8 for 8) of 16 GB or more.
 Variants:  --config=nyud:swin_b,interaction=skem,tasks=semseg+depth,protocol=published
-           protocol=published repeats the quirks of the published numbers, here the outlined edge masks.
+           protocol=published repeats the quirks of the published numbers, here outlined edge masks and suppressed
+           predictions of edges.
 """
 
 from sgw_jax.configs import base

@@ -8,7 +8,8 @@ Data:      DIR holds JPEGImages/ ImageSets/ semseg/ human_parts/ pascal-context/
 Recipe:    InvPT's, as configs/nyud.py, at 512 x 512; losses 1 / 2 / 5 / 10 / 50 (edge weight 0.95).
 Hardware:  as configs/nyud.py.
 Variants:  --config=pascal_context:swin_b,interaction=skem,tasks=semseg+human_parts,protocol=published
-           protocol=published: saliency's maxF with the field's second sigmoid, absent classes as 0.
+           protocol=published: saliency's maxF with the field's second sigmoid, absent classes as 0,
+           suppressed predictions of edges.
 """
 
 from sgw_jax.configs import base

@@ -14,7 +14,8 @@ ODS is the best F of one threshold for the whole set, OIS that of a threshold pe
 with counts pooled over the set; AP is the mean of P over R = 0, 0.01 .. 1, linear between the measured points and 0
 outside them; R50 is R where P is 1/2. BSDS matches by least total distance with a penalty for leaving pixels out; here
 the number of matches is the greatest possible (Hopcroft and Karp 1973), which is what is counted: Mp too, as one
-matching with the pixels of all annotators together, each of which may be matched once.
+matching with the pixels of all annotators together, each of which may be matched once, so that P is the highest that
+any matchings give.
 
 What remains open, a `program` settles as a published one does:
 
