@@ -24,6 +24,24 @@ EXTRAS = {
         "torchjd[quadprog-projector,cagrad,nash-mtl]>=0.18",
         "kubernetes-validate>=1.29",  # schemas for launch/gke.py
     ],
+    # Other libraries whose models tests put KEM into. transformers has no Flax models from version 5 on. Kauldron
+    # demands TensorFlow, of which its train step uses nothing: .ci/run installs it by itself, with what it does use.
+    "hosts": [
+        "dm-haiku==0.0.17",
+        "equimo==1.1.0",
+        "transformers==4.57.6",
+        "einops",
+        "etils[edc,enp,epath,epy,etree]",
+        "grain",
+        "immutabledict",
+        "lark",
+        "matplotlib",
+        "ml-collections",
+        "opencv-python-headless",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources",
+        "typeguard>=4.4.1",
+    ],
 }
 
 setup(
