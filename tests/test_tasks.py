@@ -164,7 +164,11 @@ def reference_metrics(task, prediction, target) -> dict[str, float]:
     if isinstance(task, Normals):
         cosine = [x @ g / (np.linalg.norm(x) * np.linalg.norm(g)) for x, g in zip(p, t, strict=True)]
         angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
-        return {"mean": angle.mean(), **{f"within_{a:g}": 100 * np.mean(angle < a) for a in (11.25, 22.5, 30)}}
+        return {
+            "mean": angle.mean(),
+            "rmse": math.sqrt(np.mean(angle**2)),
+            **{f"within_{a:g}": 100 * np.mean(angle < a) for a in (5, 7.5, 11.25, 22.5, 30)},
+        }
     probability, truth = sigmoid(p[:, 0]), t >= 0.5
     if isinstance(task, Saliency):
         seen = sigmoid(probability) if published else probability
@@ -311,7 +315,7 @@ def test_the_inverse_of_the_regression_target_is_a_perfect_prediction(task):
     np.testing.assert_array_equal(mask, valid_pixels(task, target))
     prediction = task.from_regression(values)
     found = task.metric_values(compiled(task, "metric_sums")(prediction, target))
-    perfect = {"abs_rel": 0, "log_rmse": 0, "sq_rel": 0, "rmse": 0, "mean": 0}
+    perfect = {"abs_rel": 0, "log_rmse": 0, "sq_rel": 0, "rmse": 0, "mean": 0, "median": 0}
     for name, value in found.items():
         if name == "loss":  # the clipped probability 1e-4 leaves softplus(logit(1e-4)) = 1e-4, and less with a weight
             assert value < (1e-3 if task.protocol == "exact" else 1)
@@ -468,6 +472,56 @@ def test_angles_are_accurate_at_both_ends(degrees):
     found = task.metric_values(task.metric_sums(prediction, target))["mean"]
     # Rounded components of unit vectors move the angle by a few eps, here in degrees.
     assert found == pytest.approx(degrees, abs=8 * EPS * 180 / math.pi)
+
+
+@pytest.mark.parametrize("length", [1e-30, 1e-4, 1e-3, 1.0, 1e30])
+def test_the_angle_does_not_depend_on_the_lengths(length):
+    """Of the prediction and of the target: 8-bit zeros, stored as 127 and 128, are vectors like any other."""
+    task = Normals()
+    prediction, target = example(task)
+    expected = reference_metrics(task, prediction, target)
+    prediction /= np.linalg.norm(prediction, axis=-1, keepdims=True)
+    for lengths in ((length, 1), (1, length), (length, length)):
+        scaled = [array * np.float32(s) for array, s in zip((prediction, target), lengths, strict=True)]
+        values = task.metric_values(compiled(task, "metric_sums")(*scaled))
+        for name, value in expected.items():
+            np.testing.assert_allclose(values[name], value, **MEAN_TOLERANCE, err_msg=name)
+    decoded = np.asarray(task.decode(prediction * np.float32(length)))
+    np.testing.assert_allclose(np.linalg.norm(decoded.astype(np.float64), axis=-1), 1, rtol=8 * EPS)
+    stored = (2 * np.array([[[[127, 128, 128]]]], np.float32) / 255 - 1).astype(np.float32)
+    along = task.metric_values(task.metric_sums(np.array([[[[-1, 1, 1]]]], np.float32), stored))
+    # 2 v / 255 - 1 cancels: components of 1 / 255 keep an error of eps.
+    assert along["mean"] < 2 * 255 * EPS * 180 / math.pi
+    zero = task.metric_values(task.metric_sums(np.zeros((1, 1, 1, 3), np.float32), stored))
+    assert zero["mean"] == pytest.approx(90, rel=8 * EPS)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 150, 151])
+@pytest.mark.parametrize("spread", [0.1, 2.0, 20.0, 180.0])
+def test_the_median_angle_is_right_to_a_bin(number, spread):
+    """Bins are as wide as 180 (2 k + 1) / 4096^2 = 2 sqrt(180 a) / 4096 at the angle a, a little more at its upper end."""
+    task = Normals()
+    degrees = np.random.default_rng(number).uniform(0, spread, number)
+    radians = np.radians(degrees)
+    prediction = np.stack([np.sin(radians), 0 * radians, -np.cos(radians)], -1).astype(np.float32)
+    prediction, target = (np.broadcast_to(a, (1, 1, number, 3)) for a in (prediction, np.array([0, 0, -1], np.float32)))
+    found = task.metric_values(task.metric_sums(prediction, target))["median"]
+    middle = np.sort(degrees)[number // 2]  # the greater of the two middle angles has the wider bin
+    width = 180 * (2 * math.sqrt(middle / 180) / 4096 + 1 / 4096**2)
+    assert abs(found - np.median(degrees)) <= width + 8 * EPS * 180 / math.pi
+
+
+def test_the_median_of_a_data_set_is_that_of_the_added_histograms():
+    task = Normals()
+    pairs = [example(task, seed) for seed in range(3)]
+    total = None
+    for pair in pairs:
+        total = add_sums(total, compiled(task, "metric_sums")(*pair))
+    joined = [np.concatenate(arrays) for arrays in zip(*pairs, strict=True)]
+    p, t = pixels_of(task, *joined)
+    cosine = np.sum(p * t, -1) / np.linalg.norm(p, axis=-1) / np.linalg.norm(t, axis=-1)
+    assert int(total["histogram"].sum()) == int(total["pixels"]) == len(t)
+    assert task.metric_values(total)["median"] == pytest.approx(np.median(np.degrees(np.arccos(cosine))), abs=0.1)
 
 
 def test_a_surface_that_faces_the_camera_is_light_blue():
