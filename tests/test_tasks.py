@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ REFERENCED = {
     "semseg": SemSeg(num_classes=5),
     "depth": Depth(),
     "depth with zeros": Depth(zero_is_valid=True, quantity="disparity", max_depth=8.0),
+    "depth clipped": Depth(min_depth=1.5, max_depth=7.0, clip=True),
     "normals": Normals(),
     "edges": Edges(),
     "edges balanced": Edges(edge_weight=None),
@@ -137,6 +139,31 @@ def reference_f(probability, truth, thresholds, beta_squared):
     return 100 * best
 
 
+def reference_depth(task, p, t):
+    """Of pairs of depths as one population."""
+    published = task.protocol == "published"
+    p = np.maximum(p, 1e-9 if published else 0)
+    low, high = task.min_depth, task.max_depth
+    keep = (t > (-np.inf if low is None else low)) & (t < (high or np.inf))
+    p, t = p[keep], t[keep]
+    if task.clip:
+        p = np.clip(p, low, high)
+    error = (p - t)[t > 0] if published else p - t
+    p, t = p[t > 0], t[t > 0]
+    log_error = np.log(np.maximum(p, 1e-9 if published else 1e-3)) - np.log(t)
+    ratios = np.maximum(p / t, t / np.maximum(p, 1e-30))
+    return {
+        "rmse": math.sqrt(np.mean(error**2)),
+        "abs_err": np.mean(np.abs(error)),
+        "abs_rel": np.mean(np.abs(p - t) / t),
+        "sq_rel": np.mean((p - t) ** 2 / t),
+        "log_rmse": math.sqrt(np.mean(log_error**2)),
+        "log10": np.mean(np.abs(log_error)) / math.log(10),
+        "silog": 100 * np.std(log_error),
+        **{f"delta_{i}": 100 * np.mean(ratios < 1.25**i) for i in (1, 2, 3)},
+    }
+
+
 def reference_metrics(task, prediction, target) -> dict[str, float]:
     p, t = pixels_of(task, prediction, target)
     published = task.protocol == "published"
@@ -148,19 +175,7 @@ def reference_metrics(task, prediction, target) -> dict[str, float]:
                 iou.append(100 * np.sum((chosen == c) & (t == c)) / max(union, 1))
         return {"miou": np.mean(iou), "pixel_accuracy": 100 * np.mean(chosen == t)}
     if isinstance(task, Depth):
-        p = np.maximum(p[:, 0], 1e-9 if published else 0)
-        keep = t < (task.max_depth or np.inf)
-        p, t = p[keep], t[keep]
-        squared = (p - t)[t > 0] ** 2 if published else (p - t) ** 2
-        p, t = p[t > 0], t[t > 0]
-        log_error = np.log(np.maximum(p, 1e-9 if published else 1e-3)) - np.log(t)
-        return {
-            "rmse": math.sqrt(squared.mean()),
-            "abs_rel": np.mean(np.abs(p - t) / t),
-            "log_rmse": math.sqrt(np.mean(log_error**2)),
-            "sq_rel": np.mean((p - t) ** 2 / t),
-            "delta_1": 100 * np.mean(np.maximum(p / t, t / np.maximum(p, 1e-30)) < 1.25),
-        }
+        return reference_depth(task, p[:, 0], t)
     if isinstance(task, Normals):
         cosine = [x @ g / (np.linalg.norm(x) * np.linalg.norm(g)) for x, g in zip(p, t, strict=True)]
         angle = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
@@ -315,7 +330,17 @@ def test_the_inverse_of_the_regression_target_is_a_perfect_prediction(task):
     np.testing.assert_array_equal(mask, valid_pixels(task, target))
     prediction = task.from_regression(values)
     found = task.metric_values(compiled(task, "metric_sums")(prediction, target))
-    perfect = {"abs_rel": 0, "log_rmse": 0, "sq_rel": 0, "rmse": 0, "mean": 0, "median": 0}
+    perfect = {
+        "abs_err": 0,
+        "log10": 0,
+        "silog": 0,
+        "abs_rel": 0,
+        "log_rmse": 0,
+        "sq_rel": 0,
+        "rmse": 0,
+        "mean": 0,
+        "median": 0,
+    }
     for name, value in found.items():
         if name == "loss":  # the clipped probability 1e-4 leaves softplus(logit(1e-4)) = 1e-4, and less with a weight
             assert value < (1e-3 if task.protocol == "exact" else 1)
@@ -444,6 +469,61 @@ def test_delta_1_is_a_ratio_in_both_directions():
     assert int(sums["near"]) == 3
 
 
+def test_the_scale_invariant_error_forgives_a_factor():
+    """The root magnifies the rounding of the two sums: 1e4 (mean d^2 - mean^2 d) is right to 1e4 d^2 times theirs."""
+    _, target = example(Depth())
+    values = Depth().metric_values(compiled(Depth(), "metric_sums")(2 * target[..., None], target))
+    assert values["silog"] <= 100 * math.log(2) * math.sqrt(3 * (PIXELS + 16) * EPS)
+    assert values["log_rmse"] == pytest.approx(math.log(2), rel=(PIXELS + 16) * EPS)
+    assert values["log10"] == pytest.approx(math.log10(2), rel=(PIXELS + 16) * EPS)
+
+
+# First and last row and column of the crops on the frames that the field uses them for.
+WINDOWS = {
+    ("garg", (352, 1216)): (143, 349, 43, 1172),
+    ("eigen", (352, 1216)): (117, 321, 43, 1172),
+    ("nyu_eigen", (480, 640)): (45, 471, 41, 601),
+}
+
+
+@pytest.mark.parametrize(("crop", "frame"), WINDOWS)
+@pytest.mark.parametrize("by_image", [False, True])
+def test_depth_is_measured_inside_the_crop(crop, frame, by_image):
+    task = Depth(crop=crop, by_image=by_image)
+    top, bottom, left, right = WINDOWS[crop, frame]
+    inside = np.zeros((1, *frame), bool)
+    inside[:, top:bottom, left:right] = True
+    target = np.full((1, *frame), 2, np.float32)
+    sums = compiled(task, "metric_sums")(np.where(inside, 2, 7).astype(np.float32)[..., None], target)
+    assert task.metric_values(sums)["rmse"] == 0
+    if not by_image:
+        assert int(sums["pixels"]) == inside.sum()
+
+
+@pytest.mark.parametrize("protocol", ["exact", "published"])
+@pytest.mark.parametrize(
+    "options", [{}, {"zero_is_valid": True, "max_depth": 8.0}, {"min_depth": 0.6, "max_depth": 9.0}]
+)
+def test_means_by_image_are_means_of_each_images_metrics(options, protocol):
+    """The last image has no label and counts in no mean; neither does an image whose only label is 0, in a ratio."""
+    task = Depth(by_image=True, protocol=protocol, **options)
+    prediction, target = example(task)
+    target[2] = task.target["fill"]
+    target[2, 0, 0] = 0
+    total = None
+    for rows in (slice(0, 1), slice(1, 4)):
+        total = add_sums(total, compiled(task, "metric_sums")(prediction[rows], target[rows]))
+    expected = {}
+    for image in range(len(target)):
+        p, t = pixels_of(task, prediction[image], target[image])
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name, value in reference_depth(task, p[:, 0], t).items():
+                expected.setdefault(name, []).append(value)
+    for name, value in task.metric_values(total).items():
+        np.testing.assert_allclose(value, np.nanmean(expected[name]), **MEAN_TOLERANCE, err_msg=name)
+
+
 def test_pictures_share_the_range_of_the_other_map():
     task = Depth()
     near, far = np.full((2, 2), 1.0), np.full((2, 2), 9.0)
@@ -499,7 +579,7 @@ def test_the_angle_does_not_depend_on_the_lengths(length):
 @pytest.mark.parametrize("number", [1, 2, 3, 150, 151])
 @pytest.mark.parametrize("spread", [0.1, 2.0, 20.0, 180.0])
 def test_the_median_angle_is_right_to_a_bin(number, spread):
-    """Bins are as wide as 180 (2 k + 1) / 4096^2 = 2 sqrt(180 a) / 4096 at the angle a, a little more at its upper end."""
+    """A bin is 180 (2 k + 1) / 4096^2 wide: at most 2 sqrt(180 a) / 4096 + 180 / 4096^2 at an angle a inside."""
     task = Normals()
     degrees = np.random.default_rng(number).uniform(0, spread, number)
     radians = np.radians(degrees)
@@ -633,6 +713,10 @@ def test_counts_do_not_stop_where_float32_does():
         ("semseg", {"num_classes": 2, "colours": ((0, 0, 0), (0, 0, 256))}, "not three integers"),
         ("depth", {"quantity": "inverse"}, "quantity is 'inverse'"),
         ("depth", {"max_depth": 0.0}, "max_depth is 0.0"),
+        ("depth", {"min_depth": -1.0}, "min_depth is -1.0"),
+        ("depth", {"min_depth": 2.0, "max_depth": 2.0}, "min_depth is 2.0"),
+        ("depth", {"clip": True, "max_depth": 2.0}, "clip needs min_depth and max_depth"),
+        ("depth", {"crop": "grag"}, "crop is 'grag'; choose one of .*garg"),
         ("edges", {"edge_weight": 1.0}, "edge_weight is 1.0"),
     ],
 )

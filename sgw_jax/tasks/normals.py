@@ -29,16 +29,17 @@ class Normals(Task):
     Loss: |n(prediction) - target| summed over the three channels and the valid pixels; the count is of PIXELS, so the
     loss is three times a mean over elements. The target is not normalised again (InvPT). The weight 10 is InvPT's.
 
-    Metrics of the angle 2 atan2(|p - g|, |p + g|) between p / |p| and g / |g|, whatever their lengths, which unlike an arc
-    cosine is exact near 0 and 180 degrees; pooled over the pixels of the data set:
+    Metrics of the angle 2 atan2(|p - g|, |p + g|) between p / |p| and g / |g|, whatever their lengths, which unlike an
+    arc cosine is exact near 0 and 180 degrees; pooled over the pixels of the data set:
       mean, rmse: degrees.   within_5 .. within_30: percent of the pixels with a smaller angle, of `ANGLES`.
       median: degrees, from a histogram whose k-th of 4096 bins is 180 [(k/4096)^2, ((k+1)/4096)^2]: the error is below
         the bin's width, at most 0.01 degrees at 2, 0.02 at 9, 0.09 at 180.
     A prediction of zero is 90 degrees from everything.
 
     "published" computes the same: the field's code only adds a round trip through (n + 1) * 255 / 2 in floating point,
-    which changes nothing but the last digits. It scores other pixels: an 8-bit zero is stored as 127 or 128, a vector of
-    length 0.007, which InvPT's metric normalises and counts; our sources make vectors shorter than 1/2 invalid.
+    which changes nothing but the last digits. InvPT counts more pixels where an 8-bit zero is stored as 127 or 128: a
+    vector of length 0.007, which its metric normalises. So does ours, but our sources make vectors shorter than 1/2
+    invalid.
     """
 
     kind: ClassVar[str] = "normals"
@@ -141,8 +142,9 @@ def _unit(vectors: Array) -> Array:
 def _histogram(angle: Array, valid: Array) -> Int[Array, "bins"]:
     """How many valid pixels lie in each bin of the median.
 
-    A bin's number has two digits; the counts of a row are the product of the digits' one-hot matrices, of zeros and ones
-    and thus exact in float32. Row by row, nothing of size pixels x bins exists, and no scatter, which a TPU does slowly.
+    A bin's number has two digits; the counts of a row are the product of the digits' one-hot matrices, of zeros and
+    ones and thus exact in float32. Row by row, nothing of size pixels x bins exists, and no scatter, which a TPU does
+    slowly.
     """
     bins = jnp.clip(jnp.sqrt(angle / 180) * DIGIT**2, 0, DIGIT**2 - 1).astype(jnp.int32)
     digits = jnp.arange(DIGIT)
