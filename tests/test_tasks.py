@@ -168,12 +168,22 @@ def reference_metrics(task, prediction, target) -> dict[str, float]:
     p, t = pixels_of(task, prediction, target)
     published = task.protocol == "published"
     if isinstance(task, SemSeg):
-        chosen, iou = p.argmax(1), []
+        chosen, iou, dice, accuracy, weighted = p.argmax(1), [], [], [], 0
         for c in range(task.num_classes):
-            union = np.sum((chosen == c) | (t == c))
+            both, union = np.sum((chosen == c) & (t == c)), np.sum((chosen == c) | (t == c))
             if union or published:
-                iou.append(100 * np.sum((chosen == c) & (t == c)) / max(union, 1))
-        return {"miou": np.mean(iou), "pixel_accuracy": 100 * np.mean(chosen == t)}
+                iou.append(100 * both / max(union, 1))
+                dice.append(200 * both / max(np.sum(chosen == c) + np.sum(t == c), 1))
+            if np.any(t == c):
+                accuracy.append(100 * both / np.sum(t == c))
+                weighted += np.mean(t == c) * 100 * both / union
+        return {
+            "miou": np.mean(iou),
+            "pixel_accuracy": 100 * np.mean(chosen == t),
+            "mean_accuracy": np.mean(accuracy),
+            "frequency_weighted_iou": weighted,
+            "dice": np.mean(dice),
+        }
     if isinstance(task, Depth):
         return reference_depth(task, p[:, 0], t)
     if isinstance(task, Normals):
@@ -406,6 +416,64 @@ def test_an_absent_class_counts_only_in_the_published_protocol():
     assert math.isnan(exact.per_class(sums)[names[2]])
     assert published.per_class(sums)[names[2]] == 0
     assert exact.per_class(sums)[names[0]] == pytest.approx(200 / 3)
+
+
+def eroded(mask, width):
+    """Pixels whose whole square of side 2 width + 1 is in the mask; what is outside the frame is not."""
+    inside = np.zeros_like(mask)
+    for y, x in np.ndindex(mask.shape):
+        rows, columns = (range(c - width, c + width + 1) for c in (y, x))
+        whole = min(rows) >= 0 and min(columns) >= 0 and max(rows) < len(mask) and max(columns) < mask.shape[1]
+        inside[y, x] = whole and mask[np.ix_(rows, columns)].all()
+    return inside
+
+
+@pytest.mark.parametrize("protocol", ["exact", "published"])
+@pytest.mark.parametrize("frame", [(5, 7), (60, 90)])  # widths 1 and 2
+def test_boundary_iou_is_the_iou_of_each_masks_rim(protocol, frame):
+    task = SemSeg(num_classes=4, boundary_iou=True, protocol=protocol)  # the last class is absent
+    rng = np.random.default_rng(0)
+    labels, predicted = (np.kron(rng.integers(0, 3, (2, 6, 9)), np.ones((1, 12, 12), int)) for _ in range(2))
+    labels, predicted = (a[:, : frame[0], : frame[1]] for a in (labels, np.roll(np.where(predicted, labels, 0), 1, 2)))
+    labels = labels.astype(np.int32)
+    labels[:, 1:4, 2:5] = 255
+    values = task.metric_values(task.metric_sums(jax.nn.one_hot(predicted, 4), labels.astype(np.uint8)))
+    width = max(1, round(0.02 * math.hypot(*frame)))
+    iou = []
+    for c in range(4):
+        inter = union = 0
+        for truth, found in zip(labels, np.where(labels == 255, 255, predicted), strict=True):
+            rims = [mask & ~eroded(mask, width) for mask in (truth == c, found == c)]
+            inter, union = inter + np.sum(rims[0] & rims[1]), union + np.sum(rims[0] | rims[1])
+        if union or protocol == "published":
+            iou.append(100 * inter / max(union, 1))
+    assert values["boundary_iou"] == pytest.approx(np.mean(iou), rel=8 * np.finfo(float).eps)
+    assert list(values) == list(task.units)
+    perfect = task.metric_values(task.metric_sums(jax.nn.one_hot(np.where(labels == 255, 0, labels), 4), labels))
+    assert perfect["boundary_iou"] == (100 if protocol == "exact" else 25 * len(set(labels.flat) - {255}))
+    empty = task.metric_values(task.metric_sums(jax.nn.one_hot(predicted, 4), np.full_like(labels, 255)))
+    assert all(math.isnan(value) for value in empty.values())
+
+
+@pytest.mark.parametrize("protocol", ["exact", "published"])
+def test_categories_are_unions_of_classes(protocol):
+    """Class 4 is in none: a pixel of it is no hit of any category; the last category is absent."""
+    categories = [["flat", [0, 2]], ["object", [1]], ["nothing", [3]]]
+    task = SemSeg(num_classes=5, categories=categories, protocol=protocol)
+    assert task_from_dict(json.loads(json.dumps(task.to_dict()))) == task
+    prediction, target = example(task)
+    prediction[..., 3] = -100
+    target[target == 3] = 4
+    p, t = pixels_of(task, prediction, target)
+    chosen, iou = p.argmax(1), []
+    for _, classes in categories:
+        inside = [np.isin(a, classes) for a in (chosen, t)]
+        union = np.sum(inside[0] | inside[1])
+        if union or protocol == "published":
+            iou.append(100 * np.sum(inside[0] & inside[1]) / max(union, 1))
+    values = task.metric_values(compiled(task, "metric_sums")(prediction, target))
+    assert values["category_iou"] == pytest.approx(np.mean(iou), rel=8 * np.finfo(float).eps)
+    assert list(values) == list(task.units)
 
 
 @pytest.mark.parametrize("label", [-1, 5, 254])
@@ -711,6 +779,8 @@ def test_counts_do_not_stop_where_float32_does():
         ("semseg", {"num_classes": 3, "class_names": ("a", "b")}, "class_names has 2 entries and num_classes is 3"),
         ("human_parts", {"colours": ((0, 0, 0),)}, "colours has 1 entries"),
         ("semseg", {"num_classes": 2, "colours": ((0, 0, 0), (0, 0, 256))}, "not three integers"),
+        ("semseg", {"num_classes": 3, "categories": (("a", (0, 1)), ("b", (1,)))}, "categories hold the classes"),
+        ("semseg", {"num_classes": 3, "categories": (("a", (3,)),)}, "categories hold the classes"),
         ("depth", {"quantity": "inverse"}, "quantity is 'inverse'"),
         ("depth", {"max_depth": 0.0}, "max_depth is 0.0"),
         ("depth", {"min_depth": -1.0}, "min_depth is -1.0"),

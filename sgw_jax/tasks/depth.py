@@ -204,9 +204,8 @@ class Depth(Task):
             height, width = target.shape[-2:]
             sides = zip(CROPS[self.crop], (height, height, width, width), strict=True)
             top, bottom, left, right = (int(share * size + 1e-6) for share, size in sides)
-            inside = np.zeros((height, width), bool)
-            inside[top:bottom, left:right] = True
-            counted &= inside
+            rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
+            counted &= (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
         return counted
 
     def decode(self, prediction: Array) -> Array:

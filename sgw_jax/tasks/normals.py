@@ -13,8 +13,8 @@ from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, ratio
 
 ANGLES = (5.0, 7.5, 11.25, 22.5, 30.0)
 DIGIT = 64  # the histogram of angles has DIGIT^2 bins
-# Inside the root of the norm, in the loss. The gradient of a zero prediction is then finite (at most 1e4 per unit of loss), and a
-# prediction of length 1 is not changed in float32.
+# Inside the root of the norm, in the loss. The gradient of a zero prediction is then finite (at most 1e4 per unit of
+# loss), and a prediction of length 1 is not changed in float32.
 EPSILON = 1e-8
 
 

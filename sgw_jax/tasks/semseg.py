@@ -16,6 +16,8 @@ from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, is_num
 from sgw_jax.tasks.colours import spread_colours
 
 IGNORE = 255
+BOUNDARY_RATIO = 0.02
+COUNTS = ("true_positive", "false_positive", "false_negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,15 @@ class SemSeg(Task):
       miou: the mean over the classes of tp / (tp + fp + fn). "exact" leaves out a class that is neither predicted nor
         labelled anywhere, its IoU being 0/0; "published" counts it as 0, as the field's code does.
       pixel_accuracy: the share of the valid pixels whose class is right.
+      mean_accuracy: the mean over the labelled classes of tp / (tp + fn).
+      frequency_weighted_iou: the mean of the IoU weighted by the classes' shares of the valid pixels.
+      dice: the mean over the classes of 2 tp / (2 tp + fp + fn), absent classes as in miou.
+      boundary_iou, with `boundary_iou`: miou of the pixels of each mask within `BOUNDARY_RATIO` of the diagonal of its
+        outline (Cheng et al. 2021), counts pooled over the data set. Distances are Chebyshev's; the frame's edge and
+        ignored pixels end a mask. As they cost two more passes over the labels, they are off.
+      category_iou, with `categories`: the mean IoU of unions of classes (Cityscapes), absent ones as in miou.
 
+    `categories` are (name, class numbers) pairs, no class in two of them; a class in none is in a category of none.
     `class_names` and `colours` have one entry per class; left empty, they are generated.
     """
 
@@ -49,6 +59,8 @@ class SemSeg(Task):
     class_names: tuple[str, ...] = ()
     colours: tuple[tuple[int, int, int], ...] = ()
     dot_regression: float = 0.0
+    boundary_iou: bool = False
+    categories: tuple[tuple[str, tuple[int, ...]], ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,6 +86,12 @@ class SemSeg(Task):
         for colour in self.colours:
             if len(colour) != 3 or not all(isinstance(c, int) and 0 <= c <= 255 for c in colour):
                 raise InputError(f"Task {self.name!r}: colour {colour!r} is not three integers in [0, 255].")
+        grouped = [class_ for _, classes in self.categories for class_ in classes]
+        if len(set(grouped)) != len(grouped) or not set(grouped) <= set(range(number)):
+            raise InputError(
+                f"Task {self.name!r}: categories hold the classes {grouped}; give each of 0 .. {number - 1} at most "
+                "once."
+            )
 
     @property
     def channels(self) -> int:
@@ -93,7 +111,9 @@ class SemSeg(Task):
 
     @property
     def units(self) -> dict[str, str]:
-        return {"miou": "%", "pixel_accuracy": "%"}
+        names = ["miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "dice"]
+        names += ["boundary_iou"] * self.boundary_iou + ["category_iou"] * bool(self.categories)
+        return dict.fromkeys(names, "%")
 
     def valid(self, target: Array) -> Bool[Array, "batch height width"]:
         return scalar_map(target) != IGNORE
@@ -131,35 +151,60 @@ class SemSeg(Task):
         valid = self.valid(labels)
         predicted = jnp.where(valid, predicted, IGNORE)
 
-        def counts_of(class_: Array) -> Sums:
-            is_label, is_predicted = labels == class_, predicted == class_
-            return {
-                "true_positive": count(is_label & is_predicted),
-                "false_positive": count(is_predicted & ~is_label),
-                "false_negative": count(is_label & ~is_predicted),
-            }
+        sums = {**_counts(labels, predicted, self.num_classes), "pixels": count(valid)}
+        if self.boundary_iou:
+            outlines = (jnp.where(_near_outline(m), m, IGNORE) for m in (labels, predicted))
+            sums["boundary"] = _stacked(_counts(*outlines, self.num_classes))
+        if self.categories:
+            grouped = (self._categories(m) for m in (labels, predicted))
+            sums["category"] = _stacked(_counts(*grouped, len(self.categories)))
+        return sums
 
-        # One class at a time: nothing of size pixels x classes exists, and no scatter, which a TPU does slowly.
-        return {**jax.lax.map(counts_of, jnp.arange(self.num_classes)), "pixels": count(valid)}
+    def _categories(self, labels: Array) -> Array:
+        """Numbers of categories in place of classes, IGNORE of a class in none."""
+        found = jnp.full_like(labels, IGNORE)
+        for number, (_, classes) in enumerate(self.categories):
+            for class_ in classes:
+                found = jnp.where(labels == class_, number, found)
+        return found
 
     def metric_values(self, sums: Sums) -> dict[str, float]:
-        right, missed = (int(np.asarray(sums[key], np.int64).sum()) for key in ("true_positive", "false_negative"))
+        counts = np.stack([np.asarray(sums[key], np.int64) for key in COUNTS])
+        right, _, missed = (int(number) for number in counts.sum(axis=1))
         pixels = int(sums["pixels"])
         if right + missed != pixels:
             raise InputError(
                 f"Task {self.name!r}: {pixels - right - missed} of {pixels} labelled pixels hold a label that is "
                 f"neither {IGNORE} (ignore) nor in [0, {self.num_classes}); correct the labels or num_classes."
             )
-        iou = [value for value in self.per_class(sums).values() if not math.isnan(value)]
-        return {"miou": ratio(sum(iou), len(iou)), "pixel_accuracy": 100 * ratio(right, pixels)}
+        labelled = counts[0] + counts[2]
+        accuracy = [ratio(t, n) for t, n in zip(counts[0], labelled, strict=True) if n]
+        iou = self._shares(counts)
+        weighted = math.fsum(n * value for n, value in zip(labelled.tolist(), iou, strict=True) if n)
+        values = {
+            "miou": _mean(iou),
+            "pixel_accuracy": 100 * ratio(right, pixels),
+            "mean_accuracy": 100 * _mean(accuracy),
+            "frequency_weighted_iou": ratio(weighted, pixels),
+            "dice": _mean(self._shares(np.stack([2 * counts[0], counts[1], counts[2]]))),
+        }
+        if self.boundary_iou:
+            values["boundary_iou"] = _mean(self._shares(np.asarray(sums["boundary"], np.int64)))
+        if self.categories:
+            values["category_iou"] = _mean(self._shares(np.asarray(sums["category"], np.int64)))
+        return values
+
+    def _shares(self, counts: np.ndarray) -> list[float]:
+        """tp / (tp + fp + fn) in percent; NaN where that is 0/0 ("published": 0, unless there is nothing at all)."""
+        whole = counts.sum(axis=0)
+        if self.protocol == "published" and whole.any():
+            whole = np.maximum(whole, 1)
+        return [100 * ratio(part, all_) for part, all_ in zip(counts[0], whole, strict=True)]
 
     def per_class(self, sums: Sums) -> dict[str, float]:
         """Class name -> IoU in percent; NaN for a class that is absent ("published": 0)."""
-        true_positive = np.asarray(sums["true_positive"], np.int64)
-        union = true_positive + np.asarray(sums["false_positive"]) + np.asarray(sums["false_negative"])
-        if self.protocol == "published" and union.any():
-            union = np.maximum(union, 1)
-        return {n: 100 * ratio(t, u) for n, t, u in zip(self.class_names, true_positive, union, strict=True)}
+        iou = self._shares(np.stack([np.asarray(sums[key], np.int64) for key in COUNTS]))
+        return dict(zip(self.class_names, iou, strict=True))
 
     def decode(self, prediction: Array) -> Array:
         """uint8 labels (..., height, width)."""
@@ -186,3 +231,41 @@ class SemSeg(Task):
     def from_regression(self, values: Array) -> Float[Array, "batch height width channels"]:
         """log p with p clipped below at 1e-4. Not above: two classes fitted above 1 would tie."""
         return jnp.log(jnp.maximum(jnp.asarray(values, jnp.float32), 1e-4))
+
+
+def _counts(labels: Array, predicted: Array, number: int) -> Sums:
+    """`COUNTS` of each class in [0, number)."""
+
+    def counts_of(class_: Array) -> Sums:
+        is_label, is_predicted = labels == class_, predicted == class_
+        return dict(
+            zip(
+                COUNTS,
+                (count(is_label & is_predicted), count(is_predicted & ~is_label), count(is_label & ~is_predicted)),
+                strict=True,
+            )
+        )
+
+    # One class at a time: nothing of size pixels x classes exists, and no scatter, which a TPU does slowly.
+    return jax.lax.map(counts_of, jnp.arange(number))
+
+
+def _stacked(counts: Sums) -> Int[Array, "3 classes"]:
+    return jnp.stack([counts[key] for key in COUNTS])
+
+
+def _near_outline(labels: Array) -> Bool[Array, "batch height width"]:
+    """Whether a pixel of another label, or the outside, lies within the boundary's width in both directions."""
+    width = max(1, round(BOUNDARY_RATIO * math.hypot(*labels.shape[-2:])))
+    outside = jnp.pad(labels.astype(jnp.int32), ((0, 0), (width, width), (width, width)), constant_values=-1)
+    least, most = outside, outside
+    for shape in ((1, 2 * width + 1, 1), (1, 1, 2 * width + 1)):  # a square's minimum is that of its rows' minima
+        least = jax.lax.reduce_window(least, jnp.iinfo(jnp.int32).max, jax.lax.min, shape, (1, 1, 1), "VALID")
+        most = jax.lax.reduce_window(most, jnp.iinfo(jnp.int32).min, jax.lax.max, shape, (1, 1, 1), "VALID")
+    return least != most
+
+
+def _mean(values: list[float]) -> float:
+    """Of those that are defined."""
+    known = [value for value in values if not math.isnan(value)]
+    return ratio(sum(known), len(known))
