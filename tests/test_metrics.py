@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgw_jax.evaluation.metrics import add_sums, delta_m, mean_gain
-from sgw_jax.tasks import Depth, Edges, SemSeg
+from sgw_jax.evaluation.metrics import add_sums, delta_m, delta_m_of_all, mean_gain, mean_ranks
+from sgw_jax.tasks import Depth, Edges, Normals, SemSeg
 
 TASKS = (SemSeg(), Depth(), Edges(name="contours"))
 BASELINES = {"semseg": {"miou": 50.0}, "depth": {"rmse": 0.5}, "contours": {"max_f": 80.0}}
@@ -98,3 +98,69 @@ def test_the_mean_gain_is_delta_m_where_it_is_defined(baseline):
     there = with_value("depth", "rmse", baseline)
     assert mean_gain(results, there, TASKS) == delta_m(results, there, without)
     assert math.isnan(mean_gain(results, there, [task for task in TASKS if task.name == "depth"]))
+
+
+MTAN = {
+    "semseg": ("miou", "pixel_accuracy"),
+    "depth": ("abs_err", "abs_rel"),
+    "normals": ("mean", "median", "within_11.25", "within_22.5", "within_30"),
+}
+MTAN_TASKS = (SemSeg(num_classes=13), Depth(), Normals())
+LOWER = {"abs_err", "abs_rel", "mean", "median"}
+
+
+def values_of(seed):
+    rng = np.random.default_rng(seed)
+    return {task: {name: float(rng.uniform(1, 50)) for name in names} for task, names in MTAN.items()}
+
+
+def test_delta_m_of_all_is_the_mean_over_tasks_of_the_mean_over_metrics():
+    results, baselines = values_of(0), values_of(1)
+    by_task = [
+        np.mean([(-1) ** (n in LOWER) * (results[t][n] - baselines[t][n]) / baselines[t][n] for n in names])
+        for t, names in MTAN.items()
+    ]
+    found = delta_m_of_all(results, baselines, MTAN_TASKS, MTAN)
+    assert found == pytest.approx(100 * np.mean(by_task), rel=1e-12)
+    headlines = {task.name: (task.metric,) for task in TASKS}
+    better = with_value("depth", "rmse", 0.25)
+    assert delta_m_of_all(better, BASELINES, TASKS, headlines) == delta_m(better, BASELINES, TASKS)
+    contours = {"contours": {"max_f": 88.0, "loss": 0.5}}, {"contours": {"max_f": 80.0, "loss": 1.0}}
+    assert delta_m_of_all(*contours, TASKS[2:]) == pytest.approx((10 + 50) / 2, rel=1e-12)  # all by default
+    assert math.isnan(delta_m_of_all(with_value("depth", "rmse", math.nan), BASELINES, TASKS, headlines))
+
+
+def test_mean_ranks_by_sorting():
+    methods = {name: values_of(seed) for seed, name in enumerate(("one", "two", "three", "four"))}
+    expected = {name: [] for name in methods}
+    for task, names in MTAN.items():
+        for name in names:
+            order = sorted(methods, key=lambda m: methods[m][task][name], reverse=name not in LOWER)
+            for rank, method in enumerate(order, 1):
+                expected[method].append(rank)
+    found = mean_ranks(methods, MTAN_TASKS, MTAN)
+    assert found == {name: pytest.approx(np.mean(ranks), rel=1e-12) for name, ranks in expected.items()}
+    assert sum(found.values()) == pytest.approx(4 * 5 / 2)
+
+
+def test_ties_share_their_ranks_and_nan_is_last():
+    depth = (Depth(),)
+    methods = {name: {"depth": {"rmse": value}} for name, value in zip("abcd", (0.5, 0.4, 0.5, math.nan), strict=True)}
+    found = mean_ranks(methods, depth)
+    assert {name: found[name] for name in "abc"} == {"a": 2.5, "b": 1, "c": 2.5}
+    assert math.isnan(found["d"])
+
+
+def test_what_cannot_be_ranked_is_named():
+    with pytest.raises(ValueError, match="mean_ranks: there are no methods"):
+        mean_ranks({}, TASKS)
+    with pytest.raises(ValueError, match="mean_ranks: there are no tasks"):
+        mean_ranks({"a": BASELINES}, ())
+    with pytest.raises(ValueError, match="mean_ranks: a of task 'depth' have no 'rmse'"):
+        mean_ranks({"a": {"depth": {}}}, (Depth(),))
+    with pytest.raises(ValueError, match=r"'depth' does not say whether a larger 'beauty' is better.*'rmse'"):
+        delta_m_of_all(BASELINES, BASELINES, TASKS[1:2], {"depth": ["beauty"]})
+    with pytest.raises(ValueError, match="metrics name none of task 'depth'"):
+        delta_m_of_all(BASELINES, BASELINES, TASKS[1:2], {})
+    with pytest.raises(ValueError, match="delta_m_of_all: the baseline of task 'depth' has rmse = 0"):
+        delta_m_of_all(BASELINES, with_value("depth", "rmse", 0.0), TASKS[1:2], {"depth": ["rmse"]})

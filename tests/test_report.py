@@ -16,7 +16,7 @@ from sgw_jax.report import page as report
 from sgw_jax.report.interaction import IMAGES_WITH_MAPS
 from sgw_jax.report.page import write_report
 from sgw_jax.report.record import Results, ResultsError, read_results
-from sgw_jax.report.tables import number, print_table
+from sgw_jax.report.tables import all_metrics, number, print_table
 
 SLOTS = 4
 NAMES = ["semseg", "depth", "mine"]
@@ -25,7 +25,14 @@ VOID = {"wbr", "meta", "link", "img", "col", "line", "circle", "polyline"}
 
 
 def task(name, metric, unit, higher):
-    return {"name": name, "metric": metric, "unit": unit, "higher_is_better": higher, "units": {metric: unit}}
+    return {
+        "name": name,
+        "metric": metric,
+        "unit": unit,
+        "higher_is_better": higher,
+        "units": {metric: unit},
+        "directions": {metric: higher},
+    }
 
 
 def make_record():
@@ -199,6 +206,30 @@ def test_what_a_run_does_not_have_is_left_out(tmp_path):
     assert Page(written(tmp_path, without, {**make_examples(), "retrieve": None})).sections == {
         "results", "classes", "examples", "run"
     }  # fmt: skip
+
+
+def test_records_of_earlier_releases_tell_no_directions(tmp_path):
+    record = make_record()
+    for described in record["tasks"]:
+        del described["directions"]
+    results = Results.from_dict(record)
+    assert all(described.directions == {} for described in results.tasks)
+    rows = [row for table in all_metrics(results)["tables"] for row in table["rows"]]
+    assert {row["arrow"] for row in rows} == {""}
+
+
+def test_every_metric_shows_its_unit_and_which_way_is_better():
+    """A metric whose direction is not known shows none."""
+    tables = all_metrics(make_results())["tables"]
+    shown = {
+        (t["task"], row["name"]): (row["unit"], row["arrow"], row["direction"]) for t in tables for row in t["rows"]
+    }
+    assert shown == {
+        ("semseg", "miou"): ("%", "↑", "higher is better"),
+        ("semseg", "pixel_accuracy"): ("", "", ""),
+        ("depth", "rmse"): ("m", "↓", "lower is better"),
+        ("mine", "score"): ("", "↑", "higher is better"),
+    }
 
 
 @pytest.mark.parametrize("without", [{}, {"diagnostics": None}, {"speed": {}}], ids=str)

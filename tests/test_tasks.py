@@ -201,6 +201,7 @@ def reference_metrics(task, prediction, target) -> dict[str, float]:
         return {
             "max_f": reference_f(seen, truth, np.arange(1, 20) / 20, 0.3),
             "iou": 100 * inside / union,
+            "mae": np.mean(np.abs(probability - truth)),
         }
     w = task.edge_weight if task.edge_weight is not None else np.mean(~truth)
     return {
@@ -234,6 +235,8 @@ def test_declarations_agree_with_what_the_task_does(task):
     values = task.metric_values(compiled(task, "metric_sums")(prediction, target))
     assert list(task.units) == list(values)
     assert task.metric in values
+    assert list(task.directions) == list(values)
+    assert task.directions[task.metric] == task.higher_is_better
     assert all(type(value) is float for value in values.values())
     assert set(task.target) == {"kind", "fill", "resample"}
     assert not valid_pixels(task, np.full_like(target, task.target["fill"])).any()
@@ -352,7 +355,9 @@ def test_the_inverse_of_the_regression_target_is_a_perfect_prediction(task):
         "median": 0,
     }
     for name, value in found.items():
-        if name == "loss":  # the clipped probability 1e-4 leaves softplus(logit(1e-4)) = 1e-4, and less with a weight
+        if name == "mae":
+            assert value == pytest.approx(1e-4, rel=1e4 * 4 * EPS)  # the clipped probability
+        elif name == "loss":  # the clipped probability 1e-4 leaves softplus(logit(1e-4)) = 1e-4, and less with a weight
             assert value < (1e-3 if task.protocol == "exact" else 1)
         else:  # atan2 of a rounded difference of unit vectors: a few eps, in degrees
             np.testing.assert_allclose(value, perfect.get(name, 100), atol=8 * EPS * 180 / math.pi)
@@ -865,6 +870,19 @@ def test_a_subclass_is_not_mistaken_for_its_parent():
         pass
 
     assert LogDepth().to_dict()["kind"] == "LogDepth"
+
+
+def test_directions_are_those_of_the_papers():
+    down = {
+        "depth": {"rmse", "abs_err", "abs_rel", "sq_rel", "log_rmse", "log10", "silog"},
+        "normals": {"mean", "median", "rmse"},
+        "edges": {"loss"},
+        "saliency": {"mae"},
+    }
+    for kind, task in INSTANCES.items():
+        if kind in TASKS:
+            assert {name for name, up in task.directions.items() if not up} == down.get(kind, set()), kind
+    assert Albedo().directions == {"mse": False}
 
 
 def test_an_incomplete_task_says_what_is_missing():

@@ -1,7 +1,7 @@
-"""Metric sums added on the host, and delta_m, the one number that compares multi-task with single-task results."""
+"""Metric sums added on the host, and what compares results over tasks: delta_m and the mean rank."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,19 +68,59 @@ def delta_m(
     >>> round(delta_m({"depth": {"rmse": 0.9}, "semseg": {"miou": 42.0}}, single, tasks), 6)
     7.5
     """
-    gains = []
-    for task in tasks:
-        value = _headline(results, task, "results")
-        baseline = _headline(baselines, task, "baselines")
-        if not math.isfinite(baseline) or baseline == 0:
-            raise InputError(
-                f"delta_m: the baseline of task {task.name!r} has {task.metric} = {baseline}; a relative gain needs a "
-                "finite baseline other than zero."
-            )
-        gains.append(_gain(value, baseline, task.higher_is_better))
+    gains = [_task_gain(results, baselines, task, task.metric, task.higher_is_better, "delta_m") for task in tasks]
     if not gains:
         raise InputError("delta_m: there are no tasks; give at least one.")
     return 100 * math.fsum(gains) / len(gains)
+
+
+def delta_m_of_all(
+    results: Mapping[str, Mapping[str, float]],
+    baselines: Mapping[str, Mapping[str, float]],
+    tasks: Iterable[Task],
+    metrics: Mapping[str, Sequence[str]] | None = None,
+) -> float:
+    """delta_m with the mean gain over a task's metrics in place of its headline's (LibMTL's), in percent.
+
+    `metrics` names those of each task: LibMTL takes miou and pixel_accuracy, abs_err and abs_rel, and mean, median,
+    within_11.25, within_22.5 and within_30. None takes all in `task.directions`, which say also which way is better.
+
+    Raises ValueError as `delta_m` does, of each metric, and for one without a direction.
+    """
+    gains = []
+    for task, names in _chosen(tasks, metrics, "delta_m_of_all"):
+        found = [_task_gain(results, baselines, task, name, task.directions[name], "delta_m_of_all") for name in names]
+        gains.append(math.fsum(found) / len(found))
+    return 100 * math.fsum(gains) / len(gains)
+
+
+def mean_ranks(
+    methods: Mapping[str, Mapping[str, Mapping[str, float]]],
+    tasks: Iterable[Task],
+    metrics: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, float]:
+    """Each method's mean rank over the metrics of all tasks, 1 being the best (MR of Navon et al. 2022).
+
+    `methods` is {method: {task name: {metric: value}}}; `metrics` names those of each task, None the headlines. Methods
+    that tie share the mean of their ranks. A value that is NaN makes its method's mean NaN and ranks last, so that the
+    others' ranks are what they would be among all.
+
+    Raises ValueError without methods or tasks, and when a task or a metric is missing or has no direction.
+    """
+    if not methods:
+        raise InputError("mean_ranks: there are no methods; give at least one.")
+    tasks = tuple(tasks)
+    headlines = {task.name: (task.metric,) for task in tasks}
+    ranks: dict[str, list[float]] = {method: [] for method in methods}
+    for task, names in _chosen(tasks, headlines if metrics is None else metrics, "mean_ranks"):
+        for name in names:
+            sign = -1 if task.directions[name] else 1
+            values = {m: sign * _value(found, task, name, m, "mean_ranks") for m, found in methods.items()}
+            for method, value in values.items():
+                better = sum(other < value for other in values.values())
+                equal = sum(other == value for other in values.values())
+                ranks[method].append(better + (equal + 1) / 2 if equal else math.nan)
+    return {method: math.fsum(found) / len(found) for method, found in ranks.items()}
 
 
 def relative_gain(value: float, baseline: float, higher_is_better: bool) -> float:
@@ -110,14 +150,57 @@ def _gain(value: float, baseline: float, higher_is_better: bool) -> float:
     return (1 if higher_is_better else -1) * (value - baseline) / baseline
 
 
-def _headline(results: Mapping[str, Mapping[str, float]], task: Task, side: str) -> float:
-    if task.name not in results:
-        raise InputError(f"delta_m: {side} have no task {task.name!r}; they have {sorted(results)}.")
-    if task.metric not in results[task.name]:
+def _chosen(
+    tasks: Iterable[Task], metrics: Mapping[str, Sequence[str]] | None, caller: str
+) -> list[tuple[Task, Sequence[str]]]:
+    """(task, its metrics to compare), each with a direction; all of the task's where `metrics` is None."""
+    chosen = []
+    for task in tasks:
+        names = tuple(task.directions) if metrics is None else tuple(metrics.get(task.name, ()))
+        if not names:
+            raise InputError(f"{caller}: metrics name none of task {task.name!r}; give at least one.")
+        for name in names:
+            if name not in task.directions:
+                raise InputError(
+                    f"{caller}: task {task.name!r} does not say whether a larger {name!r} is better; it does of "
+                    f"{sorted(task.directions)}."
+                )
+        chosen.append((task, names))
+    if not chosen:
+        raise InputError(f"{caller}: there are no tasks; give at least one.")
+    return chosen
+
+
+def _task_gain(
+    results: Mapping[str, Mapping[str, float]],
+    baselines: Mapping[str, Mapping[str, float]],
+    task: Task,
+    metric: str,
+    higher_is_better: bool,
+    caller: str,
+) -> float:
+    value = _value(results, task, metric, "results", caller)
+    baseline = _value(baselines, task, metric, "baselines", caller)
+    if not math.isfinite(baseline) or baseline == 0:
         raise InputError(
-            f"delta_m: {side} of task {task.name!r} have no {task.metric!r}; they have {sorted(results[task.name])}."
+            f"{caller}: the baseline of task {task.name!r} has {metric} = {baseline}; a relative gain needs a "
+            "finite baseline other than zero."
         )
-    return float(results[task.name][task.metric])
+    return _gain(value, baseline, higher_is_better)
+
+
+def _headline(results: Mapping[str, Mapping[str, float]], task: Task, side: str) -> float:
+    return _value(results, task, task.metric, side, "delta_m")
+
+
+def _value(results: Mapping[str, Mapping[str, float]], task: Task, metric: str, side: str, caller: str) -> float:
+    if task.name not in results:
+        raise InputError(f"{caller}: {side} have no task {task.name!r}; they have {sorted(results)}.")
+    if metric not in results[task.name]:
+        raise InputError(
+            f"{caller}: {side} of task {task.name!r} have no {metric!r}; they have {sorted(results[task.name])}."
+        )
+    return float(results[task.name][metric])
 
 
 def _wide(leaf: Any) -> np.ndarray:

@@ -21,13 +21,17 @@ class ResultsError(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class TaskDescription:
-    """A task's name, its headline metric, and the units of all its metrics."""
+    """A task's name, its headline metric, and of all its metrics the units and whether a larger value is better.
+
+    A metric without a direction is not compared; files of earlier releases give none.
+    """
 
     name: str
     metric: str
     unit: str
     higher_is_better: bool
     units: dict[str, str]
+    directions: dict[str, bool] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,10 +146,12 @@ def read_value(kind: Any, value: Any, source: str, key: str = "") -> Any:
     if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
         make: Any = kind
         kinds = get_type_hints(kind)
-        for names, problem in ((kinds.keys() - value.keys(), "missing"), (value.keys() - kinds.keys(), "unknown")):
+        optional = {f.name for f in dataclasses.fields(make) if f.default_factory is not dataclasses.MISSING}
+        needed = kinds.keys() - optional
+        for names, problem in ((needed - value.keys(), "missing"), (value.keys() - kinds.keys(), "unknown")):
             if names:
                 listed = ", ".join(f"{key}.{name}" if key else name for name in sorted(names))
                 raise ResultsError(f"{source}: {problem}: {listed}. {REMEDY}")
-        return make(**{name: inner(part, name, value[name]) for name, part in kinds.items()})
+        return make(**{name: inner(part, name, value[name]) for name, part in kinds.items() if name in value})
     expected = kind.__name__ if isinstance(kind, type) else str(kind)
     raise ResultsError(f"{source}: {key or 'the whole'} is {value!r} where {expected} belongs. {REMEDY}")

@@ -149,6 +149,7 @@ def describe(task: Task, metrics: Mapping[str, float]) -> TaskDescription:
         unit=task.units.get(task.metric, ""),
         higher_is_better=task.higher_is_better,
         units=task.units | {name: "%" for name in SCORES if name in metrics},
+        directions=task.directions | {name: True for name in SCORES if name in metrics},
     )
 
 

@@ -116,14 +116,23 @@ def headline_table(results: Results) -> Record:
                 "task": task.name,
                 "metric": task.metric,
                 "unit": task.unit,
-                "arrow": "↑" if task.higher_is_better else "↓",
-                "direction": "higher is better" if task.higher_is_better else "lower is better",
+                **arrow_of(task.higher_is_better),
                 "values": [{"text": number(value, task.unit), "best": value == best} for value in values],
                 "gains": [percent(gain) for gain in gains],
             }
         )
     means = [percent(gain) for _, gain in references.values()]
     return {"columns": ["network", *references], "gains": list(references), "rows": rows, "means": means}
+
+
+def arrow_of(higher_is_better: bool | None) -> Record:
+    """A direction as a sign and in words; empty where there is none."""
+    if higher_is_better is None:
+        return {"arrow": "", "direction": ""}
+    return {
+        "arrow": "↑" if higher_is_better else "↓",
+        "direction": "higher is better" if higher_is_better else "lower is better",
+    }
 
 
 def all_metrics(results: Results) -> Record:
@@ -135,7 +144,12 @@ def all_metrics(results: Results) -> Record:
         found = [source[task.name] for source in sources]
         units = {name: task.units.get(name, "") for name in found[0]}
         rows = [
-            {"name": name, "unit": unit, "values": [number(values.get(name, math.nan), unit) for values in found]}
+            {
+                "name": name,
+                "unit": unit,
+                **arrow_of(task.directions.get(name)),
+                "values": [number(values.get(name, math.nan), unit) for values in found],
+            }
             for name, unit in units.items()
         ]
         tables.append({"task": task.name, "rows": rows, "loss": number(results.losses[task.name])})

@@ -102,6 +102,11 @@ class Task(abc.ABC):
         """Whether a larger headline metric is better."""
 
     @property
+    def directions(self) -> dict[str, bool]:
+        """Whether a larger value is better, of each metric that can be compared; as it stands here, of the headline."""
+        return {self.metric: self.higher_is_better}
+
+    @property
     def units(self) -> dict[str, str]:
         """The unit of each metric: "%", "m", "px", "deg" or ""."""
         return {}

@@ -96,6 +96,10 @@ class Depth(Task):
         return False
 
     @property
+    def directions(self) -> dict[str, bool]:
+        return {name: name.startswith("delta") for name in self.units}
+
+    @property
     def unit(self) -> str:
         """The unit of the map itself."""
         return UNITS[self.quantity]

@@ -46,6 +46,10 @@ class Edges(MaskTask):
             )
 
     @property
+    def directions(self) -> dict[str, bool]:
+        return {"max_f": True, "loss": False}
+
+    @property
     def units(self) -> dict[str, str]:
         return {"max_f": "%", "loss": ""}
 

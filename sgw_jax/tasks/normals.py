@@ -64,6 +64,10 @@ class Normals(Task):
         return False
 
     @property
+    def directions(self) -> dict[str, bool]:
+        return {name: name.startswith("within") for name in self.units}
+
+    @property
     def units(self) -> dict[str, str]:
         angles = {"mean": "deg", "median": "deg", "rmse": "deg"}
         return {**angles, **{f"within_{angle:g}": "%" for angle in ANGLES}}

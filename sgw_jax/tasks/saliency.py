@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sgw_jax.tasks.base import Sums, ratio
-from sgw_jax.tasks.mask import MaskTask, logit_of, maximum_f
+from sgw_jax.tasks.mask import MaskTask, logit_of, maximum_f, positive
 
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))  # 0.05 .. 0.95
 BETA_SQUARED = 0.3
@@ -25,6 +25,7 @@ class Saliency(MaskTask):
     Metrics, in percent, from counts pooled over the data set:
       max_f: the greatest F, beta^2 = 0.3, of p >= t over t = 0.05, 0.10 .. 0.95, with p = sigmoid(x).
       iou: intersection over union of p >= 0.5 with the salient pixels (one class; older tables call it mIoU).
+      mae: mean |p - y|, with y = 1 for the salient pixels and 0 for the others; not in percent.
     "published" applies the sigmoid to p once more before max_f's thresholds, as InvPT's family does. sigmoid(p) lies in
     [0.5, 0.731], so only four of the 19 thresholds still divide the pixels: p >= 0.2007, 0.4055, 0.6190, 0.8473.
 
@@ -37,8 +38,12 @@ class Saliency(MaskTask):
     weight: float = 5.0
 
     @property
+    def directions(self) -> dict[str, bool]:
+        return {"max_f": True, "iou": True, "mae": False}
+
+    @property
     def units(self) -> dict[str, str]:
-        return {"max_f": "%", "iou": "%"}
+        return {"max_f": "%", "iou": "%", "mae": ""}
 
     def loss_terms(
         self, prediction: Array, target: Array, statistics: Sums | None = None
@@ -49,7 +54,12 @@ class Saliency(MaskTask):
 
     def metric_sums(self, prediction: Array, target: Array) -> Sums:
         probabilities = [logit_of(t) for t in THRESHOLDS] if self.protocol == "published" else THRESHOLDS
-        return self.threshold_sums(prediction, target, [logit_of(p) for p in (*probabilities, 0.5)])  # the last: iou
+        target = self.scalar_target(prediction, target)
+        error = jnp.abs(self.decode(prediction) - positive(target))
+        return {
+            **self.threshold_sums(prediction, target, [logit_of(p) for p in (*probabilities, 0.5)]),  # the last: iou
+            "absolute": jnp.sum(jnp.where(self.valid(target), error, 0)),
+        }
 
     def metric_values(self, sums: Sums) -> dict[str, float]:
         self.check_range(sums)
@@ -59,4 +69,5 @@ class Saliency(MaskTask):
         return {
             "max_f": maximum_f(pooled, BETA_SQUARED, self.protocol),
             "iou": 100 * ratio(inside[-1], union),
+            "mae": ratio(sums["absolute"], int(sums["pixels"])),
         }

@@ -110,6 +110,10 @@ class SemSeg(Task):
         return True
 
     @property
+    def directions(self) -> dict[str, bool]:
+        return dict.fromkeys(self.units, True)
+
+    @property
     def units(self) -> dict[str, str]:
         names = ["miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "dice"]
         names += ["boundary_iou"] * self.boundary_iou + ["category_iou"] * bool(self.categories)
