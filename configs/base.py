@@ -102,6 +102,18 @@ def get_config() -> ConfigDict:
                 "suppress": False,  # keep the crests of predicted ridges alone; protocol=published always does
                 "workers": 0,  # processes; 0 = this one
             },
+            "metric_options": {  # what is measured beside the rest, by task: docs/evaluation.md
+                "depth": {
+                    "crop": optional(str),  # garg | eigen | nyu_eigen
+                    "min_depth": optional(float),  # pixels of less, or as much, do not count
+                    "max_depth": optional(float),  # of more, or as much; None = as the data set says
+                    "clip": False,  # predictions to [min_depth, max_depth]
+                    "by_image": False,  # means over images, not over the pixels of all
+                },
+                "semseg": {"boundary_iou": False},
+                "human_parts": {"boundary_iou": False},
+                "saliency": {"image_scores": False},  # S, E, weighted F ... of each image, at the end of a run
+            },
             "edge_weight": optional(float, 0.95),  # of edge pixels in the edge loss; None = balanced per batch
             "dot_regression": 0.0,  # weight of the loss that pulls semseg's features to the vertices of an ETF
             # --- model ------------------------------------------------------------------------------------------

@@ -67,6 +67,12 @@ class Cityscapes:
         (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
     )  # fmt: skip
 
+    # The categories of the data set's own tool, of class numbers.
+    CATEGORIES = (
+        ("flat", (0, 1)), ("construction", (2, 3, 4)), ("object", (5, 6, 7)), ("nature", (8, 9)), ("sky", (10,)),
+        ("human", (11, 12)), ("vehicle", (13, 14, 15, 16, 17, 18)),
+    )  # fmt: skip
+
     def __init__(
         self, root: str | os.PathLike, split: str, tasks: Iterable[str] | None = None, protocol: str = "exact"
     ) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sgw_jax.configs.base import SYSTEMS
+from sgw_jax.data_pipelines.cityscapes import Cityscapes
 from sgw_jax.experiment.build import build, build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.experiment.data_sets import DATA_SETS, Published
@@ -152,6 +153,36 @@ def test_the_keys_of_a_task_are_its_own():
     base = read_config("scenes")
     for name, kind in TASKS.items():
         assert set(kind.configured) <= set(base) & {field.name for field in dataclasses.fields(kind)}, name
+
+
+def test_what_is_measured_beside_the_rest_is_a_matter_of_the_configuration():
+    plain = {task.name: task for task in build_tasks(read_config("scenes"))}
+    keys = [
+        "depth.crop=garg",
+        "depth.min_depth=0.5",
+        "depth.max_depth=9",
+        "depth.by_image=True",
+        "semseg.boundary_iou=True",
+    ]
+    keys = [f"--config.metric_options.{key}" for key in [*keys, "saliency.image_scores=True"]]
+    tasks = {task.name: task for task in build_tasks(read_config("scenes", keys))}
+    assert tasks["depth"] == dataclasses.replace(
+        plain["depth"], crop="garg", min_depth=0.5, max_depth=9.0, by_image=True
+    )
+    assert tasks["semseg"] == dataclasses.replace(plain["semseg"], boundary_iou=True)
+    assert tasks["saliency"] == dataclasses.replace(plain["saliency"], image_scores=True)
+    assert tasks["saliency"].scores_images
+    assert not any(task.scores_images for task in plain.values())
+    for name, options in read_config("scenes").metric_options.items():  # of each its default
+        assert all(getattr(TASKS[name](), key) == value for key, value in options.items())
+
+
+def test_the_categories_of_cityscapes_hold_every_class_once():
+    assert sorted(c for _, classes in Cityscapes.CATEGORIES for c in classes) == list(range(19))
+    semseg, depth = build_tasks(read_config("cityscapes"))
+    assert semseg.categories == Cityscapes.CATEGORIES
+    assert depth.max_depth == 80
+    assert build_tasks(read_config("cityscapes", ["--config.metric_options.depth.max_depth=50"]))[1].max_depth == 50
 
 
 def test_crops_are_balanced_by_a_task_with_classes():

@@ -154,7 +154,7 @@ def _chosen(
     tasks: Iterable[Task], metrics: Mapping[str, Sequence[str]] | None, caller: str
 ) -> list[tuple[Task, Sequence[str]]]:
     """(task, its metrics to compare), each with a direction; all of the task's where `metrics` is None."""
-    chosen = []
+    chosen: list[tuple[Task, Sequence[str]]] = []
     for task in tasks:
         names = tuple(task.directions) if metrics is None else tuple(metrics.get(task.name, ()))
         if not names:

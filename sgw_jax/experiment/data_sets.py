@@ -131,7 +131,12 @@ DATA_SETS: dict[str, DataSet] = {
         },
     ),
     "cityscapes": Published(
-        Cityscapes, {"semseg": _classes(Cityscapes.CLASSES, Cityscapes.COLOURS), "depth": _DISPARITY}, by_protocol=True
+        Cityscapes,
+        {
+            "semseg": {**_classes(Cityscapes.CLASSES, Cityscapes.COLOURS), "categories": Cityscapes.CATEGORIES},
+            "depth": _DISPARITY,
+        },
+        by_protocol=True,
     ),
     # The archives of MTAN hold no class names.
     "mtan_nyuv2": Published(MtanNYUv2, {"semseg": {"num_classes": 13}}),

@@ -22,4 +22,6 @@ def _task(config: ConfigDict, name: str, **options) -> Task:
     kind = choose(TASKS, name, "config.tasks")
     own = {key: config[key] for key in kind.configured}
     weight = choose(config.task_weights, name, "config.task_weights")
-    return kind(protocol=config.protocol, weight=weight, **{**own, **options})
+    measured = config.get("metric_options", {}).get(name, {})  # no key in checkpoints of earlier releases
+    asked = {key: value for key, value in measured.items() if value is not None}
+    return kind(protocol=config.protocol, weight=weight, **{**own, **options, **asked})

@@ -155,6 +155,11 @@ class Task(abc.ABC):
         del sums
         return {}
 
+    @property
+    def scores_images(self) -> bool:
+        """Whether its predictions are scored image by image on the host too, as saliency (`saliency_scores`)."""
+        return False
+
     @abc.abstractmethod
     def decode(self, prediction: Array) -> Array:
         """Raw head output (..., height, width, channels) -> what a user wants to hold."""

@@ -26,6 +26,9 @@ class Saliency(MaskTask):
       max_f: the greatest F, beta^2 = 0.3, of p >= t over t = 0.05, 0.10 .. 0.95, with p = sigmoid(x).
       iou: intersection over union of p >= 0.5 with the salient pixels (one class; older tables call it mIoU).
       mae: mean |p - y|, with y = 1 for the salient pixels and 0 for the others; not in percent.
+    `image_scores` adds, at the end of a run, what is computed of each image on the host: S- and E-measure, weighted F
+    and their like, of evaluation/saliency.py.
+
     "published" applies the sigmoid to p once more before max_f's thresholds, as InvPT's family does. sigmoid(p) lies in
     [0.5, 0.731], so only four of the 19 thresholds still divide the pixels: p >= 0.2007, 0.4055, 0.6190, 0.8473.
 
@@ -36,6 +39,11 @@ class Saliency(MaskTask):
 
     name: str = "saliency"
     weight: float = 5.0
+    image_scores: bool = False
+
+    @property
+    def scores_images(self) -> bool:
+        return self.image_scores
 
     @property
     def directions(self) -> dict[str, bool]:

@@ -157,11 +157,11 @@ class SemSeg(Task):
 
         sums = {**_counts(labels, predicted, self.num_classes), "pixels": count(valid)}
         if self.boundary_iou:
-            outlines = (jnp.where(_near_outline(m), m, IGNORE) for m in (labels, predicted))
-            sums["boundary"] = _stacked(_counts(*outlines, self.num_classes))
+            true_rims, rims = (jnp.where(_near_outline(m), m, IGNORE) for m in (labels, predicted))
+            sums["boundary"] = _stacked(_counts(true_rims, rims, self.num_classes))
         if self.categories:
-            grouped = (self._categories(m) for m in (labels, predicted))
-            sums["category"] = _stacked(_counts(*grouped, len(self.categories)))
+            grouped, found = self._categories(labels), self._categories(predicted)
+            sums["category"] = _stacked(_counts(grouped, found, len(self.categories)))
         return sums
 
     def _categories(self, labels: Array) -> Array:
@@ -242,13 +242,8 @@ def _counts(labels: Array, predicted: Array, number: int) -> Sums:
 
     def counts_of(class_: Array) -> Sums:
         is_label, is_predicted = labels == class_, predicted == class_
-        return dict(
-            zip(
-                COUNTS,
-                (count(is_label & is_predicted), count(is_predicted & ~is_label), count(is_label & ~is_predicted)),
-                strict=True,
-            )
-        )
+        masks = (is_label & is_predicted, is_predicted & ~is_label, is_label & ~is_predicted)
+        return {name: count(mask) for name, mask in zip(COUNTS, masks, strict=True)}
 
     # One class at a time: nothing of size pixels x classes exists, and no scatter, which a TPU does slowly.
     return jax.lax.map(counts_of, jnp.arange(number))
