@@ -61,9 +61,9 @@ def edge_scores(
         seen = 0
         for batch in batches:
             probability, target = step(variables, global_batch(batch, mesh))
-            for row, one, labels in _own_rows(probability, target):
+            for row, one, labels in own_rows(probability, target):
                 if seen + row < length and np.any(labelled(labels)):
-                    yield _framed(one, labels)
+                    yield framed(one, labels)
             seen += probability.shape[0]
 
     with jax.set_mesh(mesh):
@@ -82,7 +82,7 @@ def edge_scores(
     return {name: 100 * found[name] for name in SCORES}
 
 
-def _own_rows(*arrays: jax.Array) -> Iterator[tuple[Any, ...]]:
+def own_rows(*arrays: jax.Array) -> Iterator[tuple[Any, ...]]:
     """(row of the global batch, that row of every array), for the rows that lie on this process; copies once."""
     for shards in zip(*(array.addressable_shards for array in arrays), strict=True):
         if shards[0].replica_id == 0:
@@ -91,7 +91,7 @@ def _own_rows(*arrays: jax.Array) -> Iterator[tuple[Any, ...]]:
                 yield first + place, *rows
 
 
-def _framed(probability: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def framed(probability: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(prediction, target, ignored) inside the smallest rectangle that holds all labelled pixels."""
     valid = labelled(labels)
     rows, columns = (np.flatnonzero(np.any(valid, axis=axis)) for axis in (1, 0))

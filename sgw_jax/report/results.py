@@ -20,6 +20,8 @@ from sgw_jax.evaluation.diagnostics import collect_examples, diagnose
 from sgw_jax.evaluation.edge_scores import SCORES, edge_scores
 from sgw_jax.evaluation.evaluate import Evaluation
 from sgw_jax.evaluation.metrics import mean_gain
+from sgw_jax.evaluation.saliency_scores import SCORES as SALIENCY_SCORES
+from sgw_jax.evaluation.saliency_scores import saliency_scores
 from sgw_jax.experiment.experiment import Experiment, flatten
 from sgw_jax.pictures.gallery import gallery
 from sgw_jax.report.page import write_report
@@ -87,12 +89,14 @@ def earlier_speed(workdir: Path) -> Speed | None:
 
 
 def evaluate(experiment: Experiment, state: TrainState, split: str, console: Console) -> Evaluation:
-    """Metrics of the split; those of boundaries with ODS, OIS and AP, where the configuration asks for them."""
+    """Metrics of the split, with what is computed on the host of boundaries and of saliency where that is asked for."""
     found = evaluate_split(experiment, compiled_eval_step(experiment), state.variables, split)
     metrics = dict(found.metrics)
     for task in experiment.tasks:
         if task.boundary_scores and experiment.boundary.max_dist is not None:
             metrics[task.name] = metrics[task.name] | boundary_scores(experiment, state, task, split, console)
+        if task.scores_images:
+            metrics[task.name] = metrics[task.name] | scores_by_image(experiment, state, task, split)
     return dataclasses.replace(found, metrics=metrics)
 
 
@@ -111,6 +115,20 @@ def boundary_scores(
             published=task.protocol == "published",
             console=console,
             **dataclasses.asdict(experiment.boundary),
+        )
+
+
+def scores_by_image(experiment: Experiment, state: TrainState, task: Task, split: str) -> dict[str, float]:
+    """The saliency measures that are means over images."""
+    with experiment.data.evaluation(split) as batches:
+        return saliency_scores(
+            experiment.model,
+            state.variables,
+            batches,
+            experiment.mesh,
+            task=task.name,
+            length=len(experiment.data.sources[split]),
+            published=task.protocol == "published",
         )
 
 
@@ -143,13 +161,15 @@ def examples(experiment: Experiment, state: TrainState, split: str) -> dict[str,
 
 def describe(task: Task, metrics: Mapping[str, float]) -> TaskDescription:
     """The task, for who reads its metrics."""
+    measured = {**dict.fromkeys(SCORES, ("%", True)), **SALIENCY_SCORES}  # on the host
+    measured = {name: about for name, about in measured.items() if name in metrics}
     return TaskDescription(
         name=task.name,
         metric=task.metric,
         unit=task.units.get(task.metric, ""),
         higher_is_better=task.higher_is_better,
-        units=task.units | {name: "%" for name in SCORES if name in metrics},
-        directions=task.directions | {name: True for name in SCORES if name in metrics},
+        units=task.units | {name: unit for name, (unit, _) in measured.items()},
+        directions=task.directions | {name: up for name, (_, up) in measured.items()},
     )
 
 

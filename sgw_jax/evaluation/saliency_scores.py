@@ -1,0 +1,100 @@
+"""Saliency measures of a network over a whole split: predictions to the host, means over all processes' images."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sgw_jax.evaluation.edge_scores import framed, own_rows
+from sgw_jax.evaluation.saliency import LEVELS, ImageScores, image_scores
+from sgw_jax.sharding import batch_sharding, from_all_processes, global_batch
+from sgw_jax.tasks.mask import labelled
+
+Batch = Mapping[str, Any]
+# Name -> (unit, whether more is better).
+SCORES = {
+    "image_mae": ("", False),
+    "s_measure": ("%", True),
+    "weighted_f": ("%", True),
+    "adaptive_f": ("%", True),
+    "image_max_f": ("%", True),
+    "image_mean_f": ("%", True),
+    "adaptive_e": ("%", True),
+    "max_e": ("%", True),
+    "mean_e": ("%", True),
+}
+FIELDS = ImageScores._fields
+
+
+def saliency_scores(
+    model: nn.Module,
+    variables: Any,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    *,
+    task: str = "saliency",
+    length: int,
+    published: bool = False,
+) -> dict[str, float]:
+    """`SCORES`, in percent but for the error, as means over the images of what `image_scores` finds of each.
+
+    An image is cut to the frame of its labelled pixels, which undoes the padding; images without any label are left
+    out. Each process scores the images that its devices predicted.
+
+    Args:
+      batches: as `eval_batches` yields them.   length: of the split; what follows is padding.
+      published: probabilities are rounded to 8 bits first, as the field saves them.
+    """
+
+    def run(variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        logit: Any = model.apply(variables, batch["image"])
+        probability = jax.nn.sigmoid(logit[task][..., 0].astype(jnp.float32))
+        return probability, batch[task].reshape(probability.shape)
+
+    step = jax.jit(run, out_shardings=batch_sharding(mesh))
+    total, seen = np.zeros((2, sum(WIDTHS))), 0  # sums, and how many are defined
+    with jax.set_mesh(mesh):
+        for batch in batches:
+            probability, target = step(variables, global_batch(batch, mesh))
+            for row, one, labels in own_rows(probability, target):
+                if seen + row < length and np.any(labelled(labels)):
+                    total += _sums(image_scores(*_as_saved(published, *framed(one, labels))))
+            seen += probability.shape[0]
+    if jax.process_count() > 1:  # float64 as pairs of the 32 bits that are sent
+        total = from_all_processes(total.view(np.int32)).view(np.float64).sum(axis=0)
+    return _means(*total)
+
+
+WIDTHS = tuple(LEVELS + 1 if name.endswith("curve") else 1 for name in FIELDS)
+
+
+def _as_saved(
+    published: bool, probability: np.ndarray, target: np.ndarray, ignored: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The probability in float64, in 8 bits under `published`; the others as they are."""
+    wide = probability.astype(np.float64)
+    return np.rint(LEVELS * wide) / LEVELS if published else wide, target, ignored
+
+
+def _sums(scores: ImageScores) -> np.ndarray:
+    """(2, n): the scores of one image in a row, 0 where undefined, and where they are defined."""
+    row = np.concatenate([np.atleast_1d(value) for value in scores])
+    return np.stack([np.nan_to_num(row, nan=0.0), ~np.isnan(row)])
+
+
+def _means(sums: np.ndarray, numbers: np.ndarray) -> dict[str, float]:
+    means = np.divide(sums, numbers, out=np.full(len(sums), np.nan), where=numbers > 0)
+    found = dict(zip(FIELDS, np.split(means, np.cumsum(WIDTHS)[:-1]), strict=True))
+    values = {
+        "image_mae": found["mae"],
+        "image_max_f": found["f_curve"].max(),
+        "image_mean_f": found["f_curve"].mean(),
+        "max_e": found["e_curve"].max(),
+        "mean_e": found["e_curve"].mean(),
+        **{name: found[name] for name in ("s_measure", "weighted_f", "adaptive_f", "adaptive_e")},
+    }
+    return {name: float(np.squeeze(values[name])) * (100 if unit else 1) for name, (unit, _) in SCORES.items()}
