@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sgw_jax.etf.simplex import simplex_etf
 from sgw_jax.evaluation.metrics import add_sums
@@ -318,6 +319,25 @@ def test_micro_batches_add_up_to_the_batch(task):
         exact = np.issubdtype(value.dtype, np.integer)
         assert value.dtype == (jnp.int32 if exact else jnp.float32)
         np.testing.assert_allclose(sums[key], value, **({"rtol": 0} if exact else TOLERANCE), err_msg=key)
+
+
+@over(
+    INSTANCES
+    | {
+        "semseg with all": SemSeg(num_classes=5, boundary_iou=True, categories=(("a", (0, 1)), ("b", (2,)))),
+        "depth by image": Depth(crop="garg", by_image=True),
+    }
+)
+def test_sums_do_not_depend_on_where_the_pixels_lie(task):
+    """Images over two devices, rows over two."""
+    prediction, target = example(task)
+    mesh = jax.make_mesh((2, 2), ("data", "context"), devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * 2)
+    lie = NamedSharding(mesh, PartitionSpec("data", "context"))
+    apart = compiled(task, "metric_sums")(*(jax.device_put(array, lie) for array in (prediction, target)))
+    together = compiled(task, "metric_sums")(prediction, target)
+    for key, value in together.items():
+        exact = np.issubdtype(value.dtype, np.integer)
+        np.testing.assert_allclose(apart[key], value, **({"rtol": 0} if exact else TOLERANCE), err_msg=key)
 
 
 @every_task

@@ -82,10 +82,17 @@ def delta_m_of_all(
 ) -> float:
     """delta_m with the mean gain over a task's metrics in place of its headline's (LibMTL's), in percent.
 
-    `metrics` names those of each task: LibMTL takes miou and pixel_accuracy, abs_err and abs_rel, and mean, median,
-    within_11.25, within_22.5 and within_30. None takes all in `task.directions`, which say also which way is better.
+    Args:
+      results, baselines, tasks: as in `delta_m`.
+      metrics: {task name: names of its metrics}; None = all in `task.directions`, which say also which way is better.
+        LibMTL takes miou and pixel_accuracy, abs_err and abs_rel, and mean, median, within_11.25, within_22.5 and
+        within_30.
 
-    Raises ValueError as `delta_m` does, of each metric, and for one without a direction.
+    Returns:
+      Percent.
+
+    Raises:
+      ValueError: as `delta_m` does, of each metric; a metric without a direction; a task without metrics.
     """
     gains = []
     for task, names in _chosen(tasks, metrics, "delta_m_of_all"):
@@ -101,11 +108,19 @@ def mean_ranks(
 ) -> dict[str, float]:
     """Each method's mean rank over the metrics of all tasks, 1 being the best (MR of Navon et al. 2022).
 
-    `methods` is {method: {task name: {metric: value}}}; `metrics` names those of each task, None the headlines. Methods
-    that tie share the mean of their ranks. A value that is NaN makes its method's mean NaN and ranks last, so that the
-    others' ranks are what they would be among all.
+    Methods that tie share the mean of their ranks. A value that is NaN makes its method's mean NaN and stands behind
+    all others.
 
-    Raises ValueError without methods or tasks, and when a task or a metric is missing or has no direction.
+    Args:
+      methods: {method: {task name: {metric: value}}}.
+      tasks: which to compare, at least one.
+      metrics: {task name: names of its metrics}; None = the headlines.
+
+    Returns:
+      {method: mean rank}.
+
+    Raises:
+      ValueError: no methods or tasks; a task or a metric that is missing or has no direction.
     """
     if not methods:
         raise InputError("mean_ranks: there are no methods; give at least one.")

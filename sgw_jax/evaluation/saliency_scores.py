@@ -47,7 +47,7 @@ def saliency_scores(
 
     Args:
       batches: as `eval_batches` yields them.   length: of the split; what follows is padding.
-      published: probabilities are rounded to 8 bits first, as the field saves them.
+      published: probabilities are cut down to 8 bits first, as the field saves them.
     """
 
     def run(variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -76,8 +76,9 @@ def _as_saved(
     published: bool, probability: np.ndarray, target: np.ndarray, ignored: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The probability in float64, in 8 bits under `published`; the others as they are."""
+    levels = np.floor(np.float32(LEVELS) * probability)
     wide = probability.astype(np.float64)
-    return np.rint(LEVELS * wide) / LEVELS if published else wide, target, ignored
+    return levels.astype(np.float64) / LEVELS if published else wide, target, ignored
 
 
 def _sums(scores: ImageScores) -> np.ndarray:
