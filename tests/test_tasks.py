@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sgw_jax.etf.simplex import simplex_etf
 from sgw_jax.evaluation.metrics import add_sums
-from sgw_jax.tasks import TASKS, Depth, Edges, HumanParts, Normals, Saliency, SemSeg, Task, task_from_dict
+from sgw_jax.tasks import TASKS, Depth, Edges, HumanParts, Normals, Saliency, SemSeg, Task, normals, task_from_dict
 from sgw_jax.tasks.base import IGNORED_COLOUR, count
 from sgw_jax.tasks.colours import spread_colours
 from sgw_jax.tasks.mask import float32_at_least, logit_of
@@ -682,6 +682,15 @@ def test_the_median_angle_is_right_to_a_bin(number, spread):
     middle = np.sort(degrees)[number // 2]  # the greater of the two middle angles has the wider bin
     width = 180 * (2 * math.sqrt(middle / 180) / 4096 + 1 / 4096**2)
     assert abs(found - np.median(degrees)) <= width + 8 * EPS * 180 / math.pi
+
+
+@pytest.mark.parametrize("counts", [normals._counts_by_scatter, normals._counts_by_products])
+def test_both_ways_of_counting_bins(counts):
+    """The way of TPUs too, wherever the tests run."""
+    rng = np.random.default_rng(0)
+    bins, valid = rng.integers(0, 4096, (3, 40, 50)).astype(np.int32), rng.random((3, 40, 50)) < 0.8
+    bins[:, :10], bins[0, 0, :2] = 7, (0, 4095)
+    np.testing.assert_array_equal(jax.jit(counts)(bins, valid), np.bincount(bins[valid], minlength=4096))
 
 
 def test_the_median_of_a_data_set_is_that_of_the_added_histograms():
