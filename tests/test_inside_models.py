@@ -191,26 +191,33 @@ def quick_compilation():
 @pytest.mark.usefixtures("quick_compilation")
 def test_every_snippet_of_the_page_runs():
     """The code blocks of docs/extending.md, top to bottom in one namespace."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "extending.md").read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 7
-    rng = np.random.default_rng(0)
-    frames = {name: rng.normal(size=(3, 2, 4, 4, 32)).astype(np.float32) for name in ("semseg", "depth")}
-    names: dict[str, Any] = {
-        "image": rng.normal(size=(8, 16, 16, 3)).astype(np.float32),
-        "depth": rng.normal(size=(8, 4, 4, 1)).astype(np.float32),
-        "features": jax.tree.map(lambda x: x[0], frames),
-        "frames": frames,
-    }
+    text = (DOCS / "extending.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    assert len(blocks) == text.count("```python") == 13
+    names: dict[str, Any] = {}
     for block in blocks:
         exec(compile(block, "docs/extending.md", "exec"), names)
-    assert np.isfinite(names["loss"])
-    assert names["ensemble"]["depth"].shape == (3, 8, 4, 4, 1)
+    predictions, features = names["predictions"], names["features"]
+    for loss in ("loss", "nnx_loss", "heat"):
+        assert np.isfinite(names[loss]) and names[loss] > 0, loss  # noqa: PT018
+    assert names["metrics"]["loss"] > 0
+    assert names["own_metrics"]["loss"] > 0
+    assert 0 <= names["miou"]["miou"] <= 100
+    assert set(names["records"]["KEM_0"]) >= {"readout", "update_ratio"}
+    assert names["ensemble"]["depth"].shape == (3, 8, 8, 8, 1)
     for way in ("singles", "sharded", "parallel"):
-        same = jax.tree.map(lambda x, like: x.reshape(like.shape), names[way], names["predictions"])
-        assert_close(same, names["predictions"], err_msg=way)
-    for name, value in frames.items():
-        assert names["refined"][name].shape == value.shape[1:]
-        assert names["refined_frames"][name].shape == value.shape
+        same = jax.tree.map(lambda x, like: x.reshape(like.shape), names[way], predictions)
+        assert_close(same, predictions, err_msg=way)
+    assert names["mixed"]["depth"].sharding.spec[0] == "data"
+    before, after = names["variables"], names["updated"]
+    jax.tree.map(np.testing.assert_array_equal, after["constants"], before["constants"])
+    jax.tree.map(np.testing.assert_array_equal, after["params"]["Conv_0"], before["params"]["Conv_0"])
+    assert np.any(after["params"]["KEM_0"]["slots"] != before["params"]["KEM_0"]["slots"])
+    assert jax.tree.structure(names["as_linen"]) == jax.tree.structure(before["params"]["KEM_0"])
+    for name, value in features.items():
+        assert names["refined"][name].shape == value.shape
+        assert names["refined_frames"][name].shape == (3, *value.shape)
+        np.testing.assert_array_equal(names["padded"][name][:, 3:], value[:, 3:])
 
 
 @pytest.mark.usefixtures("quick_compilation")
