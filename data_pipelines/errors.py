@@ -20,6 +20,22 @@ class MissingFileError(FileError, FileNotFoundError):
     """A file or directory that is not there."""
 
 
+class MissingPackageError(UserError, ImportError):
+    """A package of an extra that is not installed."""
+
+
+@contextlib.contextmanager
+def extra_named(what: str) -> Iterator[None]:
+    """Turns a package that an import inside does not find into a `MissingPackageError` that begins with ``what``."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "sgw_jax":  # a defect
+            raise
+        text = f'{what} needs {error.name}, which is not installed: pip install "sgw_jax[train]".'
+        raise MissingPackageError(text, name=error.name) from error
+
+
 @contextlib.contextmanager
 def files_named(what: str) -> Iterator[None]:
     """Turns what the operating system refuses inside into a `FileError` that begins with ``what``."""

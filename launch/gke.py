@@ -5,9 +5,9 @@
 
 The manifest goes to `kubectl apply -f -`; --dry-run prints it instead (JSON, which kubectl reads as it reads YAML).
 The cluster needs JobSet (https://jobset.sigs.k8s.io) and a node pool of that topology; the image holds sgw_jax with
-the extra [tpu] and has `python` on its PATH. A preempted, moved or failed slice is started again with the same command,
-which goes on from the last checkpoint. `--bucket` is mounted at /mnt/runs by the driver of Cloud Storage FUSE. Every
-host is told by GKE who the others are; sgw_jax joins them by itself.
+the extras [train,tpu] and has `python` on its PATH. A preempted, moved or failed slice is started again with the same
+command, which goes on from the last checkpoint. `--bucket` is mounted at /mnt/runs by the driver of Cloud Storage FUSE.
+Every host is told by GKE who the others are; sgw_jax joins them by itself.
 """
 
 import argparse

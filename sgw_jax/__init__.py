@@ -4,6 +4,7 @@ A name is loaded when it is first used: importing the package costs next to noth
 augment images (`sgw_jax.data_pipelines`) never import JAX.
 """
 
+import contextlib
 import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,18 +88,27 @@ _HOMES = {
 
 _MODULES = {"boundary": "evaluation.boundary"}
 
+# What the base install does not hold the packages of.
+_TRAIN = {"Predictor", "boundary", "build", "read_config"}
+
 moved.install()
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        value: Any = importlib.import_module(f"sgw_jax.{_MODULES[name]}")
-    elif name in _HOMES:
-        value = getattr(importlib.import_module(f"sgw_jax.{_HOMES[name]}"), name)
-    else:
+    home = _MODULES.get(name) or _HOMES.get(name)
+    if home is None:
         raise AttributeError(f"module 'sgw_jax' has no attribute {name!r}")
+    with _extra_named(f"sgw_jax.{name}") if name in _TRAIN else contextlib.nullcontext():
+        module: Any = importlib.import_module(f"sgw_jax.{home}")
+    value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value  # found without this function the next time
     return value
+
+
+def _extra_named(what: str) -> contextlib.AbstractContextManager[None]:
+    from sgw_jax.data_pipelines.errors import extra_named
+
+    return extra_named(what)
 
 
 def __dir__() -> list[str]:
@@ -123,6 +133,7 @@ def load(workdir: str | Path, which: str = "best", **options: Any) -> "Predictor
     >>> predictor = sgw_jax.load("runs/scenes")  # doctest: +SKIP
     >>> maps = predictor(photo)  # doctest: +SKIP
     """
-    from sgw_jax.prediction.predictor import Predictor
+    with _extra_named("sgw_jax.load"):
+        from sgw_jax.prediction.predictor import Predictor
 
     return Predictor.from_workdir(workdir, which, **options)

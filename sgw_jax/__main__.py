@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sgw_jax import __version__
+from sgw_jax.data_pipelines.errors import MissingPackageError, extra_named
 
 COMMANDS = {
     "train": "Train, or go on where --workdir stands; then evaluate and write report.html.",
@@ -41,10 +42,15 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses and runs the command; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and argv[0] in ELSEWHERE:
-        return importlib.import_module(ELSEWHERE[argv[0]]).main(argv[1:])
-    arguments, rest = _parser().parse_known_args(argv)
-    return importlib.import_module("sgw_jax.commands.session").run(arguments, rest)
+    elsewhere = bool(argv) and argv[0] in ELSEWHERE
+    arguments, rest = (None, []) if elsewhere else _parser().parse_known_args(argv)
+    try:
+        with extra_named(f"sgw-jax {argv[0]}"):
+            module = importlib.import_module(ELSEWHERE[argv[0]] if elsewhere else "sgw_jax.commands.session")
+    except MissingPackageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return module.main(argv[1:]) if elsewhere else module.run(arguments, rest)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -85,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("plan", workdir=False, checkpoint=False)
     sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
     sub.add_argument("--json", help="file to write the numbers to")
-    help = "also compile the training step: for a TPU slice that need not be here (v5e:4x4; needs .[tpu]), or `here`"
+    help = "also compile the step: for a TPU slice that need not be here (v5e:4x4; needs .[train,tpu]), or `here`"
     sub.add_argument("--topology", help=help)
     for name in ELSEWHERE:
         commands.add_parser(name, help=COMMANDS[name])

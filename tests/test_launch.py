@@ -520,7 +520,7 @@ def test_install_takes_branches_tags_and_commits(repository, script, bash, tmp_p
     assert finish(bash(script("install")))[0] == 0
     assert checkout.read_text() == "three"  # the branch as it is now
     notes = (tmp_path / "notes").read_text().splitlines()
-    assert notes == ["python3.13 -m venv .venv", *["python -m pip install --quiet --editable .[tpu]"] * 4]
+    assert notes == ["python3.13 -m venv .venv", *["python -m pip install --quiet --editable .[train,tpu]"] * 4]
 
 
 @pytest.mark.parametrize("mounted", [False, True])
@@ -554,7 +554,7 @@ def test_install_brings_a_python_where_there_is_only_an_old_one(repository, scri
     assert (tmp_path / "notes").read_text().splitlines() == [
         "python3 -m pip install --quiet --user uv",
         "python3 -m uv venv --quiet --seed --python 3.12 .venv",
-        "python -m pip install --quiet --editable .[tpu]",
+        "python -m pip install --quiet --editable .[train,tpu]",
     ]
 
 

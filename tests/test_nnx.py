@@ -9,6 +9,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import sgw_jax
@@ -158,7 +159,7 @@ def test_training_with_decay_and_a_checkpoint(tmp_path):
 
 
 def test_bfloat16_own_draws_metadata_and_the_default_mesh():
-    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     options = {"param_dtype": jnp.bfloat16, "kernel_init": jax.nn.initializers.normal(0.5)}
     plain = KEM(C, 4, top_k=3, etf_vertices=9, rngs=nnx.Rngs(0), kernel_metadata={"layer": "kem"}, **options)
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(plain))} == {jnp.dtype(jnp.bfloat16)}

@@ -1,4 +1,4 @@
-"""Weak scaling of the full-size systems over TPU slices, from compiled training steps; no TPU is needed, only .[tpu].
+"""Weak scaling of the full-size systems over TPU slices, from compiled steps; needs no TPU, only .[train,tpu].
 
     python benchmarks/speed/scaling.py [--systems vit_l swin_l] [--slices v5e:2x2 v5e:4x4 ...]
 

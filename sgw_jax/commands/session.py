@@ -16,7 +16,7 @@ from absl import logging
 from rich.console import Console
 from rich.markup import escape
 
-from sgw_jax.data_pipelines.errors import UserError
+from sgw_jax.data_pipelines.errors import UserError, extra_named
 from sgw_jax.experiment.config_files import UsageError
 from sgw_jax.host import enough_threads, keep_freed_memory
 from sgw_jax.run.workdir import DiskFullError
@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     console = Console(quiet=jax.process_index() != 0, highlight=False)  # only the first process speaks
     jax.config.update("jax_compilation_cache_dir", str(Path(arguments.cache_dir) / "xla"))
     try:
-        command = importlib.import_module(f"sgw_jax.commands.{arguments.command}")
+        with extra_named(f"sgw-jax {arguments.command}"):
+            command = importlib.import_module(f"sgw_jax.commands.{arguments.command}")
         return command.run(arguments, rest, console)
     except KeyboardInterrupt:
         console.print("Interrupted. The same command goes on from the last checkpoint, if there is one.")

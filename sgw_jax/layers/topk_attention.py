@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -225,7 +225,11 @@ def _varying_axes(x: Array) -> frozenset[str]:
 def _varying(x: Array, axes: frozenset[str]) -> Array:
     """The same array, said to differ over these axes; its slopes are added up over them in float32."""
     missing = tuple(sorted(axes - _varying_axes(x)))
-    return jax.lax.pcast(x.astype(jnp.float32), missing, to="varying").astype(x.dtype) if missing else x
+    if not missing:
+        return x
+    wide, lax = x.astype(jnp.float32), cast(Any, jax.lax)
+    wide = lax.pcast(wide, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(wide, missing)  # jax < 0.9
+    return wide.astype(x.dtype)
 
 
 def apply_weights(

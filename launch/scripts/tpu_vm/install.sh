@@ -32,5 +32,5 @@ if [ ! -x .venv/bin/python ]; then
     python3 -m uv venv --quiet --seed --python 3.12 .venv
   fi
 fi
-.venv/bin/python -m pip install --quiet --editable '.[tpu]'
+.venv/bin/python -m pip install --quiet --editable '.[train,tpu]'
 echo "sgw_jax: installed $commit"
