@@ -39,8 +39,8 @@ class Source(Protocol):
     """A data set by random access: picklable and cheap to construct.
 
     `source[i]` is a dict with "image" uint8 (H, W, 3) and any subset of the targets (data_pipelines/transforms.py). A
-    source may have `file_of(i) -> str`, which errors then name. `fingerprint()` says, as JSON-able data, which data
-    this is: a run goes on only with the same.
+    source may have `file_of(i) -> str`, which errors then name, and `ids`, the items' names, by which predictions are
+    found. `fingerprint()` says, as JSON-able data, which data this is: a run goes on only with the same.
     """
 
     def __len__(self) -> int: ...

@@ -1,4 +1,4 @@
-"""The command: sgw-jax train | evaluate | predict | plan | prepare | launch (also python -m sgw_jax).
+"""The command: sgw-jax train | evaluate | predict | score | plan | prepare | launch (also python -m sgw_jax).
 
 What a command needs is imported when it is chosen: `launch` runs on the standard library, and `prepare` without JAX.
 """
@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "Train, or go on where --workdir stands; then evaluate and write report.html.",
     "evaluate": "Evaluate a run's checkpoint on a split.",
     "predict": "Predict on image files: panels (PNG) and arrays (npz).",
+    "score": "Score anybody's predictions of a split, by a configuration's protocol. Needs no network.",
     "plan": "What a configuration costs by module: parameters, MACs, FLOPs, memory. Needs no data.",
     "prepare": "Write an archive of a data set as sharded files.",
     "launch": "Start a run on many machines: Cloud TPU VMs, GKE, Slurm; or as several processes on this one.",
@@ -35,6 +36,7 @@ examples:
   python -m sgw_jax train --config=scenes --workdir=runs/tuned --init_from=runs/scenes
   python -m sgw_jax evaluate --workdir=runs/scenes --split=validation
   python -m sgw_jax predict --workdir=runs/scenes --output=pictures photo.jpg folder/
+  python -m sgw_jax score --predictions=theirs --config=nyud --config.data.root=DIR --config.protocol=published
   python -m sgw_jax plan --config=nyud:swin_l,interaction=skem --topology=v5e:4x4 --config.mesh.name=fsdp
 """
 
@@ -88,6 +90,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("predict")
     sub.add_argument("--output", required=True, help="directory for the results")
     sub.add_argument("inputs", nargs="+", help="image files or directories")
+    sub = command("score", workdir=False, checkpoint=False)
+    help = "DIR/TASK/NAME.{png,npy,npz}, or DIR/NAME.npz as predict writes; formats: data_pipelines/predictions.py"
+    sub.add_argument("--predictions", required=True, type=_directory, help=help)
+    sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
+    sub.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
+    sub.add_argument("--json", help="file to write the numbers to")
     sub = command("plan", workdir=False, checkpoint=False)
     sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
     sub.add_argument("--json", help="file to write the numbers to")

@@ -1,1 +1,1 @@
-"""What train, evaluate, predict and plan do, a module each: `run(arguments, rest, console)` gives the exit code."""
+"""What train, evaluate, predict, score and plan do, a module each, whose `run` gives the exit code."""

@@ -1,20 +1,20 @@
-"""What an experiment's sources say and render before a run."""
+"""What a run's sources say and render before a run."""
 
 import jax
 from rich.console import Console
 
-from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.experiment.experiment import Data
 from sgw_jax.run.workdir import wait_for_all
 
 
-def prepare(experiment: Experiment, console: Console) -> None:
+def prepare(data: Data, console: Console) -> None:
     """Lets sources say what they found and render what they need: first on the first process, so that a shared disk
     gets it once."""
-    for sentence in {source.describe() for source in experiment.data.sources.values() if hasattr(source, "describe")}:
+    for sentence in {source.describe() for source in data.sources.values() if hasattr(source, "describe")}:
         console.print(sentence, soft_wrap=True)
 
     def render() -> None:
-        for source in experiment.data.sources.values():
+        for source in data.sources.values():
             if hasattr(source, "prepare"):
                 source.prepare()
 

@@ -20,7 +20,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], console: Consol
     experiment = build(read_config(arguments.config, overrides), arguments.cache_dir)
     check_start(experiment, arguments.workdir, arguments.init_from)
     with files_named(f"--cache_dir={arguments.cache_dir}"):
-        sources.prepare(experiment, console)
+        sources.prepare(experiment.data, console)
     trained = train(experiment, arguments.workdir, console, arguments.init_from)
     if trained.stopped_by:
         steps = f"{trained.step} of {experiment.settings.steps}"

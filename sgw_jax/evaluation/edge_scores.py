@@ -78,6 +78,11 @@ def edge_scores(
         )
     if jax.process_count() > 1:
         counts = _from_all_processes(counts)
+    return scores_of(counts, published)
+
+
+def scores_of(counts: np.ndarray, published: bool) -> dict[str, float]:
+    """`SCORES` in percent, of `boundary.counts_of`."""
     found = boundary.summarise(counts, program="seism" if published else "ours")
     return {name: 100 * found[name] for name in SCORES}
 

@@ -56,20 +56,34 @@ def saliency_scores(
         return probability, batch[task].reshape(probability.shape)
 
     step = jax.jit(run, out_shardings=batch_sharding(mesh))
-    total, seen = np.zeros((2, sum(WIDTHS))), 0  # sums, and how many are defined
+    total, seen = no_sums(), 0
     with jax.set_mesh(mesh):
         for batch in batches:
             probability, target = step(variables, global_batch(batch, mesh))
             for row, one, labels in own_rows(probability, target):
-                if seen + row < length and np.any(labelled(labels)):
-                    total += _sums(image_scores(*_as_saved(published, *framed(one, labels))))
+                if seen + row < length:
+                    total += sums_of(one, labels, published)
             seen += probability.shape[0]
     if jax.process_count() > 1:  # float64 as pairs of the 32 bits that are sent
         total = from_all_processes(total.view(np.int32)).view(np.float64).sum(axis=0)
-    return _means(*total)
+    return means_of(*total)
 
 
 WIDTHS = tuple(LEVELS + 1 if name.endswith("curve") else 1 for name in FIELDS)
+
+
+def no_sums() -> np.ndarray:
+    """(2, n) zeros: what `sums_of` images is added to."""
+    return np.zeros((2, sum(WIDTHS)))
+
+
+def sums_of(probability: np.ndarray, labels: np.ndarray, published: bool) -> np.ndarray:
+    """(2, n): the scores of one image in a row, 0 where undefined, and where they are defined; zeros without labels."""
+    if not np.any(labelled(labels)):
+        return no_sums()
+    scores = image_scores(*_as_saved(published, *framed(probability, labels)))
+    row = np.concatenate([np.atleast_1d(value) for value in scores])
+    return np.stack([np.nan_to_num(row, nan=0.0), ~np.isnan(row)])
 
 
 def _as_saved(
@@ -81,13 +95,8 @@ def _as_saved(
     return levels.astype(np.float64) / LEVELS if published else wide, target, ignored
 
 
-def _sums(scores: ImageScores) -> np.ndarray:
-    """(2, n): the scores of one image in a row, 0 where undefined, and where they are defined."""
-    row = np.concatenate([np.atleast_1d(value) for value in scores])
-    return np.stack([np.nan_to_num(row, nan=0.0), ~np.isnan(row)])
-
-
-def _means(sums: np.ndarray, numbers: np.ndarray) -> dict[str, float]:
+def means_of(sums: np.ndarray, numbers: np.ndarray) -> dict[str, float]:
+    """`SCORES` of the added `sums_of`."""
     means = np.divide(sums, numbers, out=np.full(len(sums), np.nan), where=numbers > 0)
     found = dict(zip(FIELDS, np.split(means, np.cumsum(WIDTHS)[:-1]), strict=True))
     values = {

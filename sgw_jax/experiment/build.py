@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from sgw_jax.experiment.checks import build_settings, check_positive
 from sgw_jax.experiment.data import build_data
-from sgw_jax.experiment.experiment import Boundary, Experiment
+from sgw_jax.experiment.experiment import Boundary, Experiment, Protocol
 from sgw_jax.experiment.network import build_model
 from sgw_jax.experiment.objective import build_objective
 from sgw_jax.experiment.tasks import build_tasks
@@ -66,3 +66,9 @@ def build(
         gradients=config.gradients,
         backbone_weights=config.backbone_weights,
     )
+
+
+def build_protocol(config: ConfigDict, cache_dir: Path | str | None) -> Protocol:
+    """What a configuration says of evaluation alone: no network, no mesh, and the data as `build` has them."""
+    tasks = build_tasks(config)
+    return Protocol(config.protocol, tasks, build_data(config, tasks, cache_dir), Boundary(**config.boundary))

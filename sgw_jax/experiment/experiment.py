@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import optax
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sgw_jax.data_pipelines.loader import Batches, Source, eval_batches, train_batches
+from sgw_jax.data_pipelines.predictions import Predictions
 from sgw_jax.data_pipelines.transforms import Augmentation, Target
 from sgw_jax.differentiate import Objective
 from sgw_jax.model import MultiTaskModel
@@ -86,6 +88,10 @@ class Data:
             **self._reading(),
         )
 
+    def predictions(self, split: str, directory: Path | str, channels: Mapping[str, int]) -> Predictions:
+        """Anybody's predictions of the split, beside its labels; channels: of each task's raw prediction."""
+        return Predictions(directory, self.sources[split], self.targets, channels)
+
     def _reading(self) -> dict[str, int]:
         return {
             "process_index": self.block[0],
@@ -97,6 +103,16 @@ class Data:
     def fingerprint(self) -> dict[str, Any]:
         """Which data this is, by split."""
         return {split: source.fingerprint() for split, source in self.sources.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """What predictions are judged by."""
+
+    name: str  # exact or published
+    tasks: tuple[Task, ...]
+    data: Data
+    boundary: Boundary
 
 
 @dataclasses.dataclass(frozen=True)

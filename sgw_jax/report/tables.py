@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from sgw_jax.evaluation.metrics import relative_gain
-from sgw_jax.report.record import Metrics, Results
+from sgw_jax.report.record import Metrics, Results, TaskDescription
 
 MISSING = "–"
 REFERENCES = {"linear": "linear probe", "constant": "constant"}  # known references, in the order of the columns
@@ -39,6 +39,26 @@ def print_table(console: Console, results: Results) -> None:
         means = [f"[bold]{cell['text']}[/bold]" for cell in headline["means"]]
         table.add_section()
         table.add_row("mean gain", "", "", *_interleaved([""] * len(means), means))
+    console.print(table)
+
+
+def print_metrics(console: Console, title: str, tasks: Sequence[TaskDescription], metrics: Metrics) -> None:
+    """Every metric of every task with its unit and direction, the headline in bold."""
+    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)  # of a path: longer than the table is wide
+    table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("task")
+    table.add_column("metric", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    for task in tasks:
+        name = escape(task.name)
+        for metric, value in metrics[task.name].items():
+            unit = task.units.get(metric, "")
+            parts = (metric, unit, arrow_of(task.directions.get(metric))["arrow"])
+            text = number(value, unit)
+            headline = f"[bold]{text}[/bold]" if metric == task.metric else text
+            table.add_row(name, escape(" ".join(part for part in parts if part)), headline)
+            name = ""
+        table.add_section()
     console.print(table)
 
 

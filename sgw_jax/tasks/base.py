@@ -164,6 +164,15 @@ class Task(abc.ABC):
     def decode(self, prediction: Array) -> Array:
         """Raw head output (..., height, width, channels) -> what a user wants to hold."""
 
+    def from_decoded(self, decoded: np.ndarray) -> np.ndarray:
+        """Inverse of `decode`, in NumPy: float32 raw predictions of maps (batch, height, width), or with channels.
+
+        As it stands here: the map itself, with an axis of one channel where it has none. Others' predictions are scored
+        by it.
+        """
+        values = np.asarray(decoded, np.float32)
+        return values[..., None] if values.ndim == 3 else values
+
     @abc.abstractmethod
     def draw(self, decoded: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
         """uint8 (height, width, 3) picture of one decoded map or target; pixels without a label are dark grey.

@@ -16,6 +16,8 @@ from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, scalar
 # A target above this (1, and a margin for interpolated targets) is an error of the data, such as the code 255 of
 # ignored labels in a float target.
 LARGEST_TARGET = 1.001
+# Of a probability of 1 that is given as such: its logarithm's bound in PyTorch's binary cross-entropy too.
+LARGEST_LOGIT = 100.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,16 @@ class MaskTask(Task):
         """float32 probability (..., height, width)."""
         return jax.nn.sigmoid(self.float32(prediction)[..., 0])
 
+    def from_decoded(self, decoded: np.ndarray) -> np.ndarray:
+        """The logit of probabilities, or of uint8 levels v / 255, in [-LARGEST_LOGIT, LARGEST_LOGIT].
+
+        In float64, then rounded as `threshold_sums` rounds its thresholds: level 51 reaches the threshold 0.2.
+        """
+        probability = decoded / 255 if decoded.dtype == np.uint8 else np.asarray(decoded, np.float64)
+        with np.errstate(divide="ignore"):
+            logit = np.log(probability) - np.log1p(-probability)
+        return float32_at_least(np.clip(logit, -LARGEST_LOGIT, LARGEST_LOGIT))[..., None]
+
     def draw(self, decoded: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
         del like
         values = np.asarray(decoded, np.float32)
@@ -137,7 +149,7 @@ def logit_of(probability: float) -> float:
     return math.log(probability) - math.log1p(-probability)
 
 
-def float32_at_least(thresholds: Sequence[float]) -> np.ndarray:
+def float32_at_least(thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
     """The least float32 not below each float64 threshold: then x >= t in float32 says what it says in float64."""
     wide = np.asarray(thresholds, np.float64)
     narrow = wide.astype(np.float32)

@@ -214,6 +214,12 @@ class SemSeg(Task):
         """uint8 labels (..., height, width)."""
         return jnp.argmax(self.float32(prediction), axis=-1).astype(jnp.uint8)
 
+    def from_decoded(self, decoded: np.ndarray) -> np.ndarray:
+        """One-hot labels; floats (batch, height, width, num_classes) are scores already."""
+        if decoded.ndim == 4:
+            return np.asarray(decoded, np.float32)
+        return (decoded[..., None] == np.arange(self.num_classes)).astype(np.float32)
+
     def draw(self, decoded: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
         del like
         palette = np.full((256, 3), IGNORED_COLOUR, np.uint8)
