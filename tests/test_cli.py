@@ -271,6 +271,7 @@ def test_evaluate_and_predict_refuse_what_they_do_not_know(refused, tmp_path):
         (["train", "--help"], ["--workdir", "--config", "--init_from", "--cache_dir", "--config.steps=200"]),
         (["evaluate", "--help"], ["--split", "--checkpoint"]),
         (["predict", "--help"], ["--output", "image files or directories"]),
+        (["score", "--help"], ["--predictions", "DIR/NAME.npz", "--config", "--split", "--json"]),
         (["prepare", "--help"], ["usage: sgw-jax prepare", "sgw-jax prepare nyud --source=", "--workers"]),
         (["launch", "--help"], ["usage: sgw-jax launch local | tpu-vm | gke | slurm"]),
         (["launch", "tpu-vm", "--help"], ["usage: sgw-jax launch tpu-vm", "sgw-jax launch tpu-vm create --name="]),
@@ -291,6 +292,7 @@ def test_help_helps(arguments, parts, capsys):
     [
         [],
         ["train", "--config=scenes"],
+        ["score", "--config=scenes"],
         ["evaluate", "--workdir=run", "--checkpoint=worst"],
         ["evaluate", "--workdir=run", "--mesh=round"],
         ["prepare"],

@@ -204,15 +204,11 @@ def test_levels_that_are_thresholds_reach_them():
         assert np.isfinite(raw).all()
 
 
-class Constant:
-    """A network that gives raw predictions in their order, whatever the image holds beside its number."""
-
-    def __init__(self, raw):
-        self.raw = raw
+class Network:
+    """Its image is what it predicts."""
 
     def apply(self, variables, image):
-        number = jax.numpy.rint(image[:, 0, 0, 0]).astype(int)
-        return {name: values[number] for name, values in self.raw.items()}
+        return {"edges": image[..., :1], "saliency": image[..., 1:2]}
 
 
 def test_measures_on_the_host_are_those_of_an_evaluation():
@@ -222,7 +218,7 @@ def test_measures_on_the_host_are_those_of_an_evaluation():
     labels = {name: (rng.random((8, 12, 16, 1)) < 0.3).astype(np.float32) for name in raw}
     labels["edges"][0] = -1
     labels["saliency"][1, :3] = -1
-    batch = {"image": np.tile(np.arange(8, dtype=np.float32)[:, None, None, None], (1, 12, 16, 3)), **labels}
+    batch = {"image": np.concatenate([*raw.values(), raw["edges"]], axis=-1), **labels}
     mesh = build(read_config("scenes"), None).mesh
     for published in (False, True):
         protocol = "published" if published else "exact"
@@ -235,9 +231,9 @@ def test_measures_on_the_host_are_those_of_an_evaluation():
 
         found = score(tasks, pairs, Boundary(**options)).metrics
         given = {"length": 8, "published": published}
-        edges = edge_scores(Constant(raw), {}, [batch], mesh, **options, **given)
+        edges = edge_scores(Network(), {}, [batch], mesh, **options, **given)
         assert {name: found["edges"][name] for name in edges} == pytest.approx(edges)
-        saliency = saliency_scores(Constant(raw), {}, [batch], mesh, **given)
+        saliency = saliency_scores(Network(), {}, [batch], mesh, **given)
         # Sums of eight images in another order.
         assert {name: found["saliency"][name] for name in saliency} == pytest.approx(saliency, rel=1e-6)
 
@@ -271,12 +267,12 @@ def test_predict_then_score_is_evaluate(tmp_path, capsys):
 
 
 def resave(task, values, suffix=".npy", **arrays):
-    """An edit that puts these values in place of item 1."""
+    """An edit that puts these values in place of item 0."""
 
     def edit(folder):
-        for path in (folder / task).glob("1.*"):
+        for path in (folder / task).glob("0.*"):
             path.unlink()
-        path = folder / task / f"1{suffix}"
+        path = folder / task / f"0{suffix}"
         if suffix == ".png":
             Image.fromarray(values).save(path)
         elif suffix == ".npz":
@@ -289,27 +285,27 @@ def resave(task, values, suffix=".npy", **arrays):
 
 FLOATS = np.full(SIZE, 0.5, np.float32)
 WRONG = {
-    "missing": (lambda f: (f / "edges" / "1.png").unlink(), ["edges lacks 1 of the split's 3 images: 1;", ".npz"]),
-    "extra": (lambda f: shutil.copy(f / "edges" / "1.png", f / "edges" / "9.png"), ["1 files of no image", "9.png"]),
-    "twice": (lambda f: np.save(f / "edges" / "1.npy", FLOATS), ["1.npy and 1.png", "keep one"]),
+    "missing": (lambda f: (f / "edges" / "0.png").unlink(), ["edges lacks 1 of the split's 3 images: 0;", ".npz"]),
+    "extra": (lambda f: shutil.copy(f / "edges" / "0.png", f / "edges" / "9.png"), ["1 files of no image", "9.png"]),
+    "twice": (lambda f: np.save(f / "edges" / "0.npy", FLOATS), ["0.npy and 0.png", "keep one"]),
     "no folder": (lambda f: (f / "edges").rename(f / "edge"), ["no folder 'edges'", "depth, edge, ", "config.tasks"]),
-    "no class": (resave("semseg", np.full(SIZE, 12, np.uint8), ".png"), ["1.png", "the values 12", "0..11"]),
-    "ignored": (resave("semseg", np.full(SIZE, 255, np.uint8), ".png"), ["1.png", "the values 255", "0..11"]),
-    "negative class": (resave("semseg", np.full(SIZE, -1)), ["1.npy", "the values -1", "0..11"]),
-    "colours": (resave("semseg", np.zeros((*SIZE, 3), np.uint8), ".png"), ["1.png", "'RGB'", "8-bit PNG"]),
+    "no class": (resave("semseg", np.full(SIZE, 12, np.uint8), ".png"), ["0.png", "the values 12", "0..11"]),
+    "ignored": (resave("semseg", np.full(SIZE, 255, np.uint8), ".png"), ["0.png", "the values 255", "0..11"]),
+    "negative class": (resave("semseg", np.full(SIZE, -1)), ["0.npy", "the values -1", "0..11"]),
+    "colours": (resave("semseg", np.zeros((*SIZE, 3), np.uint8), ".png"), ["0.png", "'RGB'", "8-bit PNG"]),
     "logits": (resave("semseg", np.zeros((*SIZE, 7), np.float32)), ["float32 (32, 64, 7)", "(H, W, 12)"]),
     "float labels": (resave("semseg", FLOATS), ["float32 (32, 64)", "integers (H, W)"]),
-    "size": (resave("edges", np.zeros((16, 64), np.uint8), ".png"), ["1.png", "16 x 64", "labels' 32 x 64"]),
-    "8-bit depth": (resave("depth", np.zeros(SIZE, np.uint8), ".png"), ["1.png", "'L'", "16-bit grey PNG of mill"]),
-    "depth of integers": (resave("depth", np.ones(SIZE, np.int32)), ["1.npy", "int32 (32, 64)", "floats (H, W)"]),
-    "depth unknown": (resave("depth", np.full(SIZE, np.nan, np.float32)), ["1.npy", "not finite"]),
-    "grey normals": (resave("normals", np.zeros(SIZE, np.uint8), ".png"), ["1.png", "'L'", "8-bit RGB"]),
+    "size": (resave("edges", np.zeros((16, 64), np.uint8), ".png"), ["0.png", "16 x 64", "labels' 32 x 64"]),
+    "8-bit depth": (resave("depth", np.zeros(SIZE, np.uint8), ".png"), ["0.png", "'L'", "16-bit grey PNG of mill"]),
+    "depth of integers": (resave("depth", np.ones(SIZE, np.int32)), ["0.npy", "int32 (32, 64)", "floats (H, W)"]),
+    "depth unknown": (resave("depth", np.full(SIZE, np.nan, np.float32)), ["0.npy", "not finite"]),
+    "grey normals": (resave("normals", np.zeros(SIZE, np.uint8), ".png"), ["0.png", "'L'", "8-bit RGB"]),
     "flat normals": (resave("normals", FLOATS), ["float32 (32, 64)", "floats (H, W, 3)"]),
     "edge logits": (resave("edges", FLOATS * 4), ["from 2 to 2", "probabilities in [0, 1]"]),
-    "16-bit edges": (resave("edges", np.zeros(SIZE, np.uint16), ".png"), ["1.png", "8-bit grey PNG"]),
+    "16-bit edges": (resave("edges", np.zeros(SIZE, np.uint16), ".png"), ["0.png", "8-bit grey PNG"]),
     "archive": (resave("edges", None, ".npz", a=FLOATS, b=FLOATS), ["arrays a, b", "an array 'edges', or one"]),
-    "damaged": (lambda f: (f / "edges" / "1.png").write_bytes(b"x"), ["1.png", "cannot be decoded"]),
-    "pickle": (resave("edges", np.array([{}])), ["1.npy", "cannot be decoded"]),
+    "damaged": (lambda f: (f / "edges" / "0.png").write_bytes(b"x"), ["0.png", "cannot be decoded"]),
+    "pickle": (resave("edges", np.array([{}])), ["0.npy", "cannot be decoded"]),
 }
 
 
