@@ -25,8 +25,10 @@ from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.experiment.experiment import Boundary
 from sgw_jax.prediction.image_files import predict_files
-from sgw_jax.run.saved_run import open_run, saved_model
+from sgw_jax.run.saved_run import open_run
+from sgw_jax.run.state import restored_state
 from sgw_jax.run.steps import compiled_eval_step, evaluate_split
+from sgw_jax.sharding import make_mesh, mesh_sizes
 from sgw_jax.tasks import TASKS
 from sgw_jax.train import train
 
@@ -103,28 +105,25 @@ def truth(scenes, folder, normals_as_floats=False, tasks=TASK_NAMES):
     return folder
 
 
-@pytest.mark.parametrize("protocol", ["exact", "published"])
-def test_perfect_predictions_are_perfect(scenes, run, tmp_path, protocol):
+def test_perfect_predictions_are_perfect(scenes, run, tmp_path):
     folder = truth(scenes, tmp_path / "perfect", normals_as_floats=True)
-    found, text = run(folder, *OPTIONS, f"--config.protocol={protocol}")
+    found, text = run(folder, *OPTIONS)
     metrics = found["metrics"]
-    assert (found["images"], found["split"], found["protocol"]) == (LENGTH, "test", protocol)
+    assert (found["images"], found["split"], found["protocol"]) == (LENGTH, "test", "exact")
     for task in ("semseg", "human_parts"):
-        perfect = {"pixel_accuracy", "mean_accuracy", "frequency_weighted_iou"}
-        perfect |= {"miou", "dice"} if protocol == "exact" else set()  # absent classes count as 0
-        assert {name: metrics[task][name] for name in perfect} == dict.fromkeys(perfect, 100.0)
+        assert set(metrics[task].values()) == {100.0}
     right = {"delta_1": 100.0, "delta_2": 100.0, "delta_3": 100.0}
     assert {name: metrics["depth"][name] for name in right} == right
-    # Whole millimetres: v / 1000 in float32 here and there.
+    # Scenes are in whole millimetres too: v / 1000 in float32 here and there.
     assert [metrics["depth"][name] for name in ("rmse", "abs_err", "abs_rel", "log_rmse")] == [0.0] * 4
     # Vectors that are equal lie at the angle 0; those that are zero are invalid.
     assert metrics["normals"]["mean"] == metrics["normals"]["rmse"] == 0
     assert metrics["normals"]["within_5"] == 100
     assert metrics["edges"]["max_f"] == metrics["saliency"]["max_f"] == metrics["saliency"]["iou"] == 100
     assert metrics["saliency"]["mae"] == metrics["saliency"]["image_mae"] == 0
-    if protocol == "exact":
-        assert metrics["edges"]["loss"] == pytest.approx(0, abs=1e-40)
-        assert metrics["edges"]["ods"] == metrics["edges"]["ois"] == pytest.approx(100)
+    assert metrics["edges"]["loss"] == pytest.approx(0, abs=1e-40)  # softplus(-100)
+    assert metrics["edges"]["ods"] == metrics["edges"]["ois"] == pytest.approx(100)
+    assert metrics["saliency"]["s_measure"] == pytest.approx(100)
     assert all(part in text for part in ("miou % ↑", "rmse m ↓", "mean deg ↓", "ods % ↑", "s_measure % ↑"))
 
 
@@ -246,7 +245,7 @@ def test_predict_then_score_is_evaluate(tmp_path, capsys):
     config.backbones.vit.update({"width": 16, "depth": 4, "num_heads": 2, "patch_size": 16})
     config.interaction, config.channels, config.stride = "none", 8, 8
     config.update({"steps": 2, "batch_size": 8, "checkpoint_every": 2, "eval_every": 2})
-    experiment = build(config, tmp_path / "cache")
+    experiment = build(config, tmp_path / "cache", mesh=make_mesh(mesh_sizes("data"), jax.devices()[:1]))
     train(experiment, tmp_path / "run", Console(quiet=True))
     (tmp_path / "images").mkdir()
     for index in range(LENGTH):
@@ -256,9 +255,9 @@ def test_predict_then_score_is_evaluate(tmp_path, capsys):
     arguments = [f"--predictions={tmp_path / 'maps'}", "--config=scenes", f"--json={out}", *SCENES]
     assert main(["score", *arguments, f"--cache_dir={tmp_path / 'cache'}"]) == 0, capsys.readouterr().err
     with open_run(tmp_path / "run", "best") as saved:
-        variables = saved.variables(saved_model(saved))
-        with jax.set_mesh(experiment.mesh):
-            want = evaluate_split(experiment, compiled_eval_step(experiment), variables, "test").metrics
+        state = restored_state(experiment, saved.checkpoints, saved.step)
+    with jax.set_mesh(experiment.mesh):
+        want = evaluate_split(experiment, compiled_eval_step(experiment), state.variables, "test").metrics
     found = json.loads(out.read_text())["metrics"]
     for task in want:
         for metric, value in want[task].items():
