@@ -50,12 +50,17 @@ EXTRAS = {
         "build>=1",
         "setuptools>=70.1",  # makes wheels by itself
     ],
-    # Other implementations that tests compare with; the library itself never imports them.
+    # Other implementations that tests compare with; the library itself never imports them. Two more are installed by
+    # .ci/run without what they demand: pysodmetrics, which wants an older NumPy, and cityscapesscripts, which wants a
+    # package that takes the standard library's name `typing`.
     "parity": [
         "torch==2.13.0",
         "transformers>=5",
         "torchjd[quadprog-projector,cagrad,nash-mtl]>=0.18",
         "kubernetes-validate>=1.29",  # schemas for launch/gke.py
+        "torchmetrics>=1.9",
+        "scikit-learn>=1.5",  # pysodmetrics imports it
+        "pyquaternion>=0.9.9",  # cityscapesscripts imports it
     ],
     # Other libraries whose models tests put KEM into. transformers has no Flax models from version 5 on. Kauldron
     # demands TensorFlow, of which its train step uses nothing: .ci/run installs it by itself, with what it does use.
