@@ -93,7 +93,7 @@ class Stream:
         """The stream's n-th example, augmented, at the model's door."""
         epoch, item = self.position(n)
         rng = np.random.Generator(_bit_generator(self.seed, AUGMENTATION, epoch, item))
-        return _example(self.source, item, lambda raw: train_example(raw, rng, self.targets, self.augmentation))
+        return read_example(self.source, item, lambda raw: train_example(raw, rng, self.targets, self.augmentation))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,10 +108,11 @@ class EvalStream:
         """Item n at the model's door; beyond the source's end, zeros and `fill`."""
         if n >= len(self.source):
             return empty_example(self.targets, self.size)
-        return _example(self.source, n, lambda raw: eval_example(raw, self.targets, self.size))
+        return read_example(self.source, n, lambda raw: eval_example(raw, self.targets, self.size))
 
 
-def _example(source: Source, item: int, transform: Callable[[Example], Example]) -> Example:
+def read_example(source: Source, item: int, transform: Callable[[Example], Example]) -> Example:
+    """The item, transformed; whatever goes wrong becomes an `ExampleError` that names source, item and file."""
     try:
         return transform(source[item])
     except Exception as error:

@@ -27,7 +27,7 @@ import numpy as np
 
 from sgw_jax.data_pipelines import readers
 from sgw_jax.data_pipelines.errors import InputError
-from sgw_jax.data_pipelines.loader import Source
+from sgw_jax.data_pipelines.loader import Source, read_example
 from sgw_jax.data_pipelines.readers import WrongFileError
 from sgw_jax.data_pipelines.transforms import Example, Target, eval_example
 
@@ -92,10 +92,9 @@ class Predictions:
         Maps: labels uint8 (H, W) or scores float32 (H, W, classes); masks float32 or, from a picture, uint8; all else
         float32.
         """
-        example = self.source[index]
-        size = example["image"].shape[:2]
         wanted = {task: self.targets[task] for task in tasks}
-        return {task: self._map(index, task, size) for task in tasks}, eval_example(example, wanted, size)
+        labels = read_example(self.source, index, lambda raw: eval_example(raw, wanted, raw["image"].shape[:2]))
+        return {task: self._map(index, task, labels["image"].shape[:2]) for task in tasks}, labels
 
     def pairs(self, tasks: Sequence[str], threads: int = 2) -> Iterator[tuple[dict[str, np.ndarray], Example]]:
         """`pair` of every item in order, read by threads, few items ahead."""
@@ -131,7 +130,7 @@ class Predictions:
 
 
 def item_names(source: Any, index: int) -> tuple[str, ...]:
-    """What an item's predictions may be called: its id or the stem of its image's file; its number where it has none"""
+    """What an item's predictions may be called: its id, or its image's stem; its number where a source has no ids."""
     if not hasattr(source, "ids"):
         return (str(index),)
     files = (Path(source.file_of(index)).stem,) if hasattr(source, "file_of") else ()
