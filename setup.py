@@ -17,7 +17,7 @@ BASE = [
 # The commands, sgw_jax.build, load and read_config: data, checkpoints, reports. Some bounds are tighter.
 TRAIN = [
     "jax>=0.10",
-    "flax>=0.12,<1",
+    "flax>=0.12.7,<1",  # the first without what jax 0.10 deprecates
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12,<1",  # the next major renames what is used here
     "grain>=0.2.18",

@@ -9,10 +9,14 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 
 import jax
+import jax.experimental
 
 from sgw_jax.host import enough_threads
 
 enough_threads()
+
+if not hasattr(jax, "enable_x64"):  # before jax 0.8
+    jax.enable_x64 = jax.experimental.enable_x64
 
 # One for each worker of pytest-xdist: JAX does not write entries atomically, and a half-written one cannot be read.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")

@@ -92,7 +92,7 @@ def topology_devices(name: str) -> list[jax.Device]:
         reason = str(error).partition("\n")[0]
         if "libtpu" in reason or "not found" in reason.lower() or isinstance(error, ImportError):
             raise InputError(
-                f"--topology={name} compiles for a TPU and needs its compiler: pip install -e '.[train,tpu]' ({reason})"
+                f"--topology={name} compiles for a TPU by its compiler: pip install -e '.[train,tpu]'. ({reason})"
             ) from error
         raise InputError(f"--topology={name}: {reason} Slices are named like {TOPOLOGIES}.") from error
 
