@@ -32,6 +32,15 @@ MODULES = {
 }
 
 
+def by_module(*quick):
+    """Parameters of a test over the modules; of all but those named it is slow, as programs are many."""
+    assert set(quick) <= set(MODULES)
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in MODULES]
+
+
+EACH_KIND = ("kem, all options", "skem", "shared_workspace", "cross_attention")
+
+
 def maps(batch=8, size=4, channels=32):
     rng = np.random.default_rng(0)
     return {name: jnp.asarray(rng.normal(size=(batch, size, size, channels)), jnp.float32) for name in ("one", "two")}
@@ -61,8 +70,15 @@ def value_and_gradient(module, variables, features):
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        *((name, P("data")) for name in MODULES),
-        *(("skem", layout) for layout in (P("data", None, None, "model"), P(None, "data"), P())),
+        *((name, P("data")) for name in EACH_KIND),
+        ("kem, maps on tokens", P("data", None, None, "model")),
+        *(
+            pytest.param(name, layout, marks=pytest.mark.slow)
+            for name in MODULES
+            for layout in (P("data"), P("data", None, None, "model"), P(None, "data"), P())
+            if (name, layout) != ("kem, maps on tokens", P("data", None, None, "model"))
+            and not (name in EACH_KIND and layout == P("data"))
+        ),
     ],
 )
 def test_the_default_mesh_whose_axes_are_explicit(name, layout):
@@ -83,7 +99,7 @@ def test_the_default_mesh_whose_axes_are_explicit(name, layout):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=3000 * EPS), found, expected)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", by_module("kem", "cross_attention"))
 @pytest.mark.parametrize("kind", ["auto", "manual"])
 def test_auto_and_manual_axes(name, kind):
     module, variables = made(name)
@@ -101,13 +117,13 @@ def test_auto_and_manual_axes(name, kind):
 # Collections
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", by_module(*EACH_KIND))
 def test_everything_mutable_keeps_structure_and_compiles_once(name):
     """A trainer that applies with ``mutable=True``, pops ``intermediates`` and keeps all else."""
     module, state = made(name)
     compiled = []
 
-    @jax.jit
+    @jit
     def step(state, features):
         compiled.append(1)
         outputs, state = module.apply(state, features, mutable=True)
@@ -207,7 +223,7 @@ def test_parameters_in_bfloat16_by_ones_own_draw_with_named_axes(make):
 # Containers
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", by_module(*EACH_KIND, "within_tasks"))
 def test_lists_tuples_and_keywords(name):
     module, _ = made(name)
     one, two = maps(2).values()
@@ -219,7 +235,7 @@ def test_lists_tuples_and_keywords(name):
         jax.tree.map(np.testing.assert_array_equal, list(found), expected)
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", by_module(*EACH_KIND, "within_tasks"))
 def test_inside_a_sequential(name):
     """Which hands a mapping on as keyword arguments."""
     module = nn.Sequential([lambda x: {"one": x, "two": 2 * x}, MODULES[name]()])
@@ -247,8 +263,8 @@ def test_features_that_are_none(name, features, message):
 # Padding
 
 
-@pytest.mark.parametrize("name", [n for n in MODULES if n != "within_tasks"])
-@pytest.mark.parametrize("padding", ["some", "nearly all", "all of one image"])
+@pytest.mark.parametrize("name", [p for p in by_module(*EACH_KIND) if p in EACH_KIND or p.values[0] != "within_tasks"])
+@pytest.mark.parametrize("padding", ["nearly all", "all of one image"])
 def test_padding_is_neither_retrieved_nor_changed(name, padding):
     """What stands in the padding has no influence, and real tokens get what they get in a batch without padding."""
     module, variables = made(name)
