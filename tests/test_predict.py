@@ -147,7 +147,7 @@ def check_decoded(maps: dict[str, np.ndarray], raw: dict[str, np.ndarray]) -> No
     assert clear.mean() > 0.9
     np.testing.assert_array_equal(maps["semseg"][clear], raw["semseg"].argmax(-1)[clear])
     np.testing.assert_allclose(maps["depth"], np.maximum(raw["depth"][..., 0], 0), rtol=0, atol=scale["depth"])
-    length = np.sqrt(np.sum(raw["normals"] ** 2, axis=-1, keepdims=True) + 1e-8)
+    length = np.linalg.norm(raw["normals"], axis=-1, keepdims=True)
     allowed = (scale["normals"] / length).max() + scale["normals"]
     np.testing.assert_allclose(maps["normals"], raw["normals"] / length, rtol=0, atol=allowed)
     probability = 1 / (1 + np.exp(-raw["saliency"][..., 0]))

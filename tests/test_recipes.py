@@ -250,7 +250,7 @@ import numpy as np
 
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
-from sgw_jax.run.state import initial_state
+from sgw_jax.run.state import new_state
 from sgw_jax.run.steps import compiled_steps
 from sgw_jax.sharding import global_batch
 
@@ -260,7 +260,7 @@ def test_a_step_with_yours(tmp_path):
     experiment = build(read_config("yours", [f"--config.data.root={tmp_path}"]), tmp_path)
     assert dict(experiment.mesh.shape) == {"data": 4, "fsdp": 1, "context": 2}
     assert {task.name: task.weight for task in experiment.tasks} == {"semseg": 1, "yours": 2}
-    state = initial_state(experiment)
+    state = new_state(experiment)
     step, _ = compiled_steps(experiment, state)
     with jax.set_mesh(experiment.mesh), experiment.data.train(0, 1) as batches:
         state, metrics = step(state, global_batch(next(iter(batches)), experiment.mesh))
