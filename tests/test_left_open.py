@@ -58,6 +58,7 @@ def opened(monkeypatch):
     jax.config.update("jax_compilation_cache_dir", cache_dir)
 
 
+@pytest.mark.slow
 def test_training_from_another_run_and_evaluating_leave_nothing_open(tmp_path, opened):
     cache = f"--cache_dir={tmp_path / 'cache'}"
     train = ["train", "--config=scenes:tasks=semseg+edges", cache, *(f"--config.{item}" for item in TINY)]

@@ -285,6 +285,7 @@ def test_a_recipe_names_what_it_touches(recipe):
         assert (ROOT / path).exists() or (ROOT / "tests" / path).exists(), path
 
 
+@pytest.mark.slow
 def test_what_the_recipes_make_meets_its_contracts_and_trains(tmp_path):
     """All of it in one tree and one process: the families' own tests, of the new members alone, and a step."""
     for name in TREE:
