@@ -79,7 +79,7 @@ def loss_of(outputs):
 
 @pytest.mark.parametrize("name", BY_PAIR)
 def test_value_and_gradient_are_linens(name):
-    """On the same parameters, converted both ways. The frames differ by roundings of float32."""
+    """On the same parameters, converted both ways."""
     linen, make, inputs = PAIRS[name]
     variables = jax.jit(linen.init)(jax.random.key(0), inputs())
     variables = {**variables, "params": noisy(variables["params"])}
@@ -88,7 +88,7 @@ def test_value_and_gradient_are_linens(name):
     jax.tree.map(np.testing.assert_array_equal, to_linen(module)["params"], variables["params"])
 
     def of_linen(params, x):
-        return loss_of(linen.apply({**variables, "params": params}, x))
+        return loss_of(linen.apply({"params": params}, x))  # the frame is the program's in both
 
     expected = jax.jit(jax.value_and_grad(of_linen, (0, 1)))(variables["params"], inputs())
     found = nnx.jit(nnx.value_and_grad(lambda m, x: loss_of(m(x)), argnums=(0, 1)))(module, inputs())
@@ -97,7 +97,7 @@ def test_value_and_gradient_are_linens(name):
     pairs = [(value, expected[0]), (of_inputs, expected[1][1]), (nnx.to_pure_dict(slopes), expected[1][0])]
     for one, other in pairs:
         jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(b).max())), one, other
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6 * max(1, np.abs(b).max())), one, other
         )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.etf.projections import factors_of, projected_width
 from sgw_jax.etf.simplex import orthonormal_frame
 from sgw_jax.functional.knowledge_extraction import (
@@ -114,7 +115,7 @@ class KEM(nnx.Module):
         width = self.slot_dim
         check_extraction(self, channels, width)
         if (task_embedding or task_gate) and not tasks:
-            raise ValueError("KEM: task_embedding and task_gate have a parameter per task; give tasks=[names].")
+            raise InputError("KEM: task_embedding and task_gate have a parameter per task; give tasks=[names].")
         chosen = projected_width(projection, etf_vertices, channels)
         source = channels if etf_for == "selection" else chosen
         options: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype, "kernel_init": kernel_init}
