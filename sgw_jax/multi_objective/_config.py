@@ -20,7 +20,7 @@ def config_weights(
     equations. Scale: the direction does not depend on the rows' sizes, the length is linear in them. Promise: no
     conflict (positive, equal cosines) when the gradients are independent. Of exactly dependent ones C^+ drops what
     float32 does not tell from no direction, and the cosines are as equal as can be; nearly dependent ones (a relative
-    noise of 1e-3 and more) leave an update that vanishes like their common direction, bounded by the cosines' ``eps``.
+    noise of 3e-3 and more) leave an update that vanishes like their common direction, bounded by the cosines' ``eps``.
     At stationarity likewise. Use it where every task must gain alike in angle, as IMTL-G, from which it differs in
     length; not with gradients nearly opposite to each other, whose common direction is mostly noise.
 
