@@ -95,6 +95,10 @@ class Folder:
         """Path of the item's image."""
         return str(self.root / "images" / self._images[self.ids[index]])
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        """(height, width) of the item's image, by its header."""
+        return readers.read(Path(self.file_of(index)), f"image of id {self.ids[index]!r}", readers.read_picture_size)
+
     def fingerprint(self) -> dict[str, object]:
         """Name, split, length, and a SHA-256 over the ids and their files' names and sizes (not their contents)."""
         digest = hashlib.sha256()

@@ -9,12 +9,15 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
 from PIL import Image
 
 from sgw_jax.data_pipelines.errors import InputError
+
+Contents = TypeVar("Contents")
 
 IGNORE = 255  # of labels
 MILLIMETRES_PER_METRE = 1000
@@ -29,7 +32,7 @@ class WrongFileError(Exception):
         super().__init__(f"it is {found}; allowed: {allowed}")
 
 
-def read(path: Path, what: str, reader: Callable[[Path], np.ndarray]) -> np.ndarray:
+def read(path: Path, what: str, reader: Callable[[Path], Contents]) -> Contents:
     """``reader(path)``. Whatever it raises becomes a ValueError that names the file and `what` it was read as."""
     try:
         return reader(path)
@@ -115,6 +118,12 @@ def read_picture(path: Path, modes: tuple[str, ...], allowed: str) -> np.ndarray
         if picture.mode not in modes:
             raise WrongFileError(f"a {picture.format} of mode {picture.mode!r}", allowed)
         return np.array(picture)
+
+
+def read_picture_size(path: Path) -> tuple[int, int]:
+    """(height, width) as a picture's header says, without decoding it."""
+    with Image.open(path) as picture:
+        return picture.height, picture.width
 
 
 def read_array(path: Path, channels: tuple[int, ...] = (), kinds: str = "f") -> np.ndarray:
