@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from sgw_jax.experiment.checks import build_settings, check_positive
 from sgw_jax.experiment.data import build_data
 from sgw_jax.experiment.experiment import Boundary, Experiment, Protocol
+from sgw_jax.experiment.config_files import with_whole_paths
 from sgw_jax.experiment.network import build_model
 from sgw_jax.experiment.objective import build_objective
 from sgw_jax.experiment.tasks import build_tasks
@@ -39,6 +40,7 @@ def build(
     >>> [task.name for task in experiment.tasks], experiment.settings.steps
     (['depth', 'normals'], 1000)
     """
+    config = with_whole_paths(config)
     check_positive(config)
     tasks = tuple(tasks) if tasks is not None else build_tasks(config)
     mesh = make_mesh(mesh_sizes(**config.mesh)) if mesh is None else mesh
@@ -70,5 +72,6 @@ def build(
 
 def build_protocol(config: ConfigDict, cache_dir: Path | str | None) -> Protocol:
     """What a configuration says of evaluation alone: no network, no mesh, and the data as `build` has them."""
+    config = with_whole_paths(config)
     tasks = build_tasks(config)
     return Protocol(config.protocol, tasks, build_data(config, tasks, cache_dir), Boundary(**config.boundary))
