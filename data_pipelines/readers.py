@@ -6,6 +6,7 @@ A reader takes a path and returns an array in a source's encoding (data_pipeline
 
 import hashlib
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ Contents = TypeVar("Contents")
 IGNORE = 255  # of labels
 MILLIMETRES_PER_METRE = 1000
 SHORTEST_VECTOR = 0.5
+NOT_REGULAR = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}  # else a device
 ARCHIVE_SPLITS = {"train": "train", "validation": "val"}  # our names of splits -> those of the published archives
 
 
@@ -35,11 +37,19 @@ class WrongFileError(Exception):
 def read(path: Path, what: str, reader: Callable[[Path], Contents]) -> Contents:
     """``reader(path)``. Whatever it raises becomes a ValueError that names the file and `what` it was read as."""
     try:
+        require_regular(path)
         return reader(path)
     except WrongFileError as wrong:
         raise InputError(f"{path}, {what}: {wrong}") from None
     except Exception as error:  # PIL, NumPy and SciPy raise a dozen kinds for damaged files
         raise InputError(f"{path}, {what}: cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def require_regular(path: Path) -> None:
+    """Raises for a directory, a pipe or another thing that is no file of bytes: opening a pipe would wait for ever."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise WrongFileError(NOT_REGULAR.get(stat.S_IFMT(mode), "a device"), "a regular file")
 
 
 # --- lists of files

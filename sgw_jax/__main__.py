@@ -104,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--mesh", type=_mesh, help="in place of the run's, for another number of devices")
     sub = command("predict")
     sub.add_argument("--output", required=True, type=user_path, help="directory for the results")
+    help = "leave out images that cannot be read, list them at the end on standard error, and end with exit code 0"
+    sub.add_argument("--skip_bad", "--skip-bad", action="store_true", help=help)
     sub.add_argument("inputs", nargs="+", type=user_path, help="image files or directories")
     sub = command("score", workdir=False, checkpoint=False)
     help = "DIR/TASK/NAME.{png,npy,npz}, or DIR/NAME.npz as predict writes; formats: data_pipelines/predictions.py"

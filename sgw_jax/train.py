@@ -78,7 +78,7 @@ def train(
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=settings.keep))
         done = start = checkpoints.latest_step or 0
         if start:
-            console.print(f"Resuming {workdir.absolute()} at step {start}.", soft_wrap=True)
+            console.print(f"Resuming {workdir.absolute()} at step {start}.", soft_wrap=True, markup=False)
             state = restored_state(experiment, checkpoints, start)
         elif init_from is not None or experiment.backbone_weights:
             state = warm_state(experiment, init_from, console)
@@ -96,7 +96,8 @@ def train(
         train_step, eval_step = compiled_steps(experiment, state)
         profile.after(start, state)
         for batch in batches:
-            with jax.profiler.StepTraceAnnotation("train_step", step_num=done + 1):
+            first = progress.compiling("the training step") if done == start else contextlib.nullcontext()
+            with first, jax.profiler.StepTraceAnnotation("train_step", step_num=done + 1):
                 state, metrics = train_step(state, global_batch(batch, mesh))
             done += 1
             log.push(done, metrics)

@@ -11,7 +11,7 @@ def prepare(data: Data, console: Console) -> None:
     """Lets sources say what they found and render what they need: first on the first process, so that a shared disk
     gets it once."""
     for sentence in {source.describe() for source in data.sources.values() if hasattr(source, "describe")}:
-        console.print(sentence, soft_wrap=True)
+        console.print(sentence, soft_wrap=True, markup=False)
 
     def render() -> None:
         for source in data.sources.values():
