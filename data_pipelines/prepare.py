@@ -32,6 +32,7 @@ from sgw_jax.data_pipelines.errors import InputError, UserError, files_named
 from sgw_jax.data_pipelines.mtan import MtanCityscapes, MtanNYUv2
 from sgw_jax.data_pipelines.nyud import Nyud
 from sgw_jax.data_pipelines.pascal_context import PascalContext
+from sgw_jax.data_pipelines.paths import user_path
 from sgw_jax.data_pipelines.prepared import RECORD, VERSION, encode, features_of
 from sgw_jax.data_pipelines.progress import counted
 from sgw_jax.data_pipelines.transforms import Example
@@ -63,8 +64,8 @@ def main(argv: Sequence[str] | None = None, sources: Mapping[str, Callable[[Path
         allow_abbrev=False,
     )
     parser.add_argument("name", choices=sources)
-    parser.add_argument("--source", type=Path, required=True, help="directory of the unpacked archive")
-    parser.add_argument("--out", type=Path, required=True, help=f"where NAME/{VERSION} is written")
+    parser.add_argument("--source", type=_path, required=True, help="directory of the unpacked archive")
+    parser.add_argument("--out", type=_path, required=True, help=f"where NAME/{VERSION} is written")
     parser.add_argument("--pipeline", choices=("local", "beam"), default="local")
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 = this one (default: %(default)s)")
     parser.add_argument("--any_size", action="store_true", help="accept splits of other than the published sizes")
@@ -85,6 +86,10 @@ def main(argv: Sequence[str] | None = None, sources: Mapping[str, Callable[[Path
         Console(stderr=True, highlight=False).print(f"[red]error:[/red] {error}", soft_wrap=True)
         return 1
     return 0
+
+
+def _path(text: str) -> Path:
+    return Path(user_path(text))
 
 
 def prepare(

@@ -8,11 +8,11 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from sgw_jax import __version__
 from sgw_jax.data_pipelines.errors import MissingPackageError, extra_named
+from sgw_jax.data_pipelines.paths import user_path
 
 COMMANDS = {
     "train": "Train, or go on where --workdir stands; then evaluate and write report.html.",
@@ -25,12 +25,7 @@ COMMANDS = {
 }
 ELSEWHERE = {"prepare": "sgw_jax.data_pipelines.prepare", "launch": "sgw_jax.launch.__main__"}  # parse what follows
 
-EPILOG = """\
-configuration:
-  --config=scenes                      a shipped configuration by name, or a file: --config=configs/scenes.py
-  --config=scenes:interaction=none,tasks=semseg+depth    arguments of the file's get_config, after a colon
-  --config.steps=200 --config.optimizer.learning_rate=3e-4    any key of configs/base.py
-
+EXAMPLES = """\
 examples:
   python -m sgw_jax train --config=configs/scenes.py --workdir=runs/scenes    (the same again: resumes)
   python -m sgw_jax train --config=scenes --workdir=runs/tuned --init_from=runs/scenes
@@ -39,6 +34,25 @@ examples:
   python -m sgw_jax score --predictions=theirs --config=nyud --config.data.root=DIR --config.protocol=published
   python -m sgw_jax plan --config=nyud:swin_l,interaction=skem --topology=v5e:4x4 --config.mesh.name=fsdp
 """
+
+CONFIGURATION = """\
+configuration:
+  --config=scenes                      a shipped configuration by name, or a file: --config=configs/scenes.py
+  --config=scenes:interaction=none,tasks=semseg+depth    arguments of the file's get_config, after a colon
+  --config.steps=200 --config.optimizer.learning_rate=3e-4    any key of configs/base.py
+
+"""
+
+# What a command takes beside its options.
+EPILOGS = {
+    "evaluate": """\
+configuration:
+  it comes from the checkpoint; of its keys may be set what changes no parameter, as for data that has moved:
+  --config.data.root=DIR --config.data.size=480,640 --config.boundary.max_dist=0.0075 --config.mesh.name=fsdp
+
+""",
+    "predict": "The configuration comes from the checkpoint.\n\n",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,48 +71,49 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     shape: dict[str, Any] = {
-        "epilog": EPILOG,
         "formatter_class": argparse.RawDescriptionHelpFormatter,
         "allow_abbrev": False,  # or --conf would be taken for --config
     }
-    parser = argparse.ArgumentParser("sgw-jax", description="Multi-task dense vision in JAX.", **shape)
+    description = "Multi-task dense vision in JAX."
+    parser = argparse.ArgumentParser("sgw-jax", description=description, epilog=CONFIGURATION + EXAMPLES, **shape)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(COMMANDS))
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sgw_jax"
-
     def command(name: str, workdir: bool = True, checkpoint: bool = True) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], **shape)
+        about = EPILOGS.get(name, CONFIGURATION) + _examples(name)
+        sub = commands.add_parser(name, help=COMMANDS[name], description=COMMANDS[name], epilog=about, **shape)
         if workdir:
             sub.add_argument("--workdir", required=True, type=_directory, help="directory of the run")
         if checkpoint:
             help = "best by validation, or last (default: %(default)s)"
             sub.add_argument("--checkpoint", default="best", choices=("best", "last"), help=help)
-        help = "of rendered scenes and compiled programs (default: %(default)s)"
-        sub.add_argument("--cache_dir", default=str(cache), help=help)
+            sub.add_argument("--step", type=_whole, help="the checkpoint of this step instead")
+        help = "of rendered scenes and compiled programs (default: $XDG_CACHE_HOME/sgw_jax, else ~/.cache/sgw_jax)"
+        sub.add_argument("--cache_dir", type=user_path, help=help)
         sub.add_argument("--traceback", action="store_true", help="show where in the code an error came up")
         help = "of several processes: end all if one is silent for so long (default: %(default)s)"
-        sub.add_argument("--heartbeat_seconds", type=_seconds, default=100, help=help)
+        sub.add_argument("--heartbeat_seconds", type=_whole, default=100, help=help)
         return sub
 
     sub = command("train", checkpoint=False)
     sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
-    sub.add_argument("--init_from", help="workdir of another run whose parameters are the start")
+    sub.add_argument("--init_from", type=_directory, help="workdir of another run whose parameters are the start")
+    sub.add_argument("--step", type=_whole, help="go on from this checkpoint instead of the last; set later ones aside")
     sub = command("evaluate")
     sub.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
     sub.add_argument("--mesh", type=_mesh, help="in place of the run's, for another number of devices")
     sub = command("predict")
-    sub.add_argument("--output", required=True, help="directory for the results")
-    sub.add_argument("inputs", nargs="+", help="image files or directories")
+    sub.add_argument("--output", required=True, type=user_path, help="directory for the results")
+    sub.add_argument("inputs", nargs="+", type=user_path, help="image files or directories")
     sub = command("score", workdir=False, checkpoint=False)
     help = "DIR/TASK/NAME.{png,npy,npz}, or DIR/NAME.npz as predict writes; formats: data_pipelines/predictions.py"
     sub.add_argument("--predictions", required=True, type=_directory, help=help)
     sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
     sub.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
-    sub.add_argument("--json", help="file to write the numbers to")
+    sub.add_argument("--json", type=user_path, help="file to write the numbers to")
     sub = command("plan", workdir=False, checkpoint=False)
     sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
-    sub.add_argument("--json", help="file to write the numbers to")
+    sub.add_argument("--json", type=user_path, help="file to write the numbers to")
     help = "also compile the step: for a TPU slice that need not be here (v5e:4x4; needs .[train,tpu]), or `here`"
     sub.add_argument("--topology", help=help)
     for name in ELSEWHERE:
@@ -106,17 +121,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _examples(command: str) -> str:
+    """Those of one command."""
+    heading, *lines = EXAMPLES.splitlines()
+    return "\n".join([heading, *(line for line in lines if f"sgw_jax {command} " in line), ""])
+
+
 def _directory(text: str) -> str:
     if "://" in text:  # a Path would make a local directory "gs:" of it
         raise argparse.ArgumentTypeError(
             f"{text} is no directory: mount the bucket on every machine (Cloud Storage FUSE) and give its directory"
         )
-    return text
+    path = user_path(text)
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise argparse.ArgumentTypeError(f"{path} is a file; give a directory")
+    return path
 
 
-def _seconds(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of seconds, at least 1")
+def _whole(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least 1")
     return int(text)
 
 

@@ -14,6 +14,7 @@ from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.run.checkpoints import Checkpoints
 from sgw_jax.run.finite import check_finite, check_finite_losses
 from sgw_jax.run.late_log import LateLog
+from sgw_jax.run.lock import check_free, held
 from sgw_jax.run.logs import MetricsWriter
 from sgw_jax.run.progress import TrainProgress
 from sgw_jax.run.state import abstract_state, new_state, restored_state, warm_state
@@ -21,7 +22,14 @@ from sgw_jax.run.step_profile import StepProfile
 from sgw_jax.run.steps import compiled_steps, evaluate_split
 from sgw_jax.run.stop_signal import StopSignal
 from sgw_jax.run.warm_start import pretrained_parameters, warm_source
-from sgw_jax.run.workdir import check_workdir, claim_workdir, disk_full_named, has_checkpoint
+from sgw_jax.run.workdir import (
+    check_step,
+    check_workdir,
+    claim_workdir,
+    disk_full_named,
+    has_checkpoint,
+    set_aside_after,
+)
 from sgw_jax.sharding import global_batch
 from sgw_jax.train_step import TrainState
 
@@ -37,7 +45,11 @@ class Trained:
 
 
 def train(
-    experiment: Experiment, workdir: Path | str, console: Console, init_from: Path | str | None = None
+    experiment: Experiment,
+    workdir: Path | str,
+    console: Console,
+    init_from: Path | str | None = None,
+    step: int | None = None,
 ) -> Trained:
     """Trains from where the working directory stands to the last step; the same call resumes exactly.
 
@@ -46,17 +58,23 @@ def train(
 
     Args:
       init_from: another run's working directory, whose best parameters are the start (ignored when resuming).
+      step: of the checkpoint to go on from; later ones are set aside. None: the last.
 
     Raises:
-      WorkdirError: the directory holds a run of another configuration or data set; it names the differences.
+      WorkdirError: the directory holds a run of another configuration or data set (it names the differences), or
+        another process trains there.
       NonFiniteError: names step and task; the last good checkpoint stays.
       DiskFullError: names the directory; the last complete checkpoint stays.
     """
     workdir, settings, mesh = Path(workdir), experiment.settings, experiment.mesh
-    with files_named(f"--workdir={workdir}"):
-        claim_workdir(workdir, experiment)
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_full_named(workdir))
+        with files_named(f"--workdir={workdir}"):
+            check_workdir(workdir, experiment)  # a directory of others gets no lock
+            stack.enter_context(held(workdir, console))
+            if step is not None:
+                set_aside_after(workdir, step, console)
+            claim_workdir(workdir, experiment)
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=settings.keep))
         done = start = checkpoints.latest_step or 0
         if start:
@@ -114,11 +132,16 @@ def summary(experiment: Experiment, found: Evaluation) -> str:
     )
 
 
-def check_start(experiment: Experiment, workdir: Path | str, init_from: Path | str | None = None) -> None:
+def check_start(
+    experiment: Experiment, workdir: Path | str, init_from: Path | str | None = None, step: int | None = None
+) -> None:
     """Raises all that `train` would refuse at its beginning, without having rendered, compiled or written anything."""
     state = abstract_state(experiment)
     with files_named(f"--workdir={workdir}"):
         check_workdir(Path(workdir), experiment)
+        check_free(Path(workdir))
+        if step is not None:
+            check_step(Path(workdir), step)
     if init_from is not None:
         if experiment.backbone_weights:
             raise InputError("--init_from brings a backbone of its own: give it or config.backbone_weights, not both.")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sgw_jax.run import checkpoints as checkpoints_module
 from sgw_jax.run.checkpoints import CheckpointError, Checkpoints
 from sgw_jax.sharding import make_mesh, state_sharding
 
@@ -169,6 +170,76 @@ def what_reading_says(directory, state):
     return None
 
 
+FLIPS = 12  # of the largest file
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_flipped_bit_is_found_wherever_it_changes_a_number(tmp_path, checkpoints):
+    values = np.random.default_rng(0).normal(size=(3, 2**14)).astype(np.float32)  # noise, which is stored as it is
+    state = {"params": {f"leaf{index}": jnp.asarray(row) for index, row in enumerate(values)}}
+    checkpoints.save(3, state, {"a": 1})
+    checkpoints.save(6, state, {"a": 1})
+    checkpoints.wait()
+    files = [path for path in (checkpoints.directory / "6").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    whole, named = largest.read_bytes(), set()
+    for place in np.linspace(0, len(whole) - 1, FLIPS, dtype=int):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << int(place) % 8
+        largest.write_bytes(damaged)
+        message = what_reading_says(checkpoints.directory, state)  # else what was saved, to the bit
+        if message:
+            assert "step 6" in message
+            named |= {name for name in state["params"] if f"not what was saved are params/{name}" in message}
+    close_dropped_reads()
+    assert named == set(state["params"])
+    largest.write_bytes(whole)
+    assert what_reading_says(checkpoints.directory, state) is None
+
+
+def test_a_part_of_the_state_is_verified_too(checkpoints, monkeypatch):
+    state = new_state()
+    checkpoints.save(1, state, {})
+    bias = {"params": {"bias": abstract(state)["params"]["bias"]}}
+    checkpoints.restore_variables(bias, 1)
+    monkeypatch.setattr(checkpoints_module, "digests", lambda tree: {"params/bias": "0" * 16})
+    with pytest.raises(CheckpointError, match="not what was saved are params/bias"):
+        checkpoints.restore_variables(bias, 1)
+
+
+def test_metadata_that_were_altered_are_named(checkpoints):
+    checkpoints.save(1, small(), {"config": "steps 100"})
+    checkpoints.wait()
+    file = checkpoints.directory / "1" / "metadata" / "metadata"
+    file.write_text(file.read_text().replace("steps 100", "steps 300"))
+    with pytest.raises(CheckpointError, match="the metadata are not what was saved"):
+        checkpoints.metadata(1)
+
+
+def test_checkpoints_of_releases_without_digests_load(checkpoints, monkeypatch):
+    state = new_state()
+    monkeypatch.setattr(checkpoints_module, "_seal", lambda _: "")
+    saved = ocp_json = checkpoints_module.ocp.args.JsonSave
+    without = lambda found: saved({k: v for k, v in found.items() if k not in ("digests", "sha256")})  # noqa: E731
+    monkeypatch.setattr(checkpoints_module.ocp.args, "JsonSave", without)
+    checkpoints.save(1, state, {"a": 1})
+    monkeypatch.setattr(checkpoints_module.ocp.args, "JsonSave", ocp_json)
+    assert checkpoints.metadata(1) == {"a": 1}
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(abstract(state), 1), state)
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run*", "what?"])
+def test_a_path_that_orbax_takes_for_a_pattern_is_refused_at_the_start(tmp_path, name):
+    with pytest.raises(CheckpointError, match="give a --workdir without"):
+        Checkpoints(tmp_path / name / "checkpoints")
+
+
+def test_another_dtype_is_listed(checkpoints):
+    checkpoints.save(4, {"a": jnp.zeros(3)}, {})
+    with pytest.raises(CheckpointError, match="a: float32 in the checkpoint, bfloat16 expected"):
+        checkpoints.restore({"a": jax.ShapeDtypeStruct((3,), jnp.bfloat16)}, 4)
+
+
 def close_dropped_reads():
     """Ends the reads that a failed restore of Orbax abandoned: left to the collector, they would complain in whatever
     test it runs in."""
@@ -197,7 +268,7 @@ def test_a_damaged_file_is_an_error_that_says_what_to_do_or_does_no_harm(tmp_pat
             if message:
                 damaging.append(file)
                 assert str(checkpoints.directory) in message
-                assert "listed" in message or f"Delete {directory} to go on from step 3" in message
+                assert "listed" in message or ("step 6" in message and "--step=3 takes the one before" in message)
             shutil.rmtree(directory)
             shutil.copytree(backup, directory)
     close_dropped_reads()

@@ -342,7 +342,7 @@ def test_what_changes_no_number_may_change(finished):
 
 def test_a_directory_that_cannot_be_made_is_named(built, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(FileError, match=f"--workdir={tmp_path / 'file' / 'run'}: Not a directory"):
+    with pytest.raises(FileError, match=f"--workdir={tmp_path / 'file' / 'run'}: {tmp_path / 'file'} is no directory"):
         train(built, tmp_path / "file" / "run", quiet())
 
 
@@ -354,7 +354,7 @@ def test_a_damaged_record_of_the_run_is_named(built, tmp_path):
 
 def test_checkpoints_of_unknown_origin_are_refused(built, tmp_path):
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
-    with pytest.raises(WorkdirError, match=r"checkpoints but no run\.json"):
+    with pytest.raises(WorkdirError, match=r"has checkpoints, but no run\.json"):
         check_start(built, tmp_path)
 
 

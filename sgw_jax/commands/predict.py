@@ -11,5 +11,6 @@ from sgw_jax.prediction.image_files import predict_files
 
 def run(arguments: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     refuse(rest, "predict takes its configuration from the checkpoint")
-    predict_files(arguments.workdir, arguments.inputs, arguments.output, console, which=arguments.checkpoint)
+    which = arguments.step or arguments.checkpoint
+    predict_files(arguments.workdir, arguments.inputs, arguments.output, console, which=which)
     return 0

@@ -7,22 +7,21 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import logging
 from rich.console import Console
 from rich.markup import escape
 
-from sgw_jax.data_pipelines.errors import UserError, extra_named
+from sgw_jax.commands import cluster
+from sgw_jax.data_pipelines.errors import FileError, UserError, extra_named
+from sgw_jax.data_pipelines.paths import default_cache, obstacle
 from sgw_jax.experiment.config_files import UsageError
 from sgw_jax.host import enough_threads, keep_freed_memory
 from sgw_jax.run.workdir import DiskFullError
-
-# Slurm's srun and Open MPI's mpirun set these in every process that they start.
-SEVERAL_PROCESSES = {"SLURM_STEP_NODELIST", "OMPI_COMM_WORLD_SIZE"}
 
 # What JAX says when a collective operation or the coordination service misses a process.
 LOST = re.compile("gloo|nccl|coordination|heartbeat|unavailable|deadline|connection|socket", re.IGNORECASE)
@@ -33,16 +32,17 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Runs the command `arguments.command`; rest is what its arguments leave: overrides of the configuration."""
     keep_freed_memory()
     enough_threads()
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every routine save as a warning
-    _join_cluster(arguments.heartbeat_seconds)
-    console = Console(quiet=jax.process_index() != 0, highlight=False)  # only the first process speaks
-    jax.config.update("jax_compilation_cache_dir", str(Path(arguments.cache_dir) / "xla"))
+    # Orbax reports every routine save as a warning, and an error in each of its threads before it raises it here.
+    logging.set_verbosity(logging.ERROR if arguments.traceback else logging.FATAL)
     try:
+        cluster.join(arguments.heartbeat_seconds)
+        console = Console(quiet=jax.process_index() != 0, highlight=False)  # only the first process speaks
+        arguments.cache_dir = _cache(arguments.cache_dir, console)
         with extra_named(f"sgw-jax {arguments.command}"):
             command = importlib.import_module(f"sgw_jax.commands.{arguments.command}")
         return command.run(arguments, rest, console)
     except KeyboardInterrupt:
-        console.print("Interrupted. The same command goes on from the last checkpoint, if there is one.")
+        Console(stderr=True, quiet=jax.process_index() != 0).print("Interrupted. The same command goes on from the last checkpoint, if there is one.")
         return _leave(128 + signal.SIGINT)
     except UserError as error:
         if arguments.traceback:
@@ -62,6 +62,18 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         return _leave(1)
 
 
+def _cache(given: str | None, console: Console) -> str:
+    """The directory of what is kept between runs, the usual one if none is given; JAX keeps compiled programs there."""
+    place, why = (Path(given), "") if given is not None else default_cache()
+    if why:
+        console.print(f"The cache is {place}, because {why}; --cache_dir=DIR gives another.", soft_wrap=True)
+    if problem := obstacle(place):
+        raise FileError(f"--cache_dir={place}: {problem}; give another.")
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache", UserWarning)  # at every program
+    jax.config.update("jax_compilation_cache_dir", str(place / "xla"))
+    return str(place)
+
+
 def _leave(code: int, at_once: bool = False) -> int:
     """The exit code of a failure; one of several processes ends at once, for the ordinary exit would wait minutes for
     the others, which in turn wait for this one in some collective operation."""
@@ -70,16 +82,6 @@ def _leave(code: int, at_once: bool = False) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
-
-
-def _join_cluster(heartbeat_seconds: int) -> None:
-    """Several processes are one program. launch/ sets SGW_*; on TPU pods and under Slurm or MPI JAX finds the rest."""
-    patience: dict[str, Any] = {"heartbeat_timeout_seconds": heartbeat_seconds}
-    if address := os.environ.get("SGW_COORDINATOR"):
-        processes, process = int(os.environ["SGW_PROCESSES"]), int(os.environ["SGW_PROCESS"])
-        jax.distributed.initialize(address, processes, process, **patience)
-    elif "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or SEVERAL_PROCESSES & set(os.environ):
-        jax.distributed.initialize(**patience)
 
 
 def refuse(rest: Sequence[str], why: str) -> None:

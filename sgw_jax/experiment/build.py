@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sgw_jax.experiment.checks import check_config, check_tasks
+from sgw_jax.experiment.config_files import with_whole_paths
 from sgw_jax.experiment.data import build_data
 from sgw_jax.experiment.experiment import Boundary, Experiment, Protocol, Settings
 from sgw_jax.experiment.network import build_model
@@ -41,6 +42,7 @@ def build(
     (['depth', 'normals'], 1000)
     """
     check_config(config)
+    config = with_whole_paths(config)
     tasks = tuple(tasks) if tasks is not None else build_tasks(config)
     check_tasks(config, tasks)
     mesh = make_mesh(mesh_sizes(**config.mesh)) if mesh is None else mesh
@@ -74,4 +76,5 @@ def build(
 def build_protocol(config: ConfigDict, cache_dir: Path | str | None) -> Protocol:
     """What a configuration says of evaluation alone: no network, no mesh, and the data as `build` has them."""
     tasks = build_tasks(config)
+    config = with_whole_paths(config)
     return Protocol(config.protocol, tasks, build_data(config, tasks, cache_dir), Boundary(**config.boundary))

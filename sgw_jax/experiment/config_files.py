@@ -1,9 +1,11 @@
 """Reading `--config=NAME_OR_FILE[:args]` and `--config.key=value`."""
 
+import copy
 import difflib
 import importlib.resources
 import importlib.util
 import math
+import os
 import re
 import traceback
 from collections.abc import Sequence
@@ -14,8 +16,11 @@ from typing import Any
 from ml_collections import ConfigDict, FieldReference
 
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.paths import PathError, user_path
+from sgw_jax.experiment.experiment import among
 
 INTERNAL = ("__init__", "base")
+PATHS = ("data.root", "backbone_weights")  # the keys that are
 
 
 class UsageError(InputError):
@@ -43,10 +48,7 @@ def read_config(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """
     config = _load(argument)
     keys = _leaves(config)
-    for override in overrides:
-        key, separator, text = override.removeprefix("--config.").partition("=")
-        if not override.startswith("--config.") or not separator:
-            raise UsageError(f"Unknown argument {override!r}. Keys of the configuration are set as --config.key=value.")
+    for key, text in map(_key_and_text, overrides):
         if key not in keys:
             raise UsageError(f"--config={argument} has no key {key!r}. {_hint(key, keys)}")
         section, name = _owner(config, key)
@@ -54,9 +56,55 @@ def read_config(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config.lock()
 
 
+def with_overrides(config: ConfigDict, overrides: Sequence[str], allowed: Sequence[str]) -> ConfigDict:
+    """A checkpoint's configuration with ``--config.key=value`` applied, of the keys and sections that are allowed.
+
+    Raises:
+      UsageError: another key (it names those allowed), a value of another type.
+    """
+    base = importlib.import_module("sgw_jax.configs.base").get_config()  # knows the types, which JSON does not
+    config = copy.deepcopy(config).unlock()
+    for key, text in map(_key_and_text, overrides):
+        if not among(key, allowed) or key not in _leaves(base):
+            keys = ", ".join(other for other in _leaves(base) if among(other, allowed))
+            raise UsageError(f"--config.{key}: the checkpoint says it; here may be set {keys}.")
+        section, name = _owner(base, key)
+        value = _parse(key, text, dict(section.items(preserve_field_references=True))[name])
+        with config.ignore_type():
+            config.update_from_flattened_dict({key: value})
+    return config.lock()
+
+
+def with_whole_paths(config: ConfigDict) -> ConfigDict:
+    """The configuration with paths that lead to the same place from any directory: see `user_path`, and absolute.
+
+    Raises:
+      InputError: a path that cannot be meant; it names the key.
+    """
+    config = copy.deepcopy(config)
+    for key in PATHS:
+        section, name = _owner(config, key)
+        if section[name]:
+            try:
+                section[name] = os.path.abspath(user_path(section[name]))
+            except PathError as error:
+                raise InputError(f"config.{key}={error}.") from error
+    return config
+
+
+def _key_and_text(override: str) -> tuple[str, str]:
+    key, separator, text = override.removeprefix("--config.").partition("=")
+    if not override.startswith("--config.") or not separator:
+        raise UsageError(f"Unknown argument {override!r}. Keys of the configuration are set as --config.key=value.")
+    return key, text
+
+
 def config_file(name: str) -> Path:
     """A file as it is, or the shipped configuration of that name."""
-    path = Path(name)
+    try:
+        path = Path(user_path(name))
+    except PathError as error:
+        raise UsageError(f"--config={error}.") from error
     if path.is_file():
         return path
     folder = Path(str(importlib.resources.files("sgw_jax.configs")))

@@ -21,9 +21,12 @@ from sgw_jax.tasks.base import Task
 # Keys that may differ between a run and its resumption: they change no number of the run on the same mesh.
 FREE_KEYS = (
     *("log_every", "keep", "mesh", "data.workers", "data.threads", "data.root", "data.format", "boundary"),
-    *("profile_after", "profile_steps"),
+    *("profile_after", "profile_steps", "checkpoint_every", "eval_every"),
     "backbone_weights",  # read at step 0 alone
 )
+
+# What `evaluate` may be told otherwise than the run was.
+EVALUATION_KEYS = (*FREE_KEYS, "data.size", "data.fit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +145,8 @@ class Experiment:
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to go on: the configuration but for FREE_KEYS, and the data."""
         flat = flatten(self.config.to_dict())
-        kept = {k: v for k, v in flat.items() if not any(k == free or k.startswith(f"{free}.") for free in FREE_KEYS)}
         return {
-            **kept,
+            **{key: value for key, value in flat.items() if not among(key, FREE_KEYS)},
             **{f"tasks.{task.name}": task.to_dict() for task in self.tasks},
             **flatten(self.data.fingerprint(), "data."),
         }
@@ -156,6 +158,11 @@ class Experiment:
             "tasks": [task.to_dict() for task in self.tasks],
             "identity": self.identity(),
         }
+
+
+def among(key: str, keys: Iterable[str]) -> bool:
+    """Whether a dotted key is one of those, or lies in a section that is one."""
+    return any(key == other or key.startswith(f"{other}.") for other in keys)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -170,9 +177,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterable[str]:
-    """One line per key whose value differs."""
+    """One line per key whose value differs, but for FREE_KEYS, which records of earlier releases hold too."""
     missing = "(absent)"
-    for key in sorted(set(old) | set(new)):
+    for key in sorted(key for key in set(old) | set(new) if not among(key, FREE_KEYS)):
         before, after = old.get(key, missing), new.get(key, missing)
         if before != after:
             yield f"{key}: {before!r} there, {after!r} now"

@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 def predict_files(
-    workdir: Path | str, inputs: Sequence[Path | str], output: Path | str, console: Console, which: str = "best"
+    workdir: Path | str, inputs: Sequence[Path | str], output: Path | str, console: Console, which: str | int = "best"
 ) -> list[Path]:
     """Writes `<name>.png`, a panel of the image and its maps, and `<name>.npz`, the maps, for every image.
 

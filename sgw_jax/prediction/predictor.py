@@ -93,7 +93,7 @@ class Predictor:
     def from_workdir(
         cls,
         workdir: Path | str,
-        which: str = "best",
+        which: str | int = "best",
         kinds: dict[str, type[Task]] | None = None,
         batch_size: int | None = None,
     ) -> Self:
@@ -101,7 +101,7 @@ class Predictor:
 
         Args:
           workdir: the run's directory.
-          which: "best" or "last" checkpoint.
+          which: "best" or "last" checkpoint, or the one of a step.
           kinds: task classes by name where the run used a user's own, {**TASKS, "Mine": Mine}.
           batch_size: as of `Predictor`.
 

@@ -40,14 +40,14 @@ EXAMPLES = 4  # test images drawn in the report
 
 
 def finish(
-    experiment: Experiment, workdir: Path, split: str, which: str, speed: Mapping[str, float], console: Console
+    experiment: Experiment, workdir: Path, split: str, which: str | int, speed: Mapping[str, float], console: Console
 ) -> Results:
     """Evaluates a checkpoint on a split, prints the table and writes results.json, report.html and examples.png.
 
     The files of another split than "test" carry its name.
 
     Args:
-      which: "best" or "last".   speed: the fields of `Speed`, or empty: as an earlier results.json tells.
+      which: "best", "last" or a step.   speed: the fields of `Speed`, or empty: as an earlier results.json tells.
     """
     with open_run(workdir, which) as run:
         state = restored_state(experiment, run.checkpoints, run.step)
@@ -73,7 +73,7 @@ def finish(
         environment=environment(experiment),
         config=flatten(experiment.config.to_dict()),
         identity=experiment.identity(),
-        checkpoint=which,
+        checkpoint=which if isinstance(which, str) else "chosen",
         speed=measured,
     )
     print_table(console, results)

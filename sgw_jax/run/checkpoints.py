@@ -1,18 +1,25 @@
 """Checkpoints: asynchronous Orbax saves of {state, metadata}; the last few and the best are kept."""
 
 import contextlib
+import hashlib
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from sgw_jax.data_pipelines.errors import UserError
+from sgw_jax.run.digests import digests
 from sgw_jax.sharding import path_name
 
 SCORE = "score"  # the metric that ranks checkpoints; higher is better
+DIGESTS, SEAL = "digests", "sha256"  # beside the metadata: of every array, and of all that
+PATTERN = re.compile(r"[*?[]")  # Orbax's glob reads these in a path as a pattern
 
 
 class CheckpointError(UserError, RuntimeError):
@@ -24,7 +31,8 @@ class Checkpoints:
 
     A checkpoint is complete or absent: Orbax writes into a temporary directory and renames it, so a process killed in
     the middle leaves the one before. ``metadata`` is JSON beside the arrays, enough to rebuild the model for
-    prediction. With several processes every one of them makes the same calls. As a context manager it closes itself.
+    prediction; with it goes a digest of every array, which what is read must have again (earlier releases wrote none).
+    With several processes every one of them makes the same calls. As a context manager it closes itself.
 
     Args:
       directory: of the checkpoints; made if missing.
@@ -32,13 +40,14 @@ class Checkpoints:
       read_only: never writes or cleans anything.
 
     Raises:
-      CheckpointError: nothing to read, or a directory that cannot be listed.
+      CheckpointError: nothing to read, a directory that cannot be listed, or a path that Orbax cannot write to.
     """
 
     def __init__(self, directory: Path | str, *, keep: int = 2, read_only: bool = False):
         directory = Path(directory).absolute()
         if read_only and not directory.is_dir():
             raise CheckpointError(f"There are no checkpoints in {directory}: the directory does not exist.")
+        check_path(directory)
         best = preservation_policy.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(n=keep), best]),
@@ -54,7 +63,10 @@ class Checkpoints:
         try:
             self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
         except Exception as error:  # whatever Orbax meets in a damaged directory
-            raise CheckpointError(f"The checkpoints in {directory} cannot be listed: {_first_line(error)}") from error
+            raise CheckpointError(
+                f"The checkpoints in {directory} cannot be listed: {_first_line(error)}. One of them is damaged; "
+                "`train --step=N` goes on from that of step N and sets aside what comes after."
+            ) from error
 
     @property
     def latest_step(self) -> int | None:
@@ -76,7 +88,9 @@ class Checkpoints:
 
         What is saved are the arrays as they are now: a step that donates them cannot change it (test_checkpoints.py).
         """
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(metadata))
+        described = {**metadata, DIGESTS: digests(state)}
+        described[SEAL] = _seal(described)
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(described))
         metrics = None if score is None else {SCORE: float(score)}
         self._manager.save(step, args=items, metrics=metrics, force=True)
 
@@ -84,7 +98,7 @@ class Checkpoints:
         """The state at ``step`` in the structure, dtypes and shardings of ``abstract`` (ShapeDtypeStructs).
 
         Raises:
-          CheckpointError: structure or shapes differ (the message lists where), or files are damaged.
+          CheckpointError: structure, shapes or dtypes differ (the message lists where), or files are damaged.
         """
         return self._restore_state(abstract, step, partial=False)
 
@@ -94,21 +108,35 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What was saved beside the arrays."""
-        with self._reading(step):
-            return self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+        return {name: value for name, value in self._described(step).items() if name not in (DIGESTS, SEAL)}
 
     def shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         """Path -> shape of every array that the checkpoint holds."""
+        return {name: shape for name, (shape, _) in self._arrays(step).items()}
+
+    def _arrays(self, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
         with self._reading(step):
-            tree = self._manager.item_metadata(step)["state"].tree
-            return {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            return _forms(self._manager.item_metadata(step)["state"].tree)
+
+    def _described(self, step: int) -> dict[str, Any]:
+        with self._reading(step):
+            found = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+            if SEAL in found and found[SEAL] != _seal(found):
+                raise ValueError("the metadata are not what was saved")
+            return found
 
     def _restore_state(self, abstract: Any, step: int, partial: bool) -> Any:
         self._check_fits(abstract, step, partial)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         args = ocp.args.PyTreeRestore(item=abstract, restore_args=restore_args, partial_restore=partial)
+        saved = self._described(step).get(DIGESTS, {})
         with self._reading(step):
-            return self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+            state = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+            altered = [name for name, found in digests(state).items() if saved.get(name, found) != found]
+            if altered:
+                more = f" and {len(altered) - 3} more" if len(altered) > 3 else ""
+                raise ValueError(f"not what was saved are {', '.join(altered[:3])}{more}")
+        return state
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
@@ -122,21 +150,25 @@ class Checkpoints:
                     f"{self.directory} has no checkpoint of step {step}; it has {self._steps}."
                 ) from error
             before = [other for other in self._steps if other < step]
-            fallback = f"step {before[-1]}" if before else "the beginning"
+            remedy = (
+                f"--step={before[-1]} takes the one before it; `train` then goes on from there and sets aside what "
+                "comes after."
+                if before
+                else f"Delete {self.directory / str(step)} to begin anew."
+            )
             raise CheckpointError(
-                f"The checkpoint of step {step} in {self.directory} is damaged ({_first_line(error)}). "
-                f"Delete {self.directory / str(step)} to go on from {fallback}."
+                f"The checkpoint of step {step} in {self.directory} is damaged ({_first_line(error)}). {remedy}"
             ) from error
 
     def _check_fits(self, abstract: Any, step: int, partial: bool) -> None:
-        found = self.shapes(step)
-        wanted = {path_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-        absent, names = "absent", [*wanted, *(() if partial else found.keys() - wanted.keys())]
-        problems = [
-            f"{name}: {found.get(name, absent)} in the checkpoint, {wanted.get(name, absent)} expected"
-            for name in names
-            if found.get(name) != wanted.get(name)
-        ]
+        found, wanted, absent = self._arrays(step), _forms(abstract), ("absent", "")
+        problems = []
+        for name in [*wanted, *(() if partial else found.keys() - wanted.keys())]:
+            (there, kind), (here, needed) = found.get(name, absent), wanted.get(name, absent)
+            if there != here:
+                problems.append(f"{name}: {there} in the checkpoint, {here} expected")
+            elif kind != needed:
+                problems.append(f"{name}: {kind} in the checkpoint, {needed} expected")
         if problems:
             more = [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []
             shown = "\n  ".join(problems[:20] + more)
@@ -164,9 +196,34 @@ class Checkpoints:
         self.close()
 
 
+def check_path(directory: Path) -> None:
+    """Raises where checkpoints cannot be kept because of the path's name: better before training than after.
+
+    Raises:
+      CheckpointError: with what to do.
+    """
+    if PATTERN.search(str(directory.absolute())):
+        raise CheckpointError(
+            f"{directory.absolute()}: checkpoints cannot be kept in a path with * ? or [ in it, which Orbax takes for a "
+            "pattern; give a --workdir without, or rename the directory."
+        )
+
+
+def _forms(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Path -> shape and dtype."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): (tuple(leaf.shape), str(np.dtype(leaf.dtype))) for path, leaf in leaves}
+
+
+def _seal(described: dict[str, Any]) -> str:
+    rest = {name: value for name, value in described.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _score(metrics: Any) -> float:
     return metrics[SCORE]
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
+    text = str(error).partition("\n")[0].partition(". See full")[0]  # TensorStore adds a dump of its settings
+    return f"{type(error).__name__}: {text[:300]}"

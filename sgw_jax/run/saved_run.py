@@ -49,21 +49,22 @@ class SavedRun:
         return {"params": found[name], "constants": found["constants"]}
 
 
-def open_run(workdir: Path | str, which: str = "best", kinds: dict[str, type[Task]] | None = None) -> SavedRun:
-    """Opens the best (or, without a validation split, the last) or the last checkpoint.
+def open_run(workdir: Path | str, which: str | int = "best", kinds: dict[str, type[Task]] | None = None) -> SavedRun:
+    """Opens the best (or, without a validation split, the last), the last, or the checkpoint of a step.
 
     Args:
-      which: "best" or "last".
+      which: "best", "last", or a step.
       kinds: task classes by name where the run used a user's own, {**TASKS, "Mine": Mine}.
 
     Raises:
-      CheckpointError: no complete checkpoint there.
+      CheckpointError: no complete checkpoint there, or none of that step.
     """
-    if which not in ("best", "last"):
-        raise InputError(f"checkpoint {which!r}: it must be 'best' or 'last'.")
+    if which not in ("best", "last") and not isinstance(which, int):
+        raise InputError(f"checkpoint {which!r}: it must be 'best', 'last' or a step.")
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(Path(workdir) / CHECKPOINTS, read_only=True))
-        step = (checkpoints.best_step if which == "best" else None) or checkpoints.latest_step
+        step = which if isinstance(which, int) else None
+        step = step or (checkpoints.best_step if which == "best" else None) or checkpoints.latest_step
         if step is None:
             raise CheckpointError(f"{workdir} holds no complete checkpoint; training has not saved one yet.")
         metadata = checkpoints.metadata(step)

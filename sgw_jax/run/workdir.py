@@ -2,21 +2,31 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 from sgw_jax.data_pipelines.atomic import write_atomically
-from sgw_jax.data_pipelines.errors import UserError
+from sgw_jax.data_pipelines.errors import FileError, UserError
+from sgw_jax.data_pipelines.paths import obstacle
 from sgw_jax.experiment.experiment import Experiment, differences
+from sgw_jax.run.checkpoints import check_path
 from sgw_jax.sharding import from_all_processes
 
 IDENTITY = "run.json"
+
+# What a run writes beside it.
+WRITTEN = ("checkpoints", "metrics.jsonl", "tensorboard", "profile", "results*.json", "report*.html", "examples*.png")
+
+ENDLESS = "constant"  # the one schedule by which a step's learning rate does not depend on the number of steps
 
 
 class WorkdirError(UserError, RuntimeError):
@@ -51,41 +61,124 @@ def _is_disk_full(error: BaseException | None) -> bool:
 
 
 def check_workdir(workdir: Path, experiment: Experiment) -> None:
-    """Compares what this run is with what the directory holds, if anything.
+    """Compares what this run is with what the directory holds, if anything; writes nothing.
+
+    A run that left neither checkpoint nor results holds no directory: whoever comes next may have it.
 
     Raises:
-      WorkdirError: another configuration, seed, batch size, task or data set; it lists the keys that differ.
+      FileError: no directory, or none that can be written to.
+      WorkdirError: another configuration, seed, batch size, task or data set (it lists the keys that differ); more or
+        fewer steps than can be; files of unknown origin that would be replaced.
     """
-    path = workdir / IDENTITY
-    if path.exists():
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise WorkdirError(f"{path} is damaged ({error}); use another --workdir.") from error
-        lines = list(differences(there, json.loads(json.dumps(experiment.identity()))))
-        if lines:
+    check_path(workdir)
+    if problem := obstacle(workdir):
+        raise FileError(f"--workdir={workdir}: {problem}; give another.")
+    there, steps = _record(workdir), saved_steps(workdir)
+    if there is None:
+        if found := sorted(path.name for name in WRITTEN for path in workdir.glob(name) if _holds(path)):
             raise WorkdirError(
-                f"{workdir} holds a run that differs from this one:\n  " + "\n  ".join(lines) + "\n"
-                "Use another --workdir, or the configuration of that run to go on with it (to fine-tune: --init_from)."
+                f"{workdir} has {', '.join(found)}, but no {IDENTITY} that says of which run; training would replace "
+                "them. Move them away, or use another --workdir."
             )
-    elif has_checkpoint(workdir):
-        raise WorkdirError(f"{workdir} has checkpoints but no {IDENTITY}; use another --workdir.")
+        return
+    if not steps and not any(workdir.glob("results*.json")):
+        return
+    now = json.loads(json.dumps(experiment.identity()))
+    if lines := list(differences(there, {**now, "steps": there.get("steps")})):
+        raise WorkdirError(
+            f"{workdir} holds a run that differs from this one:\n  " + "\n  ".join(lines) + "\n"
+            "Use another --workdir, or the configuration of that run to go on with it (to fine-tune: --init_from)."
+        )
+    _check_length(workdir, there.get("steps"), now, max(steps, default=0))
+
+
+def _check_length(workdir: Path, before: Any, now: dict[str, Any], done: int) -> None:
+    """Whether the run may become as long as is asked for now."""
+    steps, schedule = now["steps"], now["schedule.name"]
+    if before == steps:
+        return
+    if steps < done:
+        raise WorkdirError(
+            f"{workdir}: config.steps is {steps}, but the run is at step {done} already and does not become shorter; "
+            f"ask for {done} steps or more."
+        )
+    if schedule != ENDLESS:
+        raise WorkdirError(
+            f"{workdir}: config.steps was {before} and is {steps} now. With the schedule {schedule!r} every step's "
+            "learning rate depends on the number of steps, so that this would be another run from its first step on. "
+            f"Go on with {before}; begin a new run from this one's parameters (--init_from={workdir}); or train with "
+            f"config.schedule.name={ENDLESS}, by which a run can be prolonged."
+        )
+
+
+def _record(workdir: Path) -> dict[str, Any] | None:
+    """What the run's record says, if there is one."""
+    path = workdir / IDENTITY
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
+    except ValueError as error:
+        raise WorkdirError(f"{path} is damaged ({error}); use another --workdir.") from error
+    return found
+
+
+def _holds(path: Path) -> bool:
+    return not path.is_dir() or any(path.iterdir())
+
+
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps of the complete checkpoints, in order, by their directories' names."""
+    folder = workdir / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit()) if folder.is_dir() else []
 
 
 def has_checkpoint(workdir: Path) -> bool:
     """Whether the directory holds a checkpoint to go on from."""
-    folder = workdir / "checkpoints"
-    return folder.exists() and any(folder.iterdir())
+    return bool(saved_steps(workdir))
+
+
+def check_step(workdir: Path, step: int) -> None:
+    """Raises a WorkdirError unless the directory holds a checkpoint of that step."""
+    if step not in (steps := saved_steps(workdir)):
+        raise WorkdirError(f"--step={step}: {workdir} has checkpoints of the steps {steps}.")
+
+
+def set_aside_after(workdir: Path, step: int, console: Console) -> None:
+    """Makes the checkpoint of that step the last: moves later ones to WORKDIR/set_aside, from where they can come back.
+
+    Raises:
+      WorkdirError: there is no such checkpoint.
+    """
+    check_step(workdir, step)
+    steps = saved_steps(workdir)
+    wait_for_all("steps seen")
+    if jax.process_index() == 0:
+        for later in [other for other in steps if other > step]:
+            target = unused(workdir / "set_aside" / str(later))
+            target.parent.mkdir(exist_ok=True)
+            (workdir / "checkpoints" / str(later)).rename(target)
+            console.print(f"The checkpoint of step {later} is now {target}.", soft_wrap=True, markup=False)
+    wait_for_all("steps set aside")
+
+
+def unused(path: Path) -> Path:
+    """The path, with a number after its name if there is something already."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(other for other in names if not other.exists())
 
 
 def claim_workdir(workdir: Path, experiment: Experiment) -> None:
     """Writes what this run is into the directory, unless it is there and equal (see `check_workdir`)."""
     path = workdir / IDENTITY
     check_workdir(workdir, experiment)
+    identity = json.dumps(experiment.identity(), indent=1)
     wait_for_all("workdir checked")  # every process reads before the first one writes
-    if jax.process_index() == 0 and not path.exists():
+    if jax.process_index() == 0 and _record(workdir) != json.loads(identity):
         workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(experiment.identity(), indent=1))
+        write_atomically(path, identity)
     wait_for_all("workdir claimed")
     if not path.exists():
         raise WorkdirError(f"Process {jax.process_index()} does not see {path}: all processes must share --workdir.")
