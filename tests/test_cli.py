@@ -124,6 +124,20 @@ def test_a_shipped_configuration_is_found_from_anywhere(name, tmp_path, monkeypa
         ("x = 1\n", "defines no get_config"),
         ("def get_config():\n  raise RuntimeError('broken')\n", "line 2: RuntimeError: broken"),
         ("import ml_collections as m\ndef get_config():\n  return m.ConfigDict({'seed': 1})\n", "lacks the keys"),
+        (HEAD, "returns None; it must return the configuration"),
+        ("def get_config():\n  return 3\n", "returns 3; it must return the configuration"),
+        ("get_config = 3\n", "TypeError: 'int' object is not callable"),
+        (
+            "import sys\ndef get_config():\n  sys.exit(0)\n",
+            r"line 3: SystemExit: sys.exit\(0\); a configuration returns",
+        ),
+        (
+            f"{HEAD}  c.steps = 'many'\n  return c\n",
+            "line 4: TypeError: steps is many, of type str; it must be of type int",
+        ),
+        (f"{HEAD}  c.optimizer = None\n  return c\n", "lacks the keys optimizer.b1"),
+        ("x = 1\ndef f(:\n", "line 2: SyntaxError: invalid syntax"),
+        ("a\0b", "SyntaxError: source code string cannot contain null bytes"),
     ],
 )
 def test_a_configuration_file_that_fails_is_named(tmp_path, source, message):
@@ -133,6 +147,30 @@ def test_a_configuration_file_that_fails_is_named(tmp_path, source, message):
         read_config(str(file))
     assert str(file) in str(caught.value)
     assert len(str(caught.value)) < 2000  # not the dump of everything
+
+
+def test_the_line_of_a_configuration_is_named_by_a_relative_path_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(f"{HEAD}  raise RuntimeError('two\\nlines')\n")
+    with pytest.raises(UsageError, match=r"--config=mine.py: mine.py, line 4: RuntimeError: two lines$"):
+        read_config("mine.py")
+
+
+@pytest.mark.parametrize("name", ["folder", "x" * 300, "nowhere/scenes.py", "a\0b"])
+def test_what_is_no_file_is_no_configuration(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match="is no file|there is no file"):
+        read_config(name)
+
+
+@pytest.mark.parametrize("made", ["ConfigDict(c.to_dict())", "FrozenConfigDict(c)"])
+def test_keys_that_may_be_none_stay_so_however_the_file_makes_its_configuration(tmp_path, made):
+    file = tmp_path / "mine:1.py"
+    file.write_text(f"import ml_collections as m\n{HEAD}  return m.{made}\n", encoding="utf-8-sig")
+    keys = ["--config.ema_decay=0.5", "--config.interactions.kem.top_k=None", "--config.backbones.vit.width=None"]
+    config = read_config(str(file), keys)
+    assert (config.ema_decay, config.interactions.kem.top_k, config.backbones.vit.width) == (0.5, None, None)
 
 
 def test_a_file_of_ones_own_works_from_anywhere(tmp_path):

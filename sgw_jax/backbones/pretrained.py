@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from sgw_jax.backbones.hub import FAMILIES, HALF
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.tensors import PretrainedError, Tensors
 from sgw_jax.backbones.vit import ViT
+from sgw_jax.data_pipelines.json_files import json_object
 from sgw_jax.layers.parameter_names import is_added
 from sgw_jax.layers.resize import cubic_matrix
 
@@ -228,14 +228,7 @@ def _safetensors(file: epath.Path, content: bytes) -> dict[str, np.ndarray]:
 
 
 def _json(path: epath.Path) -> dict[str, Any]:
-    content = _read(path)
-    try:
-        found = json.loads(content)
-    except ValueError as error:
-        raise PretrainedError(f"{path} is no JSON ({error}).") from error
-    if not isinstance(found, dict):
-        raise PretrainedError(f"{path} holds a {type(found).__name__}; it must be a JSON object.")
-    return found
+    return json_object(_read(path), path, "Fetch it again.", PretrainedError)
 
 
 def _normalisation(path: epath.Path, default: tuple) -> tuple[tuple[float, ...], tuple[float, ...]]:
