@@ -1,4 +1,8 @@
-"""Every configuration key once, with its meaning; the other configs change values, they add no keys."""
+"""Every configuration key once, with its meaning and its range; the other configs change values, they add no keys.
+
+Ranges are enforced by sgw_jax/experiment/keys.py before anything else is done, [0, 1) holding 0 and not 1; what
+`optional` makes may be None besides. Numbers are finite.
+"""
 
 from typing import Any
 
@@ -31,19 +35,19 @@ def parse_arg(arg: str | None, **defaults: str) -> dict[str, str]:
 def kem(etf_vertices: int | None = None) -> dict[str, Any]:
     """The options of KEM; with ``etf_vertices`` of sKEM."""
     return {
-        "num_slots": 16,  # L
-        "num_heads": 1,  # must divide channels and slot_dim
-        "top_k": optional(int, 32),  # tokens a slot keeps; None = all
-        "slot_dim": optional(int),  # None = channels
+        "num_slots": 16,  # L, at least 1
+        "num_heads": 1,  # at least 1; must divide channels and slot_dim
+        "top_k": optional(int, 32),  # tokens a slot keeps, at least 1; None = all
+        "slot_dim": optional(int),  # at least 1; None = channels
         "etf_for": "all",  # sKEM: project keys, queries and values ("all") or keys and queries ("selection")
         "projection": "etf",  # sKEM: etf, or a control: direction | orthonormal | learned
-        "etf_vertices": optional(int, etf_vertices),  # sKEM's K, at most channels + 1; None = KEM
+        "etf_vertices": optional(int, etf_vertices),  # sKEM's K, at least 2, at most channels + 1; None = KEM
         "pre_norm": False,  # LayerNorm before the projections
         "task_embedding": False,  # a learned vector per task on keys and queries
         "task_gate": False,  # a learned scalar per task on what is written back, from 0: it starts as the identity
-        "rounds": 1,  # retrieve-write rounds with the same weights
-        "recall": optional(float),  # on TPUs: find the top k approximately, with this expected share of them
-        "temperature": 1.0,  # the scores of the retrieval are divided by it
+        "rounds": 1,  # retrieve-write rounds with the same weights, at least 1
+        "recall": optional(float),  # on TPUs: find the top k approximately, this expected share of them, in (0, 1]
+        "temperature": 1.0,  # the scores of the retrieval are divided by it; positive
     }
 
 
@@ -51,11 +55,11 @@ def get_config() -> ConfigDict:
     """The defaults."""
     config = ConfigDict(
         {
-            "seed": 0,  # initialisation, data order, augmentation, drop path
+            "seed": 0,  # initialisation, data order, augmentation, drop path; in [0, 2^32)
             "dtype": "float32",  # of the computation: float32 or bfloat16; parameters and losses stay float32
             "mesh": {  # how devices are arranged (docs/scaling.md)
                 "name": "data",  # data | fsdp | data_fsdp4 | ...: MESHES in sgw_jax/sharding.py
-                # Devices per axis, in place of the named mesh's; one may be -1 and takes what is left.
+                # Devices per axis, in place of the named mesh's, at least 1; one may be -1 and takes what is left.
                 "data": optional(int),  # copies of the network
                 "fsdp": optional(int),  # parts of the parameters
                 "context": optional(int),  # parts of an image's rows
@@ -70,25 +74,31 @@ def get_config() -> ConfigDict:
                 "source": "scenes",
                 "root": "",  # the data's directory (docs/datasets.md); scenes need none
                 "format": "archive",  # archive: the files as published | prepared: written by data_pipelines.prepare
-                "num_classes": 12,  # folder: of semseg
-                "num_parts": 7,  # folder: of human_parts, background included
-                "size": (64, 96),  # height, width that the network sees, in training and evaluation
-                "seed": 0,  # scenes: of the scenes themselves
-                "lengths": {"train": 2048, "validation": 256, "test": 256},  # scenes: images per split
-                "workers": 0,  # loader processes; 0 = threads alone
-                "threads": 2,  # loader threads per process
+                "num_classes": 12,  # folder: of semseg, in [2, 255]
+                "num_parts": 7,  # folder: of human_parts, background included, in [2, 255]
+                "size": (64, 96),  # height, width that the network sees, in training and evaluation; each at least 1
+                "seed": 0,  # scenes: of the scenes themselves; in [0, 2^32)
+                "lengths": {  # scenes: images per split; 0 = no such split
+                    "train": 2048,  # at least 1
+                    "validation": 256,  # at least 0
+                    "test": 256,  # at least 0
+                },
+                "workers": 0,  # loader processes, in [0, 1024]; 0 = threads alone
+                "threads": 2,  # loader threads per process, in [1, 1024]
             },
             "augment": {
-                "scale": (1.0, 1.0),  # uniform range of the random zoom
-                "scale_crop": (),  # factors of MTAN's random crop, enlarged to the image's size; () = none
-                "cat_max_ratio": optional(float),  # redraw a crop while one class of semseg covers this share
+                "scale": (1.0, 1.0),  # uniform range of the random zoom, each in (0, 16], the smaller first
+                "scale_crop": (),  # factors of MTAN's random crop, enlarged to the image's size; each in [1, 16]
+                # Redraw a crop while one class of semseg covers this share, in (0, 1]; None = take the first.
+                "cat_max_ratio": optional(float),
                 "flip": True,  # horizontally, with probability 1/2
                 "colour": True,  # brightness, contrast, saturation, hue
             },
             # --- tasks ------------------------------------------------------------------------------------------
             "tasks": ("semseg", "depth", "normals", "edges", "saliency", "human_parts"),
             "protocol": "exact",  # exact | published: the field's quirks reproduced
-            "task_weights": {  # weights of the summed losses (InvPT's)
+            # Weights of the summed losses (InvPT's), at least 0; not all of the tasks' may be 0.
+            "task_weights": {
                 "semseg": 1.0,
                 "depth": 1.0,
                 "normals": 10.0,
@@ -97,16 +107,17 @@ def get_config() -> ConfigDict:
                 "human_parts": 2.0,
             },
             "boundary": {  # ODS, OIS and AP of edges at the end of a run and in `evaluate`
-                "max_dist": optional(float),  # of a match, as a share of the image's diagonal; None = not evaluated
+                # Of a match, as a share of the image's diagonal, in [0, 1); None = not evaluated.
+                "max_dist": optional(float),
                 "outline_targets": False,  # the published NYUD evaluation's: outlines of the stored edge masks
                 "suppress": False,  # keep the crests of predicted ridges alone; protocol=published always does
-                "workers": 0,  # processes; 0 = this one
+                "workers": 0,  # processes, in [0, 1024]; 0 = this one
             },
             "metric_options": {  # what is measured beside the rest, by task: docs/evaluation.md
                 "depth": {
                     "crop": optional(str),  # garg | eigen | nyu_eigen
-                    "min_depth": optional(float),  # pixels of less, or as much, do not count
-                    "max_depth": optional(float),  # of more, or as much; None = as the data set says
+                    "min_depth": optional(float),  # pixels of less, or as much, do not count; at least 0
+                    "max_depth": optional(float),  # of more, or as much; positive; None = as the data set says
                     "clip": False,  # predictions to [min_depth, max_depth]
                     "by_image": False,  # means over images, not over the pixels of all
                 },
@@ -114,8 +125,9 @@ def get_config() -> ConfigDict:
                 "human_parts": {"boundary_iou": False},
                 "saliency": {"image_scores": False},  # S, E, weighted F ... of each image, at the end of a run
             },
-            "edge_weight": optional(float, 0.95),  # of edge pixels in the edge loss; None = balanced per batch
-            "dot_regression": 0.0,  # weight of the loss that pulls semseg's features to the vertices of an ETF
+            "edge_weight": optional(float, 0.95),  # of edge pixels in their loss, in (0, 1); None = balanced per batch
+            # Weight of the loss that pulls semseg's features to the vertices of an ETF, at least 0.
+            "dot_regression": 0.0,
             # --- model ------------------------------------------------------------------------------------------
             "backbone": "vit",  # vit | dinov2 | swin
             # Pretrained: a folder with config.json and model.safetensors (as the hub has them), or an AugReg .npz; read
@@ -124,63 +136,67 @@ def get_config() -> ConfigDict:
             "backbones": {
                 "vit": {
                     "size": "small",  # tiny | small | base | large; the next three override it
-                    "width": optional(int),
-                    "depth": optional(int),
-                    "num_heads": optional(int),
-                    "mlp_ratio": 4.0,
-                    "patch_size": 16,
+                    "width": optional(int),  # at least 1
+                    "depth": optional(int),  # at least 4, a multiple of 4
+                    "num_heads": optional(int),  # at least 1; must divide width
+                    "mlp_ratio": 4.0,  # of the hidden width to width; positive
+                    "patch_size": 16,  # pixels, at least 1; conv: a power of two from 2 on
                     "patch_embed": "patch",  # patch | conv
                     "class_token": False,  # True for pretrained weights, as are the next two their values
                     "approximate_gelu": False,  # the tanh approximation (AugReg)
-                    "epsilon": 1e-6,  # of the layer norms
-                    "drop_path": 0.0,
+                    "epsilon": 1e-6,  # of the layer norms; positive
+                    "drop_path": 0.0,  # of the last block, in [0, 1), linear from 0
                     # What a block keeps for the backward pass: none = all | dots = matrix products | full = its input
                     # alone (least memory, a third more compute).
                     "remat": "none",
-                    # Attention of so many queries at a time; None = all. Saves memory, and on TPUs most of attention's
-                    # time, if there are several times as many tokens.
+                    # Attention of so many queries at a time, at least 1; None = all. Saves memory, and on TPUs most of
+                    # attention's time, if there are several times as many tokens.
                     "attention_chunk": optional(int),
                 },
                 "dinov2": {
                     "size": "small",  # small | base | large
-                    "width": optional(int),
-                    "depth": optional(int),
-                    "num_heads": optional(int),
-                    "drop_path": 0.0,
-                    "remat": "none",
-                    "attention_chunk": optional(int),
+                    "width": optional(int),  # these as of vit: at least 1
+                    "depth": optional(int),  # at least 4
+                    "num_heads": optional(int),  # at least 1
+                    "drop_path": 0.0,  # in [0, 1)
+                    "remat": "none",  # none | dots | full
+                    "attention_chunk": optional(int),  # at least 1
                 },
                 "swin": {
                     "size": "tiny",  # tiny | small | base | large; width overrides it, a multiple of its first heads
-                    "width": optional(int),  # of the first stage
-                    "window_size": 7,  # tokens; 12 for the weights pretrained at 384 pixels
+                    "width": optional(int),  # of the first stage, at least 1
+                    "window_size": 7,  # tokens, at least 1; 12 for the weights pretrained at 384 pixels
                     "always_partition": True,  # False: no shift on maps within one window, as in the classifier
-                    "drop_path": 0.0,
-                    "remat": "none",
-                    "window_chunk": optional(int),  # windows x heads of an image at a time; None = all
+                    "drop_path": 0.0,  # of the last block, in [0, 1), linear from 0
+                    "remat": "none",  # none | dots | full
+                    "window_chunk": optional(int),  # windows x heads of an image at a time, at least 1; None = all
                 },
             },
             "interaction": "kem",  # none | cross_attention | kem | skem | shared_workspace | within_tasks
             "interactions": {
-                "none": {"mlp_width": optional(int)},  # a token-wise MLP, to compare at equal parameters
-                "cross_attention": {"num_heads": 1, "query_chunk": optional(int, 1024), "pre_norm": False},
+                "none": {"mlp_width": optional(int)},  # of a token-wise MLP, to compare at equal parameters; at least 1
+                "cross_attention": {
+                    "num_heads": 1,  # at least 1; must divide channels
+                    "query_chunk": optional(int, 1024),  # queries at a time, at least 1; None = all
+                    "pre_norm": False,
+                },
                 "kem": kem(),
                 "skem": kem(etf_vertices=64),
                 "shared_workspace": {
-                    "num_slots": 8,
-                    "num_heads": 1,  # must divide channels
-                    "key_dim": optional(int),  # of queries and keys, per head; None = channels / num_heads
-                    "top_k": optional(int, 32),  # weights a slot keeps; None = all
+                    "num_slots": 8,  # at least 1
+                    "num_heads": 1,  # at least 1; must divide channels
+                    "key_dim": optional(int),  # of queries and keys, per head, at least 1; None = channels / num_heads
+                    "top_k": optional(int, 32),  # weights a slot keeps, at least 1; None = all
                     "gate": optional(str, "unit"),  # unit | memory | None
-                    "mlp_layers": 1,
-                    "rounds": 1,
+                    "mlp_layers": 1,  # at least 1
+                    "rounds": 1,  # at least 1
                 },
                 "within_tasks": kem(),
             },
-            "input_scale": 1.0,  # the network sees images resized by this; predictions keep the labels' size
-            "channels": 64,  # width of the task features
-            "stride": 4,  # of the task features
-            "scales": (),  # coarser strides at which the tasks interact too, such as 16,8
+            "input_scale": 1.0,  # the network sees images so resized, in (0, 16]; predictions keep the labels' size
+            "channels": 64,  # width of the task features, at least 1
+            "stride": 4,  # of the task features, at least 1: one of the backbone's
+            "scales": (),  # coarser strides at which the tasks interact too, such as 16,8; each at least 1
             "persist": False,  # slots of one scale start the next
             "upsample": "bilinear",  # bilinear | subpixel: how heads reach the image size
             "preliminary": False,  # deep supervision: predictions from before the interaction
@@ -190,47 +206,53 @@ def get_config() -> ConfigDict:
             # gradnorm: these take the gradient of every task.
             "objective": "equal",
             "gradients": "parameters",  # parameters | representation: one backward pass of the backbone for all tasks
-            "weights_ema": optional(float),  # average the tasks' weights over steps
-            "weights_every": 1,  # compute them every k-th step
+            "weights_ema": optional(float),  # average the tasks' weights over steps, with this decay in [0, 1)
+            "weights_every": 1,  # compute them every k-th step, k at least 1
             "objectives": {
-                "uncertainty": {"learning_rate": 0.025},
-                "uw_so": {"temperature": 1.0},
-                "dwa": {"temperature": 2.0},
-                "stch": {"mu": 1.0},
-                "famo": {"learning_rate": 0.025},
-                "nash_mtl": {"max_norm": optional(float, 1.0)},
-                "fairgrad": {"alpha": 1.0},
-                "cagrad": {"c": 0.5, "rescale": False},
+                "uncertainty": {"learning_rate": 0.025},  # positive
+                "uw_so": {"temperature": 1.0},  # positive
+                "dwa": {"temperature": 2.0},  # positive
+                "stch": {"mu": 1.0},  # positive
+                "famo": {"learning_rate": 0.025},  # positive
+                "nash_mtl": {"max_norm": optional(float, 1.0)},  # positive; None = as it comes
+                "fairgrad": {"alpha": 1.0},  # positive
+                "cagrad": {"c": 0.5, "rescale": False},  # c at least 0
                 "mgda": {"normalisation": "none"},  # none | l2 | loss | loss+
                 "aligned_mtl": {"scale": "min"},  # min | median | rmse
-                "gradvac": {"beta": 0.01},
-                "gradnorm": {"alpha": 1.5, "learning_rate": 0.025},
+                "gradvac": {"beta": 0.01},  # in [0, 1]
+                "gradnorm": {"alpha": 1.5, "learning_rate": 0.025},  # alpha at least 0, learning_rate positive
             },
             # --- optimisation -----------------------------------------------------------------------------------
-            "steps": 40_000,
-            "batch_size": 8,  # global: over all devices and processes
-            "accumulate": 1,  # micro-batches per step
+            "steps": 40_000,  # in [1, 2^31)
+            "batch_size": 8,  # at least 1, global: over all devices and processes
+            "accumulate": 1,  # micro-batches per step, at least 1
             "optimizer": {
                 "name": "adamw",  # adamw | muon | sgd
-                "learning_rate": 1e-4,
-                "weight_decay": 1e-4,
-                "b1": 0.9,
-                "b2": 0.999,
-                "momentum": 0.9,  # sgd
-                "muon_rms": 0.2,  # muon: size of a kernel's update, relative to the learning rate
-                "clip_norm": optional(float, 10.0),
-                "backbone_scale": 1.0,  # the pretrained layers' learning rate relative to the rest; 0 freezes them
-                "layer_decay": 1.0,  # ... times this to the power of the number of layers above
+                "learning_rate": 1e-4,  # positive
+                "weight_decay": 1e-4,  # at least 0
+                "b1": 0.9,  # in [0, 1)
+                "b2": 0.999,  # in [0, 1)
+                "momentum": 0.9,  # sgd; in [0, 1)
+                "muon_rms": 0.2,  # muon: size of a kernel's update, relative to the learning rate; positive
+                "clip_norm": optional(float, 10.0),  # positive; None = no clipping
+                # The pretrained layers' learning rate relative to the rest, at least 0; 0 freezes them.
+                "backbone_scale": 1.0,
+                "layer_decay": 1.0,  # ... times this, in (0, 1], to the power of the number of layers above
             },
-            "schedule": {"name": "poly", "warmup_steps": 0},  # poly | cosine | constant | step
-            "ema_decay": optional(float),  # evaluate an average of the parameters
+            "schedule": {
+                "name": "poly",  # poly | cosine | constant | step
+                "warmup_steps": 0,  # at least 0, less than steps
+            },
+            "ema_decay": optional(float),  # evaluate an average of the parameters, with this decay in [0, 1)
             # --- housekeeping -----------------------------------------------------------------------------------
-            "log_every": 10,  # steps between lines of metrics.jsonl
-            "checkpoint_every": 500,
-            "eval_every": 1000,  # steps between evaluations on the validation split; a multiple of checkpoint_every
-            "keep": 2,  # last checkpoints kept, beside the best
-            "profile_after": optional(int),  # the step after which jax.profiler begins its record; None = no record
-            "profile_steps": 5,  # how many steps it covers
+            "log_every": 10,  # steps between lines of metrics.jsonl, at least 1
+            "checkpoint_every": 500,  # steps, at least 1
+            # Steps between evaluations on the validation split, at least 1; a multiple of checkpoint_every.
+            "eval_every": 1000,
+            "keep": 2,  # last checkpoints kept, beside the best; at least 1
+            # The step after which jax.profiler begins its record, at least 0, less than steps; None = no record.
+            "profile_after": optional(int),
+            "profile_steps": 5,  # how many steps it covers, at least 1
         }
     )
     return config.lock()  # a mistyped key in a config file is an error, not a new key

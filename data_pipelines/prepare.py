@@ -29,6 +29,7 @@ from rich.console import Console
 from sgw_jax.data_pipelines.atomic import publish, replacing, write_atomically
 from sgw_jax.data_pipelines.cityscapes import Cityscapes
 from sgw_jax.data_pipelines.errors import InputError, UserError, files_named
+from sgw_jax.data_pipelines.json_files import json_object
 from sgw_jax.data_pipelines.mtan import MtanCityscapes, MtanNYUv2
 from sgw_jax.data_pipelines.nyud import Nyud
 from sgw_jax.data_pipelines.pascal_context import PascalContext
@@ -166,7 +167,8 @@ def _check_same(place: Path, plan: Mapping[str, Any]) -> None:
     if not place.exists():
         return
     record = place / RECORD
-    there = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    remedy = "Move the directory away, or give another --out."
+    there = json_object(record.read_bytes(), record, remedy, PrepareError) if record.exists() else {}
     if there != plan:
         keys = {key for key, _ in _leaves(there).items() ^ _leaves(plan).items()}
         raise PrepareError(

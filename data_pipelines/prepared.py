@@ -1,6 +1,5 @@
 """Sets written by `data_pipelines.prepare`: their records, in TFDS's format without TensorFlow, and the source."""
 
-import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +11,12 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.json_files import json_object
 from sgw_jax.data_pipelines.transforms import Example
 
 VERSION = "1.0.0"
 RECORD = "preparation.json"  # what was prepared, beside TFDS's own metadata
+REMEDY = "Move the directory away and prepare again."
 
 
 def features_of(example: Example) -> tfds.features.FeaturesDict:
@@ -59,16 +60,17 @@ class Prepared:
     def __init__(self, directory: str | Path, split: str) -> None:
         self.directory, self.split = epath.Path(directory), split
         try:
-            record = json.loads((self.directory / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            content = (self.directory / RECORD).read_bytes()
+        except OSError as error:
             raise InputError(
                 f"{self.directory} holds no prepared set: {RECORD} does not exist there. Give the directory that ends "
                 f"in {VERSION}, which `sgw-jax prepare NAME --source=ARCHIVE --out=DIR` writes, or "
                 "use --config.data.format=archive."
             ) from error
-        if split not in record["splits"]:
-            raise InputError(f"{self.directory} has no split {split!r}; it has {sorted(record['splits'])}.")
-        self._record: Mapping[str, Any] = record["splits"][split]
+        splits = json_object(content, self.directory / RECORD, REMEDY, keys=("splits",))["splits"]
+        if not isinstance(splits, dict) or split not in splits:
+            raise InputError(f"{self.directory} has no split {split!r}; it has {sorted(splits)}.")
+        self._record: Mapping[str, Any] = splits[split]
         self._start()
 
     def _start(self) -> None:

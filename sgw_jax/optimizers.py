@@ -1,5 +1,6 @@
 """The Optax chain: clipping, AdamW, Muon or SGD, decay mask, schedule, and rates by layer."""
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,9 @@ from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.layers.parameter_names import is_kernel
 from sgw_jax.sharding import path_name
 
+OPTIMIZERS = ("adamw", "muon", "sgd")
+SCHEDULES = ("poly", "cosine", "constant", "step")
+
 
 def learning_rate_schedule(
     peak: float,
@@ -25,6 +29,8 @@ def learning_rate_schedule(
     With x in [0, 1] the share of the steps after the warm-up: "poly" is (1 - x)^0.9 (the field's recipe), "cosine" is
     (1 + cos(pi x)) / 2, "constant" is 1, "step" is 1 before x = 1/2 and 1/2 from there (LibMTL's).
     """
+    if not 0 <= peak < math.inf:
+        raise InputError(f"schedule: the peak is {peak}; it must not be negative.")
     if not 0 <= warmup_steps < total_steps:
         raise InputError(f"schedule: warmup_steps {warmup_steps} must be in [0, total_steps = {total_steps}).")
     steps = total_steps - warmup_steps
@@ -34,8 +40,8 @@ def learning_rate_schedule(
         "constant": lambda: optax.constant_schedule(peak),
         "step": lambda: optax.piecewise_constant_schedule(peak, {(steps + 1) // 2: 0.5}),
     }
-    if schedule not in decays:
-        raise InputError(f"schedule: {schedule!r}; it must be one of {sorted(decays)}.")
+    if schedule not in SCHEDULES:
+        raise InputError(f"schedule: {schedule!r}; it must be one of {sorted(SCHEDULES)}.")
     if warmup_steps == 0:
         return decays[schedule]()
     # The first update is at step 0: starting at peak / warmup_steps keeps it from being lost.
@@ -73,7 +79,8 @@ def make_optimizer(
     layer_rates.py, which equals learning rates of their own; what a model adds to a backbone learns at the full rate.
 
     Raises:
-      ValueError: an unknown name; ``clip_norm`` that is not positive (None is no clipping); ``backbone_scale`` below 0,
+      ValueError: an unknown name; ``clip_norm`` or ``muon_rms`` that is not positive (None is no clipping); a learning
+        rate, ``weight_decay`` or ``backbone_scale`` below 0; ``b1``, ``b2`` or ``momentum`` outside [0, 1),
         ``layer_decay`` outside (0, 1].
     """
     inner = {
@@ -81,10 +88,19 @@ def make_optimizer(
         "muon": lambda: _scale_by_muon(muon_rms, b1, b2),
         "sgd": lambda: optax.trace(decay=momentum) if momentum else optax.identity(),
     }
-    if name not in inner:
-        raise InputError(f"optimizer: name {name!r}; it must be one of {sorted(inner)}.")
-    if clip_norm is not None and not clip_norm > 0:
+    if name not in OPTIMIZERS:
+        raise InputError(f"optimizer: name {name!r}; it must be one of {sorted(OPTIMIZERS)}.")
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
         raise InputError(f"optimizer: clip_norm is {clip_norm}; it must be positive, or None for no clipping.")
+    if isinstance(learning_rate, int | float) and not 0 <= learning_rate < math.inf:
+        raise InputError(f"optimizer: learning_rate is {learning_rate}; it must not be negative.")
+    if not 0 < muon_rms < math.inf:
+        raise InputError(f"optimizer: muon_rms is {muon_rms}; it must be positive.")
+    if not 0 <= weight_decay < math.inf:
+        raise InputError(f"optimizer: weight_decay is {weight_decay}; it must not be negative.")
+    for average, decay in (("b1", b1), ("b2", b2), ("momentum", momentum)):
+        if not 0 <= decay < 1:
+            raise InputError(f"optimizer: {average} is {decay}; it must be in [0, 1).")
     steps = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     steps.append(inner[name]())
     if weight_decay:

@@ -15,7 +15,7 @@ from sgw_jax.run.checkpoints import Checkpoints
 from sgw_jax.run.finite import check_finite, check_finite_losses
 from sgw_jax.run.late_log import LateLog
 from sgw_jax.run.lock import check_free, held
-from sgw_jax.run.logs import MetricsWriter
+from sgw_jax.run.logs import MetricsWriter, read_metrics
 from sgw_jax.run.progress import TrainProgress
 from sgw_jax.run.state import abstract_state, new_state, restored_state, warm_state
 from sgw_jax.run.step_profile import StepProfile
@@ -141,6 +141,7 @@ def check_start(
     with files_named(f"--workdir={workdir}"):
         check_workdir(Path(workdir), experiment)
         check_free(Path(workdir))
+        read_metrics(Path(workdir) / "metrics.jsonl")
         if step is not None:
             check_step(Path(workdir), step)
     if init_from is not None:

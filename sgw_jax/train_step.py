@@ -194,9 +194,10 @@ def make_train_step(
       aggregator those of `gradient_metrics`.
 
     Raises:
-      ValueError: unknown ``gradients``; "representation" with a model that has no `encode` and `decode`, or with
-        ``apply``; a model without an argument ``train`` and no ``apply``; in the step, a stream that ``rngs`` lacks, an
-        average in the state without ``ema_decay`` or the other way round, rows that ``accumulate`` does not divide.
+      ValueError: weights of the tasks that are all 0; ``ema_decay`` outside [0, 1); unknown ``gradients``;
+        "representation" with a model that has no `encode` and `decode`, or with ``apply``; a model
+        without an argument ``train`` and no ``apply``; in the step, a stream that ``rngs`` lacks, an average in the
+        state without ``ema_decay`` or the other way round, rows that ``accumulate`` does not divide.
 
     >>> import flax.linen as nn
     >>> import jax
@@ -220,6 +221,10 @@ def make_train_step(
     objective = weighted_sum([1.0] * len(tasks)) if objective is None else objective
     names = [task.name for task in tasks]
     scale = tuple(float(task.weight) for task in tasks)
+    if not any(scale):
+        raise InputError(f"train step: the weights of the tasks {names} are all 0; give at least one that is positive.")
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise InputError(f"train step: ema_decay is {ema_decay}; it must be in [0, 1), or None for no average.")
     if gradients not in GRADIENTS:
         raise InputError(f"train step: gradients is {gradients!r}; it must be one of {GRADIENTS}.")
     if gradients == "representation" and not (hasattr(model, "encode") and hasattr(model, "decode")):

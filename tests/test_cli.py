@@ -124,6 +124,20 @@ def test_a_shipped_configuration_is_found_from_anywhere(name, tmp_path, monkeypa
         ("x = 1\n", "defines no get_config"),
         ("def get_config():\n  raise RuntimeError('broken')\n", "line 2: RuntimeError: broken"),
         ("import ml_collections as m\ndef get_config():\n  return m.ConfigDict({'seed': 1})\n", "lacks the keys"),
+        (HEAD, "returns None; it must return the configuration"),
+        ("def get_config():\n  return 3\n", "returns 3; it must return the configuration"),
+        ("get_config = 3\n", "TypeError: 'int' object is not callable"),
+        (
+            "import sys\ndef get_config():\n  sys.exit(0)\n",
+            r"line 3: SystemExit: sys.exit\(0\); a configuration returns",
+        ),
+        (
+            f"{HEAD}  c.steps = 'many'\n  return c\n",
+            "line 4: TypeError: steps is many, of type str; it must be of type int",
+        ),
+        (f"{HEAD}  c.optimizer = None\n  return c\n", "lacks the keys optimizer.b1"),
+        ("x = 1\ndef f(:\n", "line 2: SyntaxError: invalid syntax"),
+        ("a\0b", "SyntaxError: source code string cannot contain null bytes"),
     ],
 )
 def test_a_configuration_file_that_fails_is_named(tmp_path, source, message):
@@ -133,6 +147,30 @@ def test_a_configuration_file_that_fails_is_named(tmp_path, source, message):
         read_config(str(file))
     assert str(file) in str(caught.value)
     assert len(str(caught.value)) < 2000  # not the dump of everything
+
+
+def test_the_line_of_a_configuration_is_named_by_a_relative_path_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(f"{HEAD}  raise RuntimeError('two\\nlines')\n")
+    with pytest.raises(UsageError, match=r"--config=mine.py: mine.py, line 4: RuntimeError: two lines$"):
+        read_config("mine.py")
+
+
+@pytest.mark.parametrize("name", ["folder", "x" * 300, "nowhere/scenes.py", "a\0b"])
+def test_what_is_no_file_is_no_configuration(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match="is no file|there is no file"):
+        read_config(name)
+
+
+@pytest.mark.parametrize("made", ["ConfigDict(c.to_dict())", "FrozenConfigDict(c)"])
+def test_keys_that_may_be_none_stay_so_however_the_file_makes_its_configuration(tmp_path, made):
+    file = tmp_path / "mine:1.py"
+    file.write_text(f"import ml_collections as m\n{HEAD}  return m.{made}\n", encoding="utf-8-sig")
+    keys = ["--config.ema_decay=0.5", "--config.interactions.kem.top_k=None", "--config.backbones.vit.width=None"]
+    config = read_config(str(file), keys)
+    assert (config.ema_decay, config.interactions.kem.top_k, config.backbones.vit.width) == (0.5, None, None)
 
 
 def test_a_file_of_ones_own_works_from_anywhere(tmp_path):
@@ -155,32 +193,35 @@ def test_a_file_of_ones_own_works_from_anywhere(tmp_path):
         (["--config=scenes", "--config.steps", "5"], ["'--config.steps'", "--config.key=value"]),
         (["--config=scenes", "--stepz=5"], ["'--stepz=5'"]),
         (["--config=scenes", "extra"], ["'extra'"]),
-        (["--config=scenes:tasks=semsegg"], ["config.tasks: 'semsegg'", "Did you mean 'semseg'?"]),
+        (["--config=scenes:tasks=semsegg"], ["config.tasks is 'semsegg'", "Did you mean 'semseg'?"]),
         (["--config=scenes:tasks=depth+depth"], ["each once"]),
         (
             ["--config=scenes:interaction=kemm"],
-            ["config.interaction: 'kemm'", "'kem', 'none', 'shared_workspace', 'skem'"],
+            ["config.interaction is 'kemm'", "'kem', 'none', 'shared_workspace', 'skem'"],
         ),
-        (["--config=scenes", "--config.backbone=resnet"], ["config.backbone: 'resnet'", "vit"]),
-        (["--config=scenes", "--config.dtype=float16"], ["config.dtype: 'float16'", "bfloat16"]),
+        (["--config=scenes", "--config.backbone=resnet"], ["config.backbone is 'resnet'", "vit"]),
+        (["--config=scenes", "--config.dtype=float16"], ["config.dtype is 'float16'", "bfloat16"]),
         (["--config=scenes", "--config.data.source=scene"], ["config.data.source", "Did you mean 'scenes'?"]),
         (["--config=scenes", "--config.data.source=folder"], ["config.data.root is empty"]),
         (["--config=scenes", "--config.mesh.fsdp=3"], ["8 devices do not divide by 3"]),
         (["--config=scenes", "--config.mesh.data=2"], ["need 2 devices, but there are 8"]),
         (["--config=scenes", "--config.batch_size=12"], ["batch_size 12 must divide by 8 devices"]),
         (["--config=scenes", "--config.seed=-1"], ["config.seed is -1; it must be in [0, 2^32)"]),
-        (["--config=scenes", "--config.eval_every=3", "--config.checkpoint_every=2"], ["eval_every (3) must"]),
-        (["--config=scenes", "--config.steps=0"], ["steps"]),
-        (["--config=scenes", "--config.channels=0"], ["config.channels is 0; it must be positive"]),
-        (["--config=scenes", "--config.stride=0"], ["config.stride is 0; it must be positive"]),
-        (["--config=scenes", "--config.input_scale=0"], ["config.input_scale is 0.0; it must be positive"]),
+        (
+            ["--config=scenes", "--config.eval_every=3", "--config.checkpoint_every=2"],
+            ["config.eval_every is 3; it must be a multiple of config.checkpoint_every = 2"],
+        ),
+        (["--config=scenes", "--config.steps=0"], ["config.steps is 0; it must be in [1, 2^31)"]),
+        (["--config=scenes", "--config.channels=0"], ["config.channels is 0; it must be at least 1"]),
+        (["--config=scenes", "--config.stride=0"], ["config.stride is 0; it must be at least 1"]),
+        (["--config=scenes", "--config.input_scale=0"], ["config.input_scale is 0.0; it must be in (0, 16]"]),
         (["--config=scenes", "--config.backbones.vit.width=0"], ["config.backbones.vit.width is 0"]),
         (["--config=scenes", "--config.backbones.vit.num_heads=0"], ["config.backbones.vit.num_heads is 0"]),
         (["--config=scenes", "--config.profile_steps=0"], ["profile_steps is 0; it must be at least 1"]),
         (["--config=scenes", "--config.optimizer.name=adam"], ["'adam'", "adamw"]),
         (["--config=scenes", "--config.schedule.name=cos"], ["'cos'", "cosine"]),
-        (["--config=scenes", "--config.steps=5", "--config.schedule.warmup_steps=6"], ["warmup_steps 6"]),
-        (["--config=scenes", "--config.data.size=60,90"], ["60 x 90", "multiples of 32"]),  # found by the model
+        (["--config=scenes", "--config.steps=50"], ["config.schedule.warmup_steps is 60; it must be less than"]),
+        (["--config=scenes", "--config.data.size=60,90"], ["config.data.size is 60 x 90", "multiples of 32"]),
         (["--config=scenes", "--init_from=nowhere"], ["no checkpoints in", "nowhere"]),
     ],
 )

@@ -60,6 +60,26 @@ def test_optimizer_errors():
         make_optimizer(0.1, clip_norm=0)
 
 
+@pytest.mark.parametrize(
+    ("option", "values", "allowed"),
+    [
+        ("learning_rate", (-1e-3, np.nan, np.inf), "must not be negative"),
+        ("weight_decay", (-1e-3, np.nan, np.inf), "must not be negative"),
+        ("backbone_scale", (-1e-3, np.nan), "must not be negative"),
+        ("muon_rms", (0, -0.2, np.nan, np.inf), "must be positive"),
+        ("clip_norm", (-1, np.nan, np.inf), "must be positive"),
+        ("b1", (-0.1, 1, 1.5, np.nan), r"must be in \[0, 1\)"),
+        ("b2", (-0.1, 1, 1.5, np.nan), r"must be in \[0, 1\)"),
+        ("momentum", (-0.1, 1, 5, np.nan), r"must be in \[0, 1\)"),
+        ("layer_decay", (0, 1.5, np.nan), r"must be in \(0, 1\]"),
+    ],
+)
+def test_options_out_of_range(option, values, allowed):
+    for value in values:
+        with pytest.raises(ValueError, match=f"optimizer: {option} is {value}; it {allowed}"):
+            make_optimizer(**{"learning_rate": 0.1, option: value})
+
+
 def test_decay_mask_of_a_real_model():
     """Kernels alone are decayed: no bias (the scanned ones have two axes), norm, slot, gate or embedding."""
     module = KEM(3, pre_norm=True, task_embedding=True, task_gate=True, etf_vertices=5)

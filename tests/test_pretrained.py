@@ -304,7 +304,10 @@ REFUSED = {
     "cut": (damaged(cut), "truncated or no safetensors file"),
     "pickled": (damaged(pickled), "pytorch_model.bin is not read: convert it"),
     "no_config": (damaged(lambda folder: (folder / "config.json").unlink()), "config.json cannot be read"),
-    "bad_config": (damaged(lambda folder: (folder / "config.json").write_text("{")), "config.json is no JSON"),
+    "bad_config": (
+        damaged(lambda folder: (folder / "config.json").write_text("{")),
+        "config.json is damaged: it is no JSON",
+    ),
     "nothing": (lambda tmp_path: tmp_path / "absent", "absent/config.json cannot be read"),
     "activation": (configured(model_type="vit", hidden_act="relu"), "hidden_act is 'relu'; it must be one of"),
     "other": (configured_text('{"model_type": "resnet"}'), "model_type is 'resnet'"),

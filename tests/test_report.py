@@ -269,9 +269,10 @@ def test_a_record_of_another_form_is_an_error_that_names_file_and_key(tmp_path, 
     path.write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(ResultsError, match=rf"results\.json: {named}.* Remove the file"):
         read_results(path)
-    path.write_text("{", encoding="utf-8")
-    with pytest.raises(ResultsError, match=r"results\.json is damaged"):
-        read_results(path)
+    for damage, found in ((b"{", "it is no JSON"), (b"\xff\xfe\0", "it is no JSON"), (b"[1]", "it holds a list")):
+        path.write_bytes(damage)
+        with pytest.raises(ResultsError, match=rf"results\.json is damaged: {found}.* Remove the file"):
+            read_results(path)
 
 
 def test_numbers_that_are_not_there_are_dashes(tmp_path):

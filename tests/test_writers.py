@@ -82,7 +82,26 @@ def test_lines_are_strict_json_and_nan_comes_back(tmp_path):
 
 def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\nnonsense\n{"step": 3, "split": "train"}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is damaged: it is no JSON"):
+        read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"[1]", "is damaged: it holds a list"),
+        (b"7", "is damaged: it holds a int"),
+        (b"\xff\xfe", "is damaged: it is no JSON"),
+        (b'{"split": "train"}', "has no step"),
+        (b'{"step": "one", "split": "train"}', "step is 'one'"),
+        (b'{"step": true, "split": "train"}', "step is True"),
+        (b'{"step": 1, "split": "train", "loss": [1]}', r"loss is \[1\]"),
+        (b"[" * 100_000, "is damaged: it is no JSON"),
+    ],
+)
+def test_lines_that_no_run_wrote_are_named(tmp_path, line, message):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "split": "train"}\n' + line + b"\n")
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, line 2 .*{message}.* Remove the line, or the file"):
         read_metrics(tmp_path / "metrics.jsonl")
 
 

@@ -17,12 +17,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 
 from sgw_jax.data_pipelines.atomic import publish
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.json_files import json_object
 from sgw_jax.data_pipelines.progress import Progress
 from sgw_jax.data_pipelines.rooms.record import STORED, Collection, render_stored
 
@@ -62,19 +64,21 @@ def open_arrays(collection: Collection, cache_dir: Path) -> dict[str, np.ndarray
     """
     directory = collection.directory(cache_dir)
     try:
-        meta = json.loads((directory / META).read_text())
-    except (OSError, ValueError) as error:
+        content = (directory / META).read_bytes()
+    except OSError as error:
         raise _damaged(directory / META, str(error)) from error
+    meta = json_object(content, directory / META, _remedy(directory))
     if meta.get("fingerprint") != collection.fingerprint():
         raise _damaged(directory / META, f"it describes {meta.get('fingerprint')}, not {collection.fingerprint()}")
-    return {name: _open_field(directory / f"{name}.npy", collection, name, meta["bytes"]) for name in STORED}
+    return {name: _open_field(directory / f"{name}.npy", collection, name, meta.get("bytes")) for name in STORED}
 
 
-def _open_field(path: Path, collection: Collection, name: str, sizes: dict[str, int]) -> np.ndarray:
+def _open_field(path: Path, collection: Collection, name: str, sizes: Any) -> np.ndarray:
     if not path.exists():
         raise _damaged(path, "it is missing")
-    if path.stat().st_size != sizes.get(name):
-        raise _damaged(path, f"it has {path.stat().st_size} bytes where {sizes.get(name)} were written")
+    written = sizes.get(name) if isinstance(sizes, dict) else None
+    if path.stat().st_size != written:
+        raise _damaged(path, f"it has {path.stat().st_size} bytes where {written} were written")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
@@ -85,8 +89,11 @@ def _open_field(path: Path, collection: Collection, name: str, sizes: dict[str, 
 
 
 def _damaged(path: Path, finding: str) -> InputError:
-    remedy = f"Delete the directory {path.parent} and prepare again."
-    return InputError(f"The scene cache is damaged at {path}: {finding}. {remedy}")
+    return InputError(f"The scene cache is damaged at {path}: {finding}. {_remedy(path.parent)}")
+
+
+def _remedy(directory: Path) -> str:
+    return f"Delete the directory {directory} and prepare again."
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
 import re
 from collections import Counter
@@ -21,6 +20,7 @@ from sgw_jax.backbones.preprocessor import normalisation
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.tensors import PretrainedError, Tensors
 from sgw_jax.backbones.vit import ViT
+from sgw_jax.data_pipelines.json_files import json_object
 from sgw_jax.layers.parameter_names import is_added
 from sgw_jax.layers.resize import cubic_matrix
 
@@ -254,14 +254,7 @@ def _header(file: epath.Path) -> dict[str, tuple[int, ...]]:
 
 
 def _json(path: epath.Path) -> dict[str, Any]:
-    content = _read(path)
-    try:
-        found = json.loads(content)
-    except ValueError as error:
-        raise PretrainedError(f"{path} is no JSON ({error}).") from error
-    if not isinstance(found, dict):
-        raise PretrainedError(f"{path} holds a {type(found).__name__}; it must be a JSON object.")
-    return found
+    return json_object(_read(path), path, "Fetch it again.", PretrainedError)
 
 
 def _bare_names(file: epath.Path, found: Mapping[str, Any]) -> dict[str, Any]:

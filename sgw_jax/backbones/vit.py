@@ -167,6 +167,11 @@ class ViT(nn.Module):
         factor = stride // self._stride()
         return nn.Conv(channels, (factor, factor), factor, padding="VALID", dtype=self.dtype, name=name)(grid)
 
+    @property
+    def multiple(self) -> int:
+        """What the image's height and width must be multiples of, in pixels, for a pyramid."""
+        return max(self._stride(), self.strides[-1])
+
     def _stride(self) -> int:
         """Of the patches in the pyramid: the next power of two."""
         return 1 << (self.patch_size - 1).bit_length()
@@ -202,10 +207,9 @@ class ViT(nn.Module):
             return
         if len(layers) != len(self.strides):
             raise InputError(f"ViT: a pyramid is made of {len(self.strides)} taps; tapped is {layers}.")
-        multiple = max(self._stride(), self.strides[-1])
-        if shape[1] % multiple or shape[2] % multiple:
+        if shape[1] % self.multiple or shape[2] % self.multiple:
             raise InputError(
-                f"ViT: the image is {shape[1]} x {shape[2]}; both must be multiples of {multiple} (pad it)."
+                f"ViT: the image is {shape[1]} x {shape[2]}; both must be multiples of {self.multiple} (pad it)."
             )
 
 

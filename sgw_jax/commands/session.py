@@ -42,7 +42,9 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             command = importlib.import_module(f"sgw_jax.commands.{arguments.command}")
         return command.run(arguments, rest, console)
     except KeyboardInterrupt:
-        Console(stderr=True, quiet=jax.process_index() != 0).print("Interrupted. The same command goes on from the last checkpoint, if there is one.")
+        Console(stderr=True, quiet=jax.process_index() != 0).print(
+            "Interrupted. The same command goes on from the last checkpoint, if there is one."
+        )
         return _leave(128 + signal.SIGINT)
     except UserError as error:
         if arguments.traceback:

@@ -1,15 +1,16 @@
 """From a configuration to objects; no other folder of the package reads one."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgw_jax.experiment.checks import build_settings, check_positive
-from sgw_jax.experiment.data import build_data
-from sgw_jax.experiment.experiment import Boundary, Experiment, Protocol
+from sgw_jax.experiment.checks import check_config, check_tasks
 from sgw_jax.experiment.config_files import with_whole_paths
+from sgw_jax.experiment.data import build_data
+from sgw_jax.experiment.experiment import Boundary, Experiment, Protocol, Settings
 from sgw_jax.experiment.network import build_model
 from sgw_jax.experiment.objective import build_objective
 from sgw_jax.experiment.tasks import build_tasks
@@ -40,29 +41,31 @@ def build(
     >>> [task.name for task in experiment.tasks], experiment.settings.steps
     (['depth', 'normals'], 1000)
     """
+    check_config(config)
     config = with_whole_paths(config)
-    check_positive(config)
     tasks = tuple(tasks) if tasks is not None else build_tasks(config)
+    check_tasks(config, tasks)
     mesh = make_mesh(mesh_sizes(**config.mesh)) if mesh is None else mesh
     check_batch(config.batch_size, mesh, config.accumulate)
     check_rows(round(config.data.size[0] * config.input_scale), (config.stride, *config.scales), mesh)
-    settings = build_settings(config)
     schedule = learning_rate_schedule(
         config.optimizer.learning_rate, config.steps, config.schedule.warmup_steps, config.schedule.name
     )
     options = {key: value for key, value in config.optimizer.items() if key != "learning_rate"}
-    data = build_data(config, tasks, cache_dir, own_rows(mesh))
+    model = build_model(config, tasks)
+    optimizer = make_optimizer(schedule, **options)
+    data = build_data(config, tasks, cache_dir, own_rows(mesh))  # the first that looks at files
     return Experiment(
         config=config,
         tasks=tasks,
-        model=build_model(config, tasks),
+        model=model,
         size=tuple(config.data.size),
         mesh=mesh,
         rules=read_rules(config.mesh.get("rules")),  # no key in checkpoints of earlier releases
         data=data,
-        settings=settings,
+        settings=Settings(**{field.name: config[field.name] for field in dataclasses.fields(Settings)}),
         boundary=Boundary(**config.boundary),
-        optimizer=make_optimizer(schedule, **options),
+        optimizer=optimizer,
         schedule=schedule,
         objective=build_objective(config, len(tasks), data),
         gradients=config.gradients,
@@ -72,6 +75,6 @@ def build(
 
 def build_protocol(config: ConfigDict, cache_dir: Path | str | None) -> Protocol:
     """What a configuration says of evaluation alone: no network, no mesh, and the data as `build` has them."""
-    config = with_whole_paths(config)
     tasks = build_tasks(config)
+    config = with_whole_paths(config)
     return Protocol(config.protocol, tasks, build_data(config, tasks, cache_dir), Boundary(**config.boundary))

@@ -13,13 +13,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.paths import PathError, user_path
 from sgw_jax.experiment.experiment import among
 
 INTERNAL = ("__init__", "base")
+# What ml_collections says of a value of another type than the key's.
+CAST = re.compile(
+    r"Could not override field '(?P<key>\w+)' \(reference\)\. (?P<value>.*) is of original type <class "
+    r"'(?P<found>[\w.]+)'> and cannot be casted to type <class '(?P<needed>[\w.]+)'>",
+    re.DOTALL,
+)
 PATHS = ("data.root", "backbone_weights")  # the keys that are
 
 
@@ -52,7 +58,7 @@ def read_config(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
         if key not in keys:
             raise UsageError(f"--config={argument} has no key {key!r}. {_hint(key, keys)}")
         section, name = _owner(config, key)
-        section[name] = _parse(key, text, dict(section.items(preserve_field_references=True))[name])
+        section[name] = _parse(key, text, _holder(key, config))
     return config.lock()
 
 
@@ -62,14 +68,13 @@ def with_overrides(config: ConfigDict, overrides: Sequence[str], allowed: Sequen
     Raises:
       UsageError: another key (it names those allowed), a value of another type.
     """
-    base = importlib.import_module("sgw_jax.configs.base").get_config()  # knows the types, which JSON does not
+    base = _base()  # knows the types, which JSON does not
     config = copy.deepcopy(config).unlock()
     for key, text in map(_key_and_text, overrides):
         if not among(key, allowed) or key not in _leaves(base):
             keys = ", ".join(other for other in _leaves(base) if among(other, allowed))
             raise UsageError(f"--config.{key}: the checkpoint says it; here may be set {keys}.")
-        section, name = _owner(base, key)
-        value = _parse(key, text, dict(section.items(preserve_field_references=True))[name])
+        value = _parse(key, text, _holder(key, base))
         with config.ignore_type():
             config.update_from_flattened_dict({key: value})
     return config.lock()
@@ -105,8 +110,10 @@ def config_file(name: str) -> Path:
         path = Path(user_path(name))
     except PathError as error:
         raise UsageError(f"--config={error}.") from error
-    if path.is_file():
+    if os.path.isfile(path):  # not Path.is_file, which raises for a name that is too long
         return path
+    if os.path.lexists(path):
+        raise UsageError(f"--config={name} is no file; give a Python file or a shipped configuration by name.")
     folder = Path(str(importlib.resources.files("sgw_jax.configs")))
     shipped = {file.stem: file for file in folder.glob("*.py") if file.stem not in INTERNAL}
     # `configs/scenes.py` works outside a checkout too.
@@ -119,29 +126,39 @@ def config_file(name: str) -> Path:
 
 def _load(argument: str) -> ConfigDict:
     """What the file's get_config returns, with every key of configs/base.py."""
-    name, colon, arg = argument.partition(":")
+    name, colon, arg = (argument, "", "") if os.path.isfile(argument) else argument.partition(":")
     path = config_file(name)
-    base = importlib.import_module("sgw_jax.configs.base")
     try:
         get_config = getattr(_execute(path), "get_config", None)
         if get_config is None:
             raise UsageError(f"--config={argument}: {path} defines no get_config().")
         config = get_config(arg) if colon else get_config()
-    except UsageError:
+    except (UsageError, KeyboardInterrupt):
         raise
-    except Exception as error:  # the file is a program: it may raise anything
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        where = f"{path}, line {lines[-1]}" if lines else str(path)
+    except BaseException as error:  # the file is a program: it may raise anything, SystemExit too
+        line = _line(error, path)
+        where = str(path) if line is None else f"{path}, line {line}"
         raise UsageError(f"--config={argument}: {where}: {type(error).__name__}: {_brief(error)}") from error
-    missing = [key for key in _leaves(base.get_config()) if key not in _leaves(config)]
+    if not isinstance(config, ConfigDict):
+        raise UsageError(
+            f"--config={argument}: get_config() of {path} returns {config!r:.100}; it must return the configuration, "
+            "which base.get_config() begins."
+        )
+    if isinstance(config, FrozenConfigDict):
+        config = config.as_configdict()
+    missing = [key for key in _leaves(_base()) if key not in _leaves(config)]
     if missing:
         some = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise UsageError(f"--config={argument}: {path} lacks the keys {some}; start from base.get_config().")
     return config
 
 
+def _base() -> ConfigDict:
+    return importlib.import_module("sgw_jax.configs.base").get_config()
+
+
 def _execute(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", os.path.abspath(path))
     if spec is None or spec.loader is None:
         raise UsageError(f"--config: {path} is not a Python file.")
     module = importlib.util.module_from_spec(spec)
@@ -149,9 +166,24 @@ def _execute(path: Path) -> ModuleType:
     return module
 
 
-def _brief(error: Exception) -> str:
-    """The message without ml_collections' dump of the whole configuration."""
-    head, dump, rest = str(error).strip("'\"").partition(" Other fields present:")
+def _line(error: BaseException, path: Path) -> int | None:
+    """The last line of the file that the error passed, or the one that is no Python."""
+    file = os.path.abspath(path)
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return error.lineno
+    return next((f.lineno for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == file), None)
+
+
+def _brief(error: BaseException) -> str:
+    """The message in one line, without ml_collections' dump of the whole configuration."""
+    if isinstance(error, SyntaxError):
+        return error.msg
+    if isinstance(error, SystemExit):
+        return f"sys.exit({error.code!r}); a configuration returns what it is and does not end the command"
+    if cast := CAST.match(str(error)):
+        return f"{cast['key']} is {cast['value']}, of type {cast['found']}; it must be of type {cast['needed']}"
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    head, dump, rest = " ".join(text.split()).partition(" Other fields present:")
     meant = re.search(r'Did you mean "[^"]+"', rest)
     return f"{head} {meant[0]}?" if dump and meant else head
 
@@ -170,6 +202,22 @@ def _owner(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
     for section in sections:
         config = config[section]
     return config, name
+
+
+def _holder(key: str, config: ConfigDict) -> Any:
+    """The key's value, or the reference to it that says that it may be None (`optional` in configs/base.py), which a
+    configuration may have lost on the way."""
+    base, held = _base(), _held(config, key)
+    known = _held(base, key) if key in _leaves(base) else held
+    if isinstance(known, FieldReference) and not isinstance(held, FieldReference):
+        known.set(held, type_safe=False)
+        return known
+    return held
+
+
+def _held(config: ConfigDict, key: str) -> Any:
+    section, name = _owner(config, key)
+    return dict(section.items(preserve_field_references=True))[name]
 
 
 def _hint(key: str, keys: Sequence[str]) -> str:

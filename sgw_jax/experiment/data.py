@@ -6,9 +6,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from sgw_jax.data_pipelines.colour import ColourDistortion
-from sgw_jax.data_pipelines.errors import InputError, files_named
+from sgw_jax.data_pipelines.errors import files_named
 from sgw_jax.data_pipelines.transforms import Augmentation, Target
-from sgw_jax.experiment.choice import choose
 from sgw_jax.experiment.data_sets import DATA_SETS
 from sgw_jax.experiment.experiment import Data
 from sgw_jax.tasks.base import Task
@@ -19,7 +18,7 @@ def build_data(
 ) -> Data:
     """Sources, targets and augmentation; ``block``: which of how many blocks of the rows are read here."""
     targets = {task.name: Target(**task.target) for task in tasks}
-    data_set = choose(DATA_SETS, config.data.source, "config.data.source")
+    data_set = DATA_SETS[config.data.source]
     with files_named(f"config.data.root={config.data.root}"):
         sources = {} if cache_dir is None else data_set.sources(config, targets, cache_dir)
     return Data(
@@ -38,11 +37,6 @@ def _augmentation(config: ConfigDict, tasks: Sequence[Task]) -> Augmentation:
     augment, balanced = config.augment, None
     if augment.cat_max_ratio is not None:
         balanced = next((task.name for task in tasks if task.balances_crops), None)
-        if balanced is None:
-            raise InputError(
-                f"config.augment.cat_max_ratio is {augment.cat_max_ratio}, but none of the tasks "
-                f"{[task.name for task in tasks]} has classes to balance crops by; set it to None."
-            )
     return Augmentation(
         size=tuple(config.data.size),
         scale=tuple(augment.scale),

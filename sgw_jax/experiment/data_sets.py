@@ -56,8 +56,6 @@ class Published(DataSet):
 
     def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
         root, form, protocol = _root(config), config.data.format, config.protocol
-        if form not in FORMATS:
-            raise InputError(f"config.data.format is {form!r}; it must be one of {FORMATS}.")
         if form == "prepared":
             if self.by_protocol and protocol != "exact":
                 raise InputError(

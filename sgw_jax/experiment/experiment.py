@@ -13,6 +13,7 @@ from sgw_jax.data_pipelines.loader import Batches, Source, eval_batches, train_b
 from sgw_jax.data_pipelines.predictions import Predictions
 from sgw_jax.data_pipelines.transforms import Augmentation, Target
 from sgw_jax.differentiate import Objective
+from sgw_jax.experiment.ranges import PROPER_SHARE, optional, whole
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.sharding import Rules
 from sgw_jax.tasks.base import Task
@@ -53,6 +54,10 @@ class Boundary:
     outline_targets: bool
     workers: int
     suppress: bool = False  # runs of before it was a key have none
+
+    def __post_init__(self) -> None:
+        optional(PROPER_SHARE).check("Boundary: max_dist", self.max_dist)
+        whole(0).check("Boundary: workers", self.workers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,37 +1,38 @@
 """The network of a configuration."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sgw_jax.backbones import BACKBONES
-from sgw_jax.experiment.checks import check_positive
-from sgw_jax.experiment.choice import choose, taken
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.experiment.checks import check_config
+from sgw_jax.experiment.choice import taken
 from sgw_jax.interactions import INTERACTIONS
 from sgw_jax.layers.placement import Placement
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.sharding import BATCH, CONTEXT
 from sgw_jax.tasks.base import Task
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
 
 def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
     """The network for images of `config.data.size`."""
-    check_positive(config)
-    dtype = choose(DTYPES, config.dtype, "config.dtype")
-    make_backbone = choose(BACKBONES, config.backbone, "config.backbone")
+    check_config(config)
+    dtype = getattr(jnp, config.dtype)
     overrides = {key: value for key, value in config.backbones[config.backbone].items() if value is not None}
-    interaction = choose(INTERACTIONS, config.interaction, "config.interaction")
+    interaction = INTERACTIONS[config.interaction]
     # An interaction with a `placement` works shard by shard where the mesh has such axes; the others are left to the
     # partitioner.
     placed = taken(interaction, {"placement": Placement(BATCH, CONTEXT)})
     height, width = config.data.size
     seen = round(height * config.input_scale), round(width * config.input_scale)
+    backbone = BACKBONES[config.backbone](image_size=seen, dtype=dtype, **overrides)
+    _check_fits(config, backbone, seen)
     return MultiTaskModel(
         tasks=tuple(tasks),
-        backbone=make_backbone(image_size=seen, dtype=dtype, **overrides),
+        backbone=backbone,
         interaction=interaction(dtype=dtype, **placed, **config.interactions[config.interaction]),
         channels=config.channels,
         input_scale=config.input_scale,
@@ -42,3 +43,24 @@ def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
         preliminary=config.preliminary,
         dtype=dtype,
     )
+
+
+def _check_fits(config: ConfigDict, backbone: Any, seen: tuple[int, int]) -> None:
+    """Raises where the image or the strides of the features do not go with what the backbone takes and gives."""
+    multiple = getattr(backbone, "multiple", 1)
+    if any(length < multiple or length % multiple for length in seen):
+        size, scale = " x ".join(map(str, config.data.size)), config.input_scale
+        scaled = "" if scale == 1 else f", by config.input_scale {scale} {seen[0]} x {seen[1]}"
+        raise InputError(
+            f"config.data.size is {size}{scaled}; height and width that {config.backbone} sees must be multiples of "
+            f"{multiple}."
+        )
+    strides = getattr(backbone, "strides", None)  # a user's own need not say them
+    if strides is not None and config.stride not in strides:
+        raise InputError(f"config.stride is {config.stride}; it must be one of {config.backbone}'s, {list(strides)}.")
+    coarser = [stride for stride in strides or config.scales if stride > config.stride]
+    if len(set(config.scales)) < len(config.scales) or not set(config.scales) <= set(coarser):
+        raise InputError(
+            f"config.scales are {tuple(config.scales)}; they must be different strides above config.stride = "
+            f"{config.stride}, of {coarser}."
+        )

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.multi_objective._arguments import check_positive
 from sgw_jax.multi_objective._weighting import WeightedAggregator, Weighting, from_weighting
 from sgw_jax.multi_objective.gramian import standardise
 
@@ -112,12 +113,16 @@ def gradnorm(
       The aggregator; its state holds theta and the first losses.
 
     Raises:
-      ValueError: (update) no losses; a Jacobian of another number of tasks.
+      ValueError: a negative alpha, a learning rate that is not positive; (update) no losses; a Jacobian of another
+        number of tasks.
 
     >>> from sgw_jax.multi_objective import gradnorm
     >>> gradnorm(num_tasks=2).init({}).weights.shape
     (2,)
     """
+    check_positive("gradnorm", learning_rate=learning_rate)
+    if not alpha >= 0:
+        raise InputError(f"gradnorm: alpha is {alpha}; it must not be negative.")
 
     def init(number: int) -> tuple[Array, Array]:
         return jnp.zeros(num_tasks), jnp.full(num_tasks, jnp.nan, jnp.float32)

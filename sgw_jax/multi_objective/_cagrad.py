@@ -51,7 +51,7 @@ def cagrad_weights(
     [0.93, 0.5]
     """
     tasks = gramian.shape[-1]
-    if c < 0:
+    if not c >= 0:
         raise InputError(f"cagrad: c is {c}; it must not be negative.")
     if tasks > ENUMERATED:
         raise InputError(f"cagrad: {tasks} tasks; its closed form tries all supports, for at most {ENUMERATED} tasks.")

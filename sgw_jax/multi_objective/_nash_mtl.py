@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.multi_objective._arguments import check_positive
 from sgw_jax.multi_objective._solvers import fair_point
 from sgw_jax.multi_objective.gramian import standardise
 
@@ -39,7 +39,7 @@ def nash_mtl_weights(
       The weights (T,), in the tasks' order.
 
     Raises:
-      ValueError: a Gramian that is not square; a preference or mask of another length.
+      ValueError: max_norm that is not positive; a Gramian that is not square; a preference or mask of another length.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -48,6 +48,8 @@ def nash_mtl_weights(
     >>> [round(float(weight), 2) for weight in jax.jit(weights.nash_mtl)(gramian)]
     [1.0, 0.5]
     """
+    if max_norm is not None:
+        check_positive("nash_mtl", max_norm=max_norm)
     found = standardise(gramian, preference, mask, eps, "count")
     gain = jnp.where(found.active & (found.preference > 0), found.preference, 1)
     taking = found.active & (found.preference > 0)
@@ -98,8 +100,7 @@ def fairgrad_weights(
     >>> [round(float(weight), 2) for weight in weights.fairgrad(gramian, alpha=2.0)]
     [1.5, 0.68]
     """
-    if not alpha > 0:
-        raise InputError(f"fairgrad: alpha is {alpha}; it must be positive.")
+    check_positive("fairgrad", alpha=alpha)
     power = 1 / alpha
     found = standardise(gramian, preference, mask, eps, "count")
     taking = found.active & (found.preference > 0)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.multi_objective._weighting import WeightedAggregator, Weighting, from_weighting
 from sgw_jax.multi_objective.gramian import standardise
 
@@ -83,7 +84,7 @@ def gradvac_weights(
       gramian: G (T, T) of the tasks' gradients.
       targets: phi (T, T), zeros at first.
       key: of the random orders.
-      beta: share of the new cosine in the new target.
+      beta: share of the new cosine in the new target, in [0, 1].
       preference: (T,), not negative; None: equal ones.
       mask: (T,), False for tasks without labels in the batch; their weight is 0.
 
@@ -91,7 +92,7 @@ def gradvac_weights(
       (the weights (T,), the new targets (T, T)).
 
     Raises:
-      ValueError: a Gramian that is not square; a preference or mask of another length.
+      ValueError: beta outside [0, 1]; a Gramian that is not square; a preference or mask of another length.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -100,6 +101,8 @@ def gradvac_weights(
     >>> [round(float(weight), 2) for weight in weights.gradvac(gramian, jnp.zeros((2, 2)), key=jax.random.key(0))[0]]
     [2.0, 1.25]
     """
+    if isinstance(beta, int | float) and not 0 <= beta <= 1:
+        raise InputError(f"gradvac: beta is {beta}; it must be in [0, 1].")
     found = standardise(gramian, preference, mask, 0.0, "count")
     phi = jnp.clip(targets, -0.999, 0.999)
 

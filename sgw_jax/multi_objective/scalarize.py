@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.multi_objective._arguments import check_positive
 
 Losses = Float[Array, " tasks"]
 Mask = Bool[Array, " tasks"]
@@ -101,6 +102,9 @@ def uncertainty(num_tasks: int, *, learning_rate: float = 0.025, start: float = 
     Returns:
       The scalariser.
 
+    Raises:
+      ValueError: a learning rate that is not positive.
+
     >>> import jax.numpy as jnp
     >>> from sgw_jax.multi_objective import scalarize
     >>> scalariser = scalarize.uncertainty(2)
@@ -108,6 +112,7 @@ def uncertainty(num_tasks: int, *, learning_rate: float = 0.025, start: float = 
     >>> round(float(total), 3)
     2.5
     """
+    check_positive("uncertainty", learning_rate=learning_rate)
 
     def apply(losses: Losses, state: Array, mask: Mask | None = None) -> tuple[Array, Array]:
         present = _present(losses, mask)
@@ -132,6 +137,9 @@ def uw_so(num_tasks: int, *, temperature: float = 1.0) -> Scalarizer:
     Returns:
       The scalariser.
 
+    Raises:
+      ValueError: a temperature that is not positive.
+
     >>> import jax.numpy as jnp
     >>> from sgw_jax.multi_objective import scalarize
     >>> scalariser = scalarize.uw_so(2)
@@ -139,6 +147,7 @@ def uw_so(num_tasks: int, *, temperature: float = 1.0) -> Scalarizer:
     >>> round(float(total), 3)
     1.962
     """
+    check_positive("uw_so", temperature=temperature)
     del num_tasks
 
     def apply(losses: Losses, state: Any, mask: Mask | None = None) -> tuple[Array, Any]:
@@ -223,7 +232,7 @@ def dwa(num_tasks: int, *, steps_per_epoch: int, temperature: float = 2.0) -> Sc
       The scalariser.
 
     Raises:
-      ValueError: steps_per_epoch < 1.
+      ValueError: a temperature that is not positive, steps_per_epoch < 1.
 
     >>> import jax.numpy as jnp
     >>> from sgw_jax.multi_objective import scalarize
@@ -232,6 +241,7 @@ def dwa(num_tasks: int, *, steps_per_epoch: int, temperature: float = 2.0) -> Sc
     >>> round(float(total), 3)
     5.0
     """
+    check_positive("dwa", temperature=temperature)
     if steps_per_epoch < 1:
         raise InputError(f"dwa: steps_per_epoch is {steps_per_epoch}; it must be at least 1.")
 
@@ -321,8 +331,7 @@ def stch(
     >>> round(float(total), 3)
     2.201
     """
-    if not mu > 0:
-        raise InputError(f"stch: mu is {mu}; it must be positive.")
+    check_positive("stch", mu=mu)
     weights = [1 / num_tasks] * num_tasks if preference is None else list(preference)
     points = [0.0] * num_tasks if ideal is None else list(ideal)
     if len(weights) != num_tasks or len(points) != num_tasks:
@@ -356,6 +365,9 @@ def famo(num_tasks: int, *, learning_rate: float = 0.025, weight_decay: float = 
     Returns:
       The scalariser.
 
+    Raises:
+      ValueError: a learning rate that is not positive.
+
     >>> import jax.numpy as jnp
     >>> from sgw_jax.multi_objective import scalarize
     >>> scalariser = scalarize.famo(2)
@@ -363,6 +375,7 @@ def famo(num_tasks: int, *, learning_rate: float = 0.025, weight_decay: float = 
     >>> round(float(total), 3)
     1.109
     """
+    check_positive("famo", learning_rate=learning_rate)
 
     def init() -> tuple[Array, ...]:
         zeros = jnp.zeros(num_tasks)

@@ -12,6 +12,9 @@ from tensorboardX import SummaryWriter
 
 from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.json_files import json_object
+
+REMEDY = "Remove the line, or the file if a run of this package did not write it."
 
 
 class MetricsWriter:
@@ -61,18 +64,21 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a metrics.jsonl, null as NaN.
 
     Raises:
-      ValueError: a line that is not JSON; it names file and line.
+      ValueError: a line that is none of a run's; it names file and line.
     """
     if not path.exists():
         return []
     *lines, _ = path.read_bytes().split(b"\n")  # what follows the last newline was cut off in the writing
-    found = []
-    for number, line in enumerate(lines, 1):
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise InputError(f"{path}, line {number} is not JSON ({error}); remove the line to go on.") from error
-        found.append({name: math.nan if value is None else value for name, value in values.items()})
+    return [_read_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _read_line(line: bytes, name: str) -> dict[str, Any]:
+    values = json_object(line, name, REMEDY, keys=("step", "split"))
+    found = {key: math.nan if value is None else value for key, value in values.items()}
+    for key, value in found.items():
+        kinds = {"step": int, "split": str}.get(key, (int, float))
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise InputError(f"{name} is not what it should be: {key} is {value!r}. {REMEDY}")
     return found
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError, UserError
 from sgw_jax.experiment.build import build_model
 from sgw_jax.layers.parameter_names import evaluated
 from sgw_jax.model import MultiTaskModel
@@ -68,9 +68,18 @@ def open_run(workdir: Path | str, which: str | int = "best", kinds: dict[str, ty
         if step is None:
             raise CheckpointError(f"{workdir} holds no complete checkpoint; training has not saved one yet.")
         metadata = checkpoints.metadata(step)
-        tasks = tuple(task_from_dict(description, kinds or TASKS) for description in metadata["tasks"])
+        try:
+            tasks = tuple(task_from_dict(description, kinds or TASKS) for description in metadata["tasks"])
+            config = ConfigDict(json.loads(metadata["config"]))
+        except UserError:
+            raise
+        except Exception as error:  # whatever is missed in metadata that another program wrote
+            raise CheckpointError(
+                f"The checkpoint of step {step} in {workdir} does not describe a run of this package "
+                f"({type(error).__name__}: {error}); give another --workdir."
+            ) from error
         stack.pop_all()  # open for the caller
-    return SavedRun(checkpoints, step, ConfigDict(json.loads(metadata["config"])), tasks)
+    return SavedRun(checkpoints, step, config, tasks)
 
 
 def saved_model(run: SavedRun) -> MultiTaskModel:

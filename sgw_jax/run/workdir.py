@@ -16,6 +16,7 @@ from rich.console import Console
 
 from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import FileError, UserError
+from sgw_jax.data_pipelines.json_files import json_object
 from sgw_jax.data_pipelines.paths import obstacle
 from sgw_jax.experiment.experiment import Experiment, differences
 from sgw_jax.run.checkpoints import check_path
@@ -116,13 +117,7 @@ def _record(workdir: Path) -> dict[str, Any] | None:
     path = workdir / IDENTITY
     if not path.exists():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError(f"it holds a {type(found).__name__}")
-    except ValueError as error:
-        raise WorkdirError(f"{path} is damaged ({error}); use another --workdir.") from error
-    return found
+    return json_object(path.read_bytes(), path, "Use another --workdir.", WorkdirError)
 
 
 def _holds(path: Path) -> bool:

@@ -1,0 +1,31 @@
+"""JSON that people and other programs can reach: read with an error that names the file."""
+
+import json
+from typing import Any
+
+from sgw_jax.data_pipelines.errors import InputError, UserError
+
+
+def json_object(
+    content: bytes, name: object, remedy: str, kind: type[UserError] = InputError, keys: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The JSON object that a file's content is.
+
+    Args:
+      name: how an error begins: the file, perhaps with the line.
+      remedy: how it ends: what to do, as a sentence.
+      kind: of the error.
+      keys: what the object must have.
+
+    Raises:
+      UserError: of that kind: no JSON, in no encoding of Unicode, another value than an object, a key that is missing.
+    """
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:  # a UnicodeDecodeError too
+        raise kind(f"{name} is damaged: it is no JSON ({error}). {remedy}") from error
+    if not isinstance(found, dict):
+        raise kind(f"{name} is damaged: it holds a {type(found).__name__} where a JSON object belongs. {remedy}")
+    if missing := [key for key in keys if key not in found]:
+        raise kind(f"{name} is not what it should be: it has no {', '.join(missing)}. {remedy}")
+    return found
