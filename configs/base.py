@@ -27,7 +27,8 @@ def parse_arg(arg: str | None, **defaults: str) -> dict[str, str]:
         item = f"backbone={item}" if "backbone" in defaults and item in SYSTEMS else item
         key, separator, value = item.partition("=")
         if not separator or key not in defaults:
-            raise ValueError(f"config argument {item!r}: expected key=value with a key of {sorted(defaults)}.")
+            systems = f", or alone a backbone of {list(SYSTEMS)}" if "backbone" in defaults else ""
+            raise ValueError(f"config argument {item!r}: expected key=value with a key of {sorted(defaults)}{systems}.")
         values[key] = value
     return values
 

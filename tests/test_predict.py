@@ -1,6 +1,7 @@
 """Prediction: the checkpoint alone suffices, geometry against NumPy, files in and out, panels."""
 
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -413,6 +415,23 @@ def test_odd_exif_entries_do_not_keep_a_picture_from_its_orientation(resolution,
         turned = exif({ORIENTATION: (SHORT, 1, struct.pack("<I", orientation)), X_RESOLUTION: resolution})
         Image.fromarray(pixels).save(tmp_path / "odd.webp", exif=turned, lossless=True)
         np.testing.assert_array_equal(image_files.read_image(tmp_path / "odd.webp"), upright.get(orientation, pixels))
+
+
+def test_the_readmes_snippets_run(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    used, imported = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    Image.fromarray(noise(20, 30)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sgw_jax, "load", {"runs/scenes": predictor}.__getitem__)
+    names: dict[str, Any] = {}
+    exec(used, names)
+    assert names["maps"]["depth"].shape == (20, 30)
+    assert {name: value.shape for name, value in names["features"].items()} == {
+        "semseg": (2, 16, 16, 64),
+        "depth": (2, 8, 8, 64),
+    }
+    exec(imported, names)
+    assert names["KEM"] is sgw_jax.nnx.KEM
 
 
 def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import re
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -221,6 +223,16 @@ def test_an_augreg_file_computes_what_its_authors_code_does(tmp_path):
         np.testing.assert_allclose(level, theirs, rtol=0, atol=4 * 16 * 28 * EPS32)
     assert read_pretrained(path).unused == ("head/bias", "head/kernel")
     assert read_pretrained(path).normalisation == HALF
+
+
+def test_the_snippet_of_the_page_runs(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "backbones.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    write(tmp_path / "dinov2-large", "dinov2")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet, names)
+    assert {layer: level.shape for layer, level in names["maps"].items()} == dict.fromkeys((1, 2, 3, 4), (1, 5, 7, 8))
 
 
 def test_half_precision_files_are_read(tmp_path):
