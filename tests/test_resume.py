@@ -33,7 +33,7 @@ from sgw_jax.tasks import Depth
 from sgw_jax.train import check_start, train
 
 STEPS = 7  # no multiple of the evaluations' interval: the last step is evaluated too
-SIZE = (8, 16)
+SIZE = (32, 32)  # of an image that the configured backbone takes too
 DEPTH = (Depth(),)
 
 
