@@ -14,9 +14,9 @@ from pathlib import Path
 import jax
 from absl import logging
 from rich.console import Console
-from rich.markup import escape
 
 from sgw_jax.commands import cluster
+from sgw_jax.data_pipelines.consoles import messages, print_error
 from sgw_jax.data_pipelines.errors import FileError, UserError, extra_named
 from sgw_jax.data_pipelines.paths import default_cache, obstacle
 from sgw_jax.experiment.config_files import UsageError
@@ -36,28 +36,26 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     logging.set_verbosity(logging.ERROR if arguments.traceback else logging.FATAL)
     try:
         cluster.join(arguments.heartbeat_seconds)
-        console = Console(quiet=jax.process_index() != 0, highlight=False)  # only the first process speaks
+        console = messages(quiet=jax.process_index() != 0)  # only the first process speaks
         arguments.cache_dir = _cache(arguments.cache_dir, console)
         with extra_named(f"sgw-jax {arguments.command}"):
             command = importlib.import_module(f"sgw_jax.commands.{arguments.command}")
         return command.run(arguments, rest, console)
     except KeyboardInterrupt:
-        Console(stderr=True, quiet=jax.process_index() != 0).print(
-            "Interrupted. The same command goes on from the last checkpoint, if there is one."
-        )
+        again = "Interrupted. The same command goes on from the last checkpoint, if there is one."
+        messages(quiet=jax.process_index() != 0).print(again)
         return _leave(128 + signal.SIGINT)
     except UserError as error:
         if arguments.traceback:
             traceback.print_exc()
-        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        print_error(str(error))
         return _leave(1, at_once=isinstance(error, DiskFullError))  # writers would try once more, and fail loudly
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1 or not LOST.search(str(error)) or arguments.traceback:
             traceback.print_exc()
         else:
             reason = str(error).partition("\n")[0]
-            text = f"Another process of this run has ended or cannot be reached ({reason}). {AGAIN}"
-            Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
+            print_error(f"Another process of this run has ended or cannot be reached ({reason}). {AGAIN}")
         return _leave(1)
     except Exception:  # a defect
         traceback.print_exc()
