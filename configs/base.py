@@ -1,7 +1,7 @@
 """Every configuration key once, with its meaning and its range; the other configs change values, they add no keys.
 
 Ranges are enforced by sgw_jax/experiment/keys.py before anything else is done, [0, 1) holding 0 and not 1; what
-`optional` makes may be None besides. Numbers are finite.
+`optional` makes may be None besides. Numbers are finite, whole ones below 2^31.
 """
 
 from typing import Any
@@ -36,17 +36,17 @@ def parse_arg(arg: str | None, **defaults: str) -> dict[str, str]:
 def kem(etf_vertices: int | None = None) -> dict[str, Any]:
     """The options of KEM; with ``etf_vertices`` of sKEM."""
     return {
-        "num_slots": 16,  # L, at least 1
-        "num_heads": 1,  # at least 1; must divide channels and slot_dim
+        "num_slots": 16,  # L, in [1, 8192]
+        "num_heads": 1,  # in [1, 8192]; must divide channels and slot_dim
         "top_k": optional(int, 32),  # tokens a slot keeps, at least 1; None = all
-        "slot_dim": optional(int),  # at least 1; None = channels
+        "slot_dim": optional(int),  # in [1, 8192]; None = channels
         "etf_for": "all",  # sKEM: project keys, queries and values ("all") or keys and queries ("selection")
         "projection": "etf",  # sKEM: etf, or a control: direction | orthonormal | learned
-        "etf_vertices": optional(int, etf_vertices),  # sKEM's K, at least 2, at most channels + 1; None = KEM
+        "etf_vertices": optional(int, etf_vertices),  # sKEM's K, in [2, 8193], at most channels + 1; None = KEM
         "pre_norm": False,  # LayerNorm before the projections
         "task_embedding": False,  # a learned vector per task on keys and queries
         "task_gate": False,  # a learned scalar per task on what is written back, from 0: it starts as the identity
-        "rounds": 1,  # retrieve-write rounds with the same weights, at least 1
+        "rounds": 1,  # retrieve-write rounds with the same weights, in [1, 64]
         "recall": optional(float),  # on TPUs: find the top k approximately, this expected share of them, in (0, 1]
         "temperature": 1.0,  # the scores of the retrieval are divided by it; positive
     }
@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
                 "format": "archive",  # archive: the files as published | prepared: written by data_pipelines.prepare
                 "num_classes": 12,  # folder: of semseg, in [2, 255]
                 "num_parts": 7,  # folder: of human_parts, background included, in [2, 255]
-                "size": (64, 96),  # height, width that the network sees, in training and evaluation; each at least 1
+                "size": (64, 96),  # height, width that the network sees, in training and evaluation; each in [1, 16384]
                 "seed": 0,  # scenes: of the scenes themselves; in [0, 2^32)
                 "lengths": {  # scenes: images per split; 0 = no such split
                     "train": 2048,  # at least 1
@@ -137,11 +137,11 @@ def get_config() -> ConfigDict:
             "backbones": {
                 "vit": {
                     "size": "small",  # tiny | small | base | large; the next three override it
-                    "width": optional(int),  # at least 1
-                    "depth": optional(int),  # at least 4, a multiple of 4
-                    "num_heads": optional(int),  # at least 1; must divide width
-                    "mlp_ratio": 4.0,  # of the hidden width to width; positive
-                    "patch_size": 16,  # pixels, at least 1; conv: a power of two from 2 on
+                    "width": optional(int),  # in [1, 8192]
+                    "depth": optional(int),  # in [4, 1024], a multiple of 4
+                    "num_heads": optional(int),  # in [1, 8192]; must divide width
+                    "mlp_ratio": 4.0,  # of the hidden width to width; in (0, 64]
+                    "patch_size": 16,  # pixels, in [1, 1024]; conv: a power of two from 2 on
                     "patch_embed": "patch",  # patch | conv
                     "class_token": False,  # True for pretrained weights, as are the next two their values
                     "approximate_gelu": False,  # the tanh approximation (AugReg)
@@ -156,17 +156,17 @@ def get_config() -> ConfigDict:
                 },
                 "dinov2": {
                     "size": "small",  # small | base | large
-                    "width": optional(int),  # these as of vit: at least 1
-                    "depth": optional(int),  # at least 4
-                    "num_heads": optional(int),  # at least 1
+                    "width": optional(int),  # these as of vit: in [1, 8192]
+                    "depth": optional(int),  # in [4, 1024]
+                    "num_heads": optional(int),  # in [1, 8192]
                     "drop_path": 0.0,  # in [0, 1)
                     "remat": "none",  # none | dots | full
                     "attention_chunk": optional(int),  # at least 1
                 },
                 "swin": {
                     "size": "tiny",  # tiny | small | base | large; width overrides it, a multiple of its first heads
-                    "width": optional(int),  # of the first stage, at least 1
-                    "window_size": 7,  # tokens, at least 1; 12 for the weights pretrained at 384 pixels
+                    "width": optional(int),  # of the first stage, in [1, 8192]
+                    "window_size": 7,  # tokens, in [1, 64]; 12 for the weights pretrained at 384 pixels
                     "always_partition": True,  # False: no shift on maps within one window, as in the classifier
                     "drop_path": 0.0,  # of the last block, in [0, 1), linear from 0
                     "remat": "none",  # none | dots | full
@@ -175,29 +175,31 @@ def get_config() -> ConfigDict:
             },
             "interaction": "kem",  # none | cross_attention | kem | skem | shared_workspace | within_tasks
             "interactions": {
-                "none": {"mlp_width": optional(int)},  # of a token-wise MLP, to compare at equal parameters; at least 1
+                "none": {
+                    "mlp_width": optional(int),  # of a token-wise MLP, to compare at equal parameters; in [1, 8192]
+                },
                 "cross_attention": {
-                    "num_heads": 1,  # at least 1; must divide channels
+                    "num_heads": 1,  # in [1, 8192]; must divide channels
                     "query_chunk": optional(int, 1024),  # queries at a time, at least 1; None = all
                     "pre_norm": False,
                 },
                 "kem": kem(),
                 "skem": kem(etf_vertices=64),
                 "shared_workspace": {
-                    "num_slots": 8,  # at least 1
-                    "num_heads": 1,  # at least 1; must divide channels
-                    "key_dim": optional(int),  # of queries and keys, per head, at least 1; None = channels / num_heads
+                    "num_slots": 8,  # in [1, 8192]
+                    "num_heads": 1,  # in [1, 8192]; must divide channels
+                    "key_dim": optional(int),  # per head of queries and keys, in [1, 8192]; None = channels / num_heads
                     "top_k": optional(int, 32),  # weights a slot keeps, at least 1; None = all
                     "gate": optional(str, "unit"),  # unit | memory | None
-                    "mlp_layers": 1,  # at least 1
-                    "rounds": 1,  # at least 1
+                    "mlp_layers": 1,  # in [1, 64]
+                    "rounds": 1,  # in [1, 64]
                 },
                 "within_tasks": kem(),
             },
             "input_scale": 1.0,  # the network sees images so resized, in (0, 16]; predictions keep the labels' size
-            "channels": 64,  # width of the task features, at least 1
-            "stride": 4,  # of the task features, at least 1: one of the backbone's
-            "scales": (),  # coarser strides at which the tasks interact too, such as 16,8; each at least 1
+            "channels": 64,  # width of the task features, in [1, 8192]
+            "stride": 4,  # of the task features, in [1, 1024]: one of the backbone's
+            "scales": (),  # coarser strides at which the tasks interact too, such as 16,8; each in [1, 1024]
             "persist": False,  # slots of one scale start the next
             "upsample": "bilinear",  # bilinear | subpixel: how heads reach the image size
             "preliminary": False,  # deep supervision: predictions from before the interaction
@@ -224,7 +226,7 @@ def get_config() -> ConfigDict:
                 "gradnorm": {"alpha": 1.5, "learning_rate": 0.025},  # alpha at least 0, learning_rate positive
             },
             # --- optimisation -----------------------------------------------------------------------------------
-            "steps": 40_000,  # in [1, 2^31)
+            "steps": 40_000,  # at least 1
             "batch_size": 8,  # at least 1, global: over all devices and processes
             "accumulate": 1,  # micro-batches per step, at least 1
             "optimizer": {

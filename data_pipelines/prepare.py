@@ -28,6 +28,7 @@ from rich.console import Console
 
 from sgw_jax.data_pipelines.atomic import publish, replacing, write_atomically
 from sgw_jax.data_pipelines.cityscapes import Cityscapes
+from sgw_jax.data_pipelines.consoles import messages, print_error, results
 from sgw_jax.data_pipelines.errors import InputError, UserError, files_named
 from sgw_jax.data_pipelines.json_files import json_object
 from sgw_jax.data_pipelines.mtan import MtanCityscapes, MtanNYUv2
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None, sources: Mapping[str, Callable[[Path
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.pipeline != "beam":
         parser.error(f"unknown arguments {rest}; flags of Beam need --pipeline=beam")
-    console = Console(highlight=False)
+    console = messages()
     try:
         if arguments.pipeline == "beam":
             run = functools.partial(by_beam, flags=rest)
@@ -84,7 +85,7 @@ def main(argv: Sequence[str] | None = None, sources: Mapping[str, Callable[[Path
         with files_named(f"--out={arguments.out}"):
             prepare(arguments.name, by_split, arguments.out, run, any_size=arguments.any_size, console=console)
     except UserError as error:
-        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {error}", soft_wrap=True)
+        print_error(str(error))
         return 1
     return 0
 
@@ -135,7 +136,7 @@ def prepare(
     for leftover in partial.glob("*.tmp"):  # of processes that were killed
         leftover.unlink()
     publish(partial, whole)
-    console.print(
+    results(console).print(
         f"{whole}: " + ", ".join(f"{len(source)} {split}" for split, source in sources.items()), soft_wrap=True
     )
     return whole

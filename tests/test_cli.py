@@ -160,7 +160,7 @@ def test_the_line_of_a_configuration_is_named_by_a_relative_path_too(tmp_path, m
 def test_what_is_no_file_is_no_configuration(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
-    with pytest.raises(UsageError, match="is no file|there is no file"):
+    with pytest.raises(UsageError, match=r"is no file|there is no file"):
         read_config(name)
 
 

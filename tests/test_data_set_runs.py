@@ -51,7 +51,7 @@ def test_from_the_archive_and_from_prepared_files(config, tmp_path, capsys):
         return main(["train", f"--config={config}", f"--workdir={workdir}", f"--cache_dir={tmp_path}", *options])
 
     assert train(run, f"data.root={archive}") == 0
-    said = capsys.readouterr().out.replace("\n", " ")
+    said = capsys.readouterr().err.replace("\n", " ")
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     assert results["split"] == "test"
     assert set(results["metrics"]) == set(results["config"]["tasks"])

@@ -56,7 +56,7 @@ def inside(range):
     """Values at the bounds."""
     match range:
         case Interval(low=low, high=high, ends=ends, whole=True):
-            return [low, 2**40 if high == math.inf else high - (ends[1] == ")")]
+            return [low, high - (ends[1] == ")")]
         case Interval(low=low, high=high, ends=ends):
             high = min(high, 1e30)
             first = low if ends[0] == "[" else math.nextafter(low, high)
@@ -80,8 +80,7 @@ def outside(range):
     """Values just beyond the bounds, and of other types."""
     match range:
         case Interval(low=low, high=high, ends=ends, whole=True):
-            beyond = [] if high == math.inf else [high + 1 if ends[1] == "]" else high]
-            return [low - 1, *beyond, low + 0.5, "many", None, True, math.nan, math.inf]
+            return [low - 1, high + (ends[1] == "]"), low + 0.5, "many", None, True, math.nan, math.inf]
         case Interval(low=low, high=high, ends=ends):
             below = math.nextafter(low, -math.inf) if ends[0] == "[" else low
             above = math.nextafter(high, math.inf) if ends[1] == "]" else high

@@ -608,7 +608,7 @@ def test_a_run_starts_from_the_file_and_goes_on_without_it(tmp_path, capsys):
     assert "epsilon is 1e-12 there, 1e-06 here" in capsys.readouterr().err.replace("\n", " ")
     arguments.append("--config.backbones.vit.epsilon=1e-12")
     assert main([*arguments, "--config.steps=2"]) == 0
-    output = capsys.readouterr().out.replace("\n", " ")
+    output = capsys.readouterr().err.replace("\n", " ")
     assert "Backbone from" in output
     assert "fresh: pyramid" in output
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True)

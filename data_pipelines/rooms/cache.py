@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from sgw_jax.data_pipelines.atomic import publish
+from sgw_jax.data_pipelines.consoles import messages
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.json_files import json_object
 from sgw_jax.data_pipelines.progress import Progress
@@ -118,7 +118,7 @@ def _render_into(directory: Path, collection: Collection, workers: int | None, l
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(usable, collection.length // FEWEST_PER_WORKER) if workers is None else min(workers, collection.length)
-    console = Console(stderr=True, highlight=False) if loud else None
+    console = messages() if loud else None
     with Progress(f"rendering {collection.split} scenes", collection.length, console) as progress:
         if count <= 1:
             render_share(directory, collection, 0, 1, progress.advance)

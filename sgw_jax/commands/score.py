@@ -12,6 +12,7 @@ from rich.console import Console
 
 from sgw_jax.commands import sources
 from sgw_jax.data_pipelines.atomic import write_atomically
+from sgw_jax.data_pipelines.consoles import results
 from sgw_jax.data_pipelines.errors import files_named
 from sgw_jax.evaluation.score import score
 from sgw_jax.experiment.build import build_protocol
@@ -35,7 +36,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], console: Consol
     found = score(tasks, pairs, protocol.boundary, total=len(predictions), console=console)
     described = [describe(task, found.metrics[task.name]) for task in tasks]
     title = f"{arguments.predictions} on {split}, {len(predictions)} images, protocol {protocol.name}"
-    print_metrics(console, title, described, found.metrics)
+    print_metrics(results(console), title, described, found.metrics)
     if arguments.json and jax.process_index() == 0:
         record = {
             "predictions": str(arguments.predictions),

@@ -14,10 +14,10 @@ from pathlib import Path
 import jax
 from absl import logging
 from rich.console import Console
-from rich.markup import escape
 
 from sgw_jax.commands import cluster
-from sgw_jax.data_pipelines.errors import FileError, UserError, extra_named
+from sgw_jax.data_pipelines.consoles import messages, print_error
+from sgw_jax.data_pipelines.errors import FileError, InputError, UserError, extra_named
 from sgw_jax.data_pipelines.paths import default_cache, obstacle
 from sgw_jax.experiment.config_files import UsageError
 from sgw_jax.host import enough_threads, keep_freed_memory
@@ -25,6 +25,11 @@ from sgw_jax.run.workdir import DiskFullError
 
 # What JAX says when a collective operation or the coordination service misses a process.
 LOST = re.compile("gloo|nccl|coordination|heartbeat|unavailable|deadline|connection|socket", re.IGNORECASE)
+FULL = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
+LESS = (
+    "What helps: a smaller config.batch_size or a larger config.accumulate, config.backbones.NAME.remat=full, chunks "
+    "(config.backbones.NAME.attention_chunk or window_chunk); `sgw-jax plan` says what a configuration needs."
+)
 AGAIN = "Start the same command again in all processes: it goes on from the last checkpoint."
 
 
@@ -36,32 +41,54 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     logging.set_verbosity(logging.ERROR if arguments.traceback else logging.FATAL)
     try:
         cluster.join(arguments.heartbeat_seconds)
-        console = Console(quiet=jax.process_index() != 0, highlight=False)  # only the first process speaks
+        check_devices()
+        console = messages(quiet=jax.process_index() != 0)  # only the first process speaks
         arguments.cache_dir = _cache(arguments.cache_dir, console)
         with extra_named(f"sgw-jax {arguments.command}"):
             command = importlib.import_module(f"sgw_jax.commands.{arguments.command}")
         return command.run(arguments, rest, console)
     except KeyboardInterrupt:
-        Console(stderr=True, quiet=jax.process_index() != 0).print(
-            "Interrupted. The same command goes on from the last checkpoint, if there is one."
-        )
+        again = "Interrupted. The same command goes on from the last checkpoint, if there is one."
+        messages(quiet=jax.process_index() != 0).print(again)
         return _leave(128 + signal.SIGINT)
     except UserError as error:
         if arguments.traceback:
             traceback.print_exc()
-        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(str(error))}", soft_wrap=True)
+        print_error(str(error))
         return _leave(1, at_once=isinstance(error, DiskFullError))  # writers would try once more, and fail loudly
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or not LOST.search(str(error)) or arguments.traceback:
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if arguments.traceback:
+            traceback.print_exc()
+        elif isinstance(error, MemoryError) or FULL.search(str(error)):
+            print_error(f"Out of memory ({_first_line(error)}). {LESS}")
+        elif jax.process_count() == 1 or not LOST.search(str(error)):
             traceback.print_exc()
         else:
-            reason = str(error).partition("\n")[0]
-            text = f"Another process of this run has ended or cannot be reached ({reason}). {AGAIN}"
-            Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(text)}", soft_wrap=True)
+            print_error(f"Another process of this run has ended or cannot be reached ({_first_line(error)}). {AGAIN}")
         return _leave(1)
     except Exception:  # a defect
         traceback.print_exc()
         return _leave(1)
+
+
+def check_devices() -> None:
+    """Raises where JAX finds no device of the kind that it is told to use.
+
+    Raises:
+      InputError: names JAX_PLATFORMS and what JAX says.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter for a kind that JAX knows and is not installed
+        reason = _first_line(error).partition(" (set JAX_PLATFORMS")[0]
+        raise InputError(
+            f"JAX finds no device (JAX_PLATFORMS={jax.config.jax_platforms or ''}): {reason}. Unset JAX_PLATFORMS to "
+            "take what is there, or set it to cpu."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].strip(" .") or type(error).__name__
 
 
 def _cache(given: str | None, console: Console) -> str:
@@ -79,7 +106,7 @@ def _cache(given: str | None, console: Console) -> str:
 def _leave(code: int, at_once: bool = False) -> int:
     """The exit code of a failure; one of several processes ends at once, for the ordinary exit would wait minutes for
     the others, which in turn wait for this one in some collective operation."""
-    if at_once or jax.process_count() > 1:
+    if at_once or jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

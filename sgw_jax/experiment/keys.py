@@ -51,32 +51,33 @@ from sgw_jax.tasks.depth import CROPS
 Table = Mapping[str, Any]  # of Ranges, and of Tables for sections
 
 SEED = whole(0, 2**32, "[)")
-STEPS = whole(1, 2**31, "[)")  # they are counted in int32
+WIDTH = whole(1, 8192)  # of an array of the network
+ROUNDS = whole(1, 64)  # each is traced by itself
 CLASSES = whole(2, 255)  # 255 is the ignored label
 WORKERS = whole(0, 1024)
 ZOOM = Interval(0, 16, "(]")
 DEVICES = optional(Either(COUNT, -1))
 
 KEM = {
-    "num_slots": COUNT,
-    "num_heads": COUNT,
+    "num_slots": WIDTH,
+    "num_heads": WIDTH,
     "top_k": optional(COUNT),
-    "slot_dim": optional(COUNT),
+    "slot_dim": optional(WIDTH),
     "etf_for": OneOf(("all", "selection")),
     "projection": OneOf(PROJECTIONS),
-    "etf_vertices": optional(whole(2)),
+    "etf_vertices": optional(whole(2, 8193)),
     "pre_norm": FLAG,
     "task_embedding": FLAG,
     "task_gate": FLAG,
-    "rounds": COUNT,
+    "rounds": ROUNDS,
     "recall": optional(SHARE),
     "temperature": POSITIVE,
 }
 
 VIT = {
-    "width": optional(COUNT),
-    "depth": optional(whole(4)),
-    "num_heads": optional(COUNT),
+    "width": optional(WIDTH),
+    "depth": optional(whole(4, 1024)),
+    "num_heads": optional(WIDTH),
     "drop_path": PROPER_SHARE,
     "remat": OneOf(POLICIES),
     "attention_chunk": optional(COUNT),
@@ -98,7 +99,7 @@ ALLOWED: Table = {
         "format": OneOf(FORMATS),
         "num_classes": CLASSES,
         "num_parts": CLASSES,
-        "size": Pair(COUNT),
+        "size": Pair(whole(1, 16384)),
         "seed": SEED,
         "lengths": {"train": COUNT, "validation": whole(0), "test": whole(0)},
         "workers": WORKERS,
@@ -140,8 +141,8 @@ ALLOWED: Table = {
         "vit": {
             **VIT,
             "size": OneOf(VITS),
-            "mlp_ratio": POSITIVE,
-            "patch_size": COUNT,
+            "mlp_ratio": Interval(0, 64, "(]"),
+            "patch_size": whole(1, 1024),
             "patch_embed": OneOf(PATCH_EMBEDS),
             "class_token": FLAG,
             "approximate_gelu": FLAG,
@@ -150,8 +151,8 @@ ALLOWED: Table = {
         "dinov2": {**VIT, "size": OneOf([size for size in VITS if size != "tiny"])},
         "swin": {
             "size": OneOf(SWINS),
-            "width": optional(COUNT),
-            "window_size": COUNT,
+            "width": optional(WIDTH),
+            "window_size": whole(1, 64),
             "always_partition": FLAG,
             "drop_path": PROPER_SHARE,
             "remat": OneOf(POLICIES),
@@ -160,25 +161,25 @@ ALLOWED: Table = {
     },
     "interaction": OneOf(INTERACTIONS),
     "interactions": {
-        "none": {"mlp_width": optional(COUNT)},
-        "cross_attention": {"num_heads": COUNT, "query_chunk": optional(COUNT), "pre_norm": FLAG},
+        "none": {"mlp_width": optional(WIDTH)},
+        "cross_attention": {"num_heads": WIDTH, "query_chunk": optional(COUNT), "pre_norm": FLAG},
         "kem": KEM,
         "skem": KEM,
         "shared_workspace": {
-            "num_slots": COUNT,
-            "num_heads": COUNT,
-            "key_dim": optional(COUNT),
+            "num_slots": WIDTH,
+            "num_heads": WIDTH,
+            "key_dim": optional(WIDTH),
             "top_k": optional(COUNT),
             "gate": optional(OneOf([gate for gate in GATES if gate])),
-            "mlp_layers": COUNT,
-            "rounds": COUNT,
+            "mlp_layers": ROUNDS,
+            "rounds": ROUNDS,
         },
         "within_tasks": KEM,
     },
     "input_scale": Interval(0, 16, "(]"),
-    "channels": COUNT,
-    "stride": COUNT,
-    "scales": Several(COUNT),
+    "channels": WIDTH,
+    "stride": whole(1, 1024),
+    "scales": Several(whole(1, 1024)),
     "persist": FLAG,
     "upsample": OneOf(UPSAMPLES),
     "preliminary": FLAG,
@@ -200,7 +201,7 @@ ALLOWED: Table = {
         "gradvac": {"beta": Interval(0, 1)},
         "gradnorm": {"alpha": NOT_NEGATIVE, "learning_rate": POSITIVE},
     },
-    "steps": STEPS,
+    "steps": COUNT,
     "batch_size": COUNT,
     "accumulate": COUNT,
     "optimizer": {

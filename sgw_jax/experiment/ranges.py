@@ -10,6 +10,8 @@ from typing import Any
 
 from sgw_jax.data_pipelines.errors import InputError
 
+LARGEST = 2**31 - 1  # the whole numbers that arrays on devices hold
+
 
 class Range(abc.ABC):
     """A set of values."""
@@ -36,7 +38,7 @@ class Range(abc.ABC):
 class Interval(Range):
     """The finite numbers, or the whole ones, from ``low`` to ``high``; ``ends`` says which of the two belong to it.
 
-    JSON and configuration files know numbers of several types: all are taken, but True and False are none.
+    ``LARGEST`` is no bound of its own: nothing is said of it. JSON and configuration files know numbers of several types: all are taken, but True and False are none.
     """
 
     low: float
@@ -46,7 +48,7 @@ class Interval(Range):
 
     @property
     def words(self) -> str:
-        if self.high < math.inf:
+        if self.high not in (LARGEST, math.inf):
             return f"in {self.ends[0]}{_brief(self.low)}, {_brief(self.high)}{self.ends[1]}"
         if self.ends[0] == "[":
             return f"at least {_brief(self.low)}"
@@ -59,7 +61,9 @@ class Interval(Range):
         return bool(above and (value <= self.high if self.ends[1] == "]" else value < self.high))
 
     def hint(self, value: Any) -> str:
-        return "" if self._is_number(value) else f" Give a {'whole' if self.whole else 'finite'} number."
+        if not self._is_number(value):
+            return f" Give a {'whole' if self.whole else 'finite'} number."
+        return " Give a number below 2^31." if self.whole and value > LARGEST == self.high else ""
 
     def _is_number(self, value: Any) -> bool:
         kind = numbers.Integral if self.whole else numbers.Real
@@ -155,7 +159,7 @@ class Either(Range):
         return self.of.hint(value)
 
 
-def whole(low: int, high: float = math.inf, ends: str = "[]") -> Interval:
+def whole(low: int, high: int = LARGEST, ends: str = "[]") -> Interval:
     """The whole numbers between two."""
     return Interval(low, high, ends, whole=True)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.experiment.experiment import Experiment
@@ -154,14 +155,17 @@ def print_pod_plan(found: PodPlan, console: Console) -> None:
     """The plan in words; estimates are called so."""
     chip = chip_of(found.device)
     mesh = ", ".join(f"{axis} {size}" for axis, size in found.mesh.items())
-    console.print(f"[bold]{found.devices} x {chip.name if chip else found.device}[/bold], mesh {mesh}")
+    console.print(Text.assemble((f"{found.devices} x {chip.name if chip else found.device}", "bold"), f", mesh {mesh}"))
     console.print(f"Batch {found.batch_size}: {found.batch_size / found.devices:g} images a device.")
     if found.needed is not None:
         have = f" of {chip.memory / GIB:.2f}" if chip else ""
         console.print(
-            f"[red]It does not fit[/red]: the step needs {found.needed / GIB:.2f}{have} GiB a device. What helps, in "
-            "this order: --config.backbones.NAME.remat=full (a third more compute), a smaller batch_size or a larger "
-            "accumulate, a larger mesh.fsdp (parameters and moments), a larger mesh.context (activations)."
+            Text.assemble(
+                ("It does not fit", "red"),
+                f": the step needs {found.needed / GIB:.2f}{have} GiB a device. What helps, in this order: "
+                "--config.backbones.NAME.remat=full (a third more compute), a smaller batch_size or a larger "
+                "accumulate, a larger mesh.fsdp (parameters and moments), a larger mesh.context (activations).",
+            )
         )
         return
     table = Table("a device", "GiB")

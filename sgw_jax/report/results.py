@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from sgw_jax.data_pipelines import consoles
 from sgw_jax.data_pipelines.atomic import replacing, write_atomically
 from sgw_jax.data_pipelines.errors import files_named
 from sgw_jax.data_pipelines.progress import counted
@@ -76,7 +77,7 @@ def finish(
         checkpoint=which if isinstance(which, str) else "chosen",
         speed=measured,
     )
-    print_table(console, results)
+    print_table(consoles.results(console), results)
     if jax.process_index() == 0:
         write(results, pictures, workdir, console)
     return results
@@ -208,4 +209,4 @@ def write(results: Results, pictures: Mapping[str, Any], workdir: Path, console:
         write_report(page, results, pictures, read_metrics(workdir / "metrics.jsonl"))
         with replacing(workdir / f"examples{suffix}.png") as temporary:
             gallery(pictures).save(temporary, "PNG")
-    console.print(f"Report: {page}   numbers: {numbers}")
+    consoles.results(console).print(f"Report: {page}   numbers: {numbers}", soft_wrap=True)

@@ -6,8 +6,8 @@ from typing import Any
 
 import rich.box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from sgw_jax.evaluation.metrics import relative_gain
 from sgw_jax.report.record import Metrics, Results, TaskDescription
@@ -21,48 +21,48 @@ Record = dict[str, Any]
 def print_table(console: Console, results: Results) -> None:
     """Rows are tasks; columns are the network, and each reference predictor with the gain over it. Fits 80 columns."""
     headline = headline_table(results)
-    title = escape(f"{results.name} on {results.split}")
+    title = Text(f"{results.name} on {results.split}")
     table = Table(title=title, title_justify="left", title_style="bold", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("task")
     table.add_column("metric", no_wrap=True)
     for name in headline["columns"]:
-        table.add_column(escape(name.replace(" ", "\n")), justify="right", no_wrap=True)
+        table.add_column(Text(name.replace(" ", "\n")), justify="right", no_wrap=True)
         if name in headline["gains"]:
             table.add_column("gain", justify="right", no_wrap=True)
     colours = {"good": "green", "bad": "red", "": "dim"}
     for row in headline["rows"]:
-        values = [f"[bold]{cell['text']}[/bold]" if cell["best"] else cell["text"] for cell in row["values"]]
-        gains = [f"[{colours[cell['tone']]}]{cell['text']}[/]" for cell in row["gains"]]
+        values = [Text(cell["text"], "bold" if cell["best"] else "") for cell in row["values"]]
+        gains = [Text(cell["text"], colours[cell["tone"]]) for cell in row["gains"]]
         metric = " ".join(part for part in (row["metric"], row["unit"], row["arrow"]) if part)
-        table.add_row(escape(row["task"]), escape(metric), values[0], *_interleaved(values[1:], gains))
+        table.add_row(Text(row["task"]), Text(metric), values[0], *_interleaved(values[1:], gains))
     if headline["means"]:
-        means = [f"[bold]{cell['text']}[/bold]" for cell in headline["means"]]
+        means = [Text(cell["text"], "bold") for cell in headline["means"]]
         table.add_section()
-        table.add_row("mean gain", "", "", *_interleaved([""] * len(means), means))
+        table.add_row("mean gain", "", "", *_interleaved([Text()] * len(means), means))
     console.print(table)
 
 
 def print_metrics(console: Console, title: str, tasks: Sequence[TaskDescription], metrics: Metrics) -> None:
     """Every metric of every task with its unit and direction, the headline in bold."""
-    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)  # of a path: longer than the table is wide
+    console.print(Text(title, "bold"), soft_wrap=True)  # of a path: longer than the table is wide
     table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("task")
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right", no_wrap=True)
     for task in tasks:
-        name = escape(task.name)
+        name = task.name
         for metric, value in metrics[task.name].items():
             unit = task.units.get(metric, "")
             parts = (metric, unit, arrow_of(task.directions.get(metric))["arrow"])
             text = number(value, unit)
-            headline = f"[bold]{text}[/bold]" if metric == task.metric else text
-            table.add_row(name, escape(" ".join(part for part in parts if part)), headline)
+            headline = Text(text, "bold" if metric == task.metric else "")
+            table.add_row(Text(name), Text(" ".join(part for part in parts if part)), headline)
             name = ""
         table.add_section()
     console.print(table)
 
 
-def _interleaved(values: Sequence[str], gains: Sequence[str]) -> list[str]:
+def _interleaved(values: Sequence[Text], gains: Sequence[Text]) -> list[Text]:
     return [text for pair in zip(values, gains, strict=True) for text in pair]
 
 
