@@ -75,6 +75,9 @@ def get_config() -> ConfigDict:
                 "size": (64, 96),  # height, width that the network sees, in training and evaluation
                 "seed": 0,  # scenes: of the scenes themselves
                 "lengths": {"train": 2048, "validation": 256, "test": 256},  # scenes: images per split
+                # The look at the data before step 1 (docs/your-data.md): full = every value | sizes = names of files
+                # and sizes of images alone | off.
+                "check": "full",
                 "workers": 0,  # loader processes; 0 = threads alone
                 "threads": 2,  # loader threads per process
             },

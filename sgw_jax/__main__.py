@@ -1,4 +1,4 @@
-"""The command: sgw-jax train | evaluate | predict | score | plan | prepare | launch (also python -m sgw_jax).
+"""The command: sgw-jax check | train | evaluate | predict | score | plan | prepare | launch (also python -m sgw_jax).
 
 What a command needs is imported when it is chosen: `launch` runs on the standard library, and `prepare` without JAX.
 """
@@ -15,6 +15,7 @@ from sgw_jax import __version__
 from sgw_jax.data_pipelines.errors import MissingPackageError, extra_named
 
 COMMANDS = {
+    "check": "Look at the data of a configuration, as every training does first. Needs no network.",
     "train": "Train, or go on where --workdir stands; then evaluate and write report.html.",
     "evaluate": "Evaluate a run's checkpoint on a split.",
     "predict": "Predict on image files: panels (PNG) and arrays (npz).",
@@ -32,6 +33,7 @@ configuration:
   --config.steps=200 --config.optimizer.learning_rate=3e-4    any key of configs/base.py
 
 examples:
+  python -m sgw_jax check --config=scenes --config.data.source=folder --config.data.root=DIR --html=data.html
   python -m sgw_jax train --config=configs/scenes.py --workdir=runs/scenes    (the same again: resumes)
   python -m sgw_jax train --config=scenes --workdir=runs/tuned --init_from=runs/scenes
   python -m sgw_jax evaluate --workdir=runs/scenes --split=validation
@@ -81,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--heartbeat_seconds", type=_seconds, default=100, help=help)
         return sub
 
+    sub = command("check", workdir=False, checkpoint=False)
+    sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
+    sub.add_argument("--json", help="file to write the numbers and findings to")
+    sub.add_argument("--html", help="file to write a page with examples to")
     sub = command("train", checkpoint=False)
     sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
     sub.add_argument("--init_from", help="workdir of another run whose parameters are the start")

@@ -20,6 +20,7 @@ from sgw_jax.tasks.base import Task
 # Keys that may differ between a run and its resumption: they change no number of the run on the same mesh.
 FREE_KEYS = (
     *("log_every", "keep", "mesh", "data.workers", "data.threads", "data.root", "data.format", "boundary"),
+    "data.check",  # a look at the data changes none
     *("profile_after", "profile_steps"),
     "backbone_weights",  # read at step 0 alone
 )
