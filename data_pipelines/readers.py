@@ -92,7 +92,7 @@ def read_text(path: Path) -> str:
     """UTF-8, with or without a byte order mark; another encoding is named."""
     content = path.read_bytes()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
-        raise WrongFileError("text in UTF-16, or no text", "UTF-8; save it anew in this encoding")
+        raise WrongFileError("no UTF-8 text but UTF-16, or no text", "UTF-8; save it anew in this encoding")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

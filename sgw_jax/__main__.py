@@ -90,6 +90,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", checkpoint=False)
     sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
     sub.add_argument("--init_from", help="workdir of another run whose parameters are the start")
+    help = "go on where files of the data changed since the run began; data_changes.json keeps a note"
+    sub.add_argument("--accept_changed_data", action="store_true", help=help)
     sub = command("evaluate")
     sub.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
     sub.add_argument("--mesh", type=_mesh, help="in place of the run's, for another number of devices")

@@ -37,7 +37,11 @@ class Trained:
 
 
 def train(
-    experiment: Experiment, workdir: Path | str, console: Console, init_from: Path | str | None = None
+    experiment: Experiment,
+    workdir: Path | str,
+    console: Console,
+    init_from: Path | str | None = None,
+    accept_changed_data: bool = False,
 ) -> Trained:
     """Trains from where the working directory stands to the last step; the same call resumes exactly.
 
@@ -46,6 +50,7 @@ def train(
 
     Args:
       init_from: another run's working directory, whose best parameters are the start (ignored when resuming).
+      accept_changed_data: go on where the data are no more those that the run began with; the run keeps a note of it.
 
     Raises:
       WorkdirError: the directory holds a run of another configuration or data set; it names the differences.
@@ -54,7 +59,9 @@ def train(
     """
     workdir, settings, mesh = Path(workdir), experiment.settings, experiment.mesh
     with files_named(f"--workdir={workdir}"):
-        claim_workdir(workdir, experiment)
+        changes = claim_workdir(workdir, experiment, accept_changed_data)
+    if changes:
+        console.print("Going on with changed data:", *changes, sep="\n  ", soft_wrap=True, markup=False)
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_full_named(workdir))
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=settings.keep))
@@ -114,11 +121,16 @@ def summary(experiment: Experiment, found: Evaluation) -> str:
     )
 
 
-def check_start(experiment: Experiment, workdir: Path | str, init_from: Path | str | None = None) -> None:
+def check_start(
+    experiment: Experiment,
+    workdir: Path | str,
+    init_from: Path | str | None = None,
+    accept_changed_data: bool = False,
+) -> None:
     """Raises all that `train` would refuse at its beginning, without having rendered, compiled or written anything."""
     state = abstract_state(experiment)
     with files_named(f"--workdir={workdir}"):
-        check_workdir(Path(workdir), experiment)
+        check_workdir(Path(workdir), experiment, accept_changed_data)
     if init_from is not None:
         if experiment.backbone_weights:
             raise InputError("--init_from brings a backbone of its own: give it or config.backbone_weights, not both.")

@@ -72,9 +72,11 @@ class Spread:
     @classmethod
     def of(cls, values: np.ndarray, item: int) -> Self:
         """Of one item's valid values: float (pixels, components), at least one pixel."""
-        numbers = (values.min(0), values.max(0), values.sum(0, dtype=np.float64))
+        low, high, total = (
+            tuple(map(float, numbers)) for numbers in (values.min(0), values.max(0), values.sum(0, dtype=np.float64))
+        )
         here = (item,) * values.shape[1]
-        return cls(*(tuple(map(float, number)) for number in numbers), here, here)
+        return cls(low, high, total, here, here)
 
     def __add__(self, other: Self) -> Self:
         lows = [min(pair) for pair in zip(_pairs(self.low, self.low_at), _pairs(other.low, other.low_at), strict=True)]

@@ -21,14 +21,14 @@ from sgw_jax.train import check_start, train
 def run(arguments: argparse.Namespace, overrides: Sequence[str], console: Console) -> int:
     started = time.monotonic()
     experiment = build(read_config(arguments.config, overrides), arguments.cache_dir)
-    check_start(experiment, arguments.workdir, arguments.init_from)
+    check_start(experiment, arguments.workdir, arguments.init_from, arguments.accept_changed_data)
     with files_named(f"--cache_dir={arguments.cache_dir}"):
         subject = Look(experiment.config, experiment.tasks, experiment.data, arguments.cache_dir)
         look = sources.look(subject, console)
         if look is not None:
             show(look, console)
         sources.prepare(experiment.data, console)
-    trained = train(experiment, arguments.workdir, console, arguments.init_from)
+    trained = train(experiment, arguments.workdir, console, arguments.init_from, arguments.accept_changed_data)
     if trained.stopped_by:
         steps = f"{trained.step} of {experiment.settings.steps}"
         console.print(f"Stopped by {trained.stopped_by.name}; saved at step {steps}.")

@@ -14,6 +14,7 @@ import numpy as np
 from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import UserError
 from sgw_jax.experiment.experiment import Experiment, differences
+from sgw_jax.run.data_changes import CHANGES, changed_data, changed_files, keep_files, record_change
 from sgw_jax.sharding import from_all_processes
 
 IDENTITY = "run.json"
@@ -50,8 +51,11 @@ def _is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def check_workdir(workdir: Path, experiment: Experiment) -> None:
-    """Compares what this run is with what the directory holds, if anything.
+def check_workdir(workdir: Path, experiment: Experiment, accept_changed_data: bool = False) -> list[str]:
+    """Compares what this run is with what the directory holds, if anything; returns what changed in the data.
+
+    Args:
+      accept_changed_data: data that changed are no error.
 
     Raises:
       WorkdirError: another configuration, seed, batch size, task or data set; it lists the keys that differ.
@@ -62,7 +66,17 @@ def check_workdir(workdir: Path, experiment: Experiment) -> None:
             there = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise WorkdirError(f"{path} is damaged ({error}); use another --workdir.") from error
-        lines = list(differences(there, json.loads(json.dumps(experiment.identity()))))
+        now = json.loads(json.dumps(experiment.identity()))
+        lines, in_data = list(differences(there, now)), changed_data(there, now)
+        if in_data and len(lines) == len(in_data):
+            changes = changed_files(workdir, experiment.data) or in_data
+            if accept_changed_data:
+                return changes
+            raise WorkdirError(
+                f"The data changed since the run in {workdir} began:\n  " + "\n  ".join(changes) + "\n"
+                "Restore them, use another --workdir, or go on with the data as they are by --accept_changed_data; "
+                f"{CHANGES} of the run will say so."
+            )
         if lines:
             raise WorkdirError(
                 f"{workdir} holds a run that differs from this one:\n  " + "\n  ".join(lines) + "\n"
@@ -70,6 +84,7 @@ def check_workdir(workdir: Path, experiment: Experiment) -> None:
             )
     elif has_checkpoint(workdir):
         raise WorkdirError(f"{workdir} has checkpoints but no {IDENTITY}; use another --workdir.")
+    return []
 
 
 def has_checkpoint(workdir: Path) -> bool:
@@ -78,17 +93,22 @@ def has_checkpoint(workdir: Path) -> bool:
     return folder.exists() and any(folder.iterdir())
 
 
-def claim_workdir(workdir: Path, experiment: Experiment) -> None:
-    """Writes what this run is into the directory, unless it is there and equal (see `check_workdir`)."""
+def claim_workdir(workdir: Path, experiment: Experiment, accept_changed_data: bool = False) -> list[str]:
+    """Writes what this run is into the directory, unless it is there and equal (see `check_workdir`); returns what
+    changed in the data."""
     path = workdir / IDENTITY
-    check_workdir(workdir, experiment)
+    changes = check_workdir(workdir, experiment, accept_changed_data)
     wait_for_all("workdir checked")  # every process reads before the first one writes
-    if jax.process_index() == 0 and not path.exists():
+    if jax.process_index() == 0 and (changes or not path.exists()):
         workdir.mkdir(parents=True, exist_ok=True)
+        if changes:
+            record_change(workdir, changes)
+        keep_files(workdir, experiment.data)
         write_atomically(path, json.dumps(experiment.identity(), indent=1))
     wait_for_all("workdir claimed")
     if not path.exists():
         raise WorkdirError(f"Process {jax.process_index()} does not see {path}: all processes must share --workdir.")
+    return changes
 
 
 def wait_for_all(what: str) -> None:
