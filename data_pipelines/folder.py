@@ -134,7 +134,10 @@ class Folder:
             for folder in folders:
                 if id_ in self.found[folder]:
                     file = f"{folder}/{self.found[folder][id_]}"
-                    yield id_, file, (self.root / file).stat().st_size
+                    try:
+                        yield id_, file, (self.root / file).stat().st_size
+                    except OSError as error:  # a link that leads nowhere
+                        raise InputError(f"{self.root / file}: {error.strerror or error}") from error
 
 
 def _find_files(folder: Path, ids: tuple[str, ...], suffixes: tuple[str, ...], what: str) -> dict[str, str]:

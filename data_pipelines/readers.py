@@ -67,7 +67,7 @@ def first_few(names: Sequence[object], count: int = 10) -> str:
 def read_ids(path: Path) -> tuple[str, ...]:
     """The ids of a split file, one per line; raises ValueError unless there is one and none stands twice."""
     if not path.exists():
-        there = sorted(file.stem for file in path.parent.glob("*.txt"))
+        there = sorted(file.stem for file in path.parent.glob("[!.]*.txt"))
         raise InputError(f"{path}: no such split file; splits in {path.parent}: {', '.join(there) or 'none'}")
     text = read(path, "list of ids", read_text)
     ids = tuple(line.strip() for line in text.splitlines() if line.strip())

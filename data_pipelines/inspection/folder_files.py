@@ -67,7 +67,7 @@ def _files(directory: Path, folder: str, folders: Mapping[str, Folder]) -> Itera
         )
     unused = [name for name in rest if name not in near.values()]
     if unused:
-        found = f"{len(unused):,} files that no split lists: {first_few(unused, 5)}"
+        found = f"files that no split lists: {first_few(unused, 5)}"
         yield Finding(
             False, str(directory), found, "", "They are not read; add their ids to a split if they are meant."
         )

@@ -165,13 +165,13 @@ def _duplicates(splits: Mapping[str, SplitFacts], sources: Mapping[str, Source])
         again = [items for items in facts.contents.values() if len(items) > 1]
         if again:
             pairs = [" = ".join(_image(sources[split], item) for item in items[:3]) for items in again]
-            found = f"{len(again):,} images are there more than once: {first_few(pairs, 3)}"
+            found = f"images that are there more than once: {first_few(pairs, 3)}"
             yield Finding(False, f"{split} split", found, "", "They count several times; keep one of each.")
     for one, other in itertools.combinations(splits, 2):
         shared = splits[one].contents.keys() & splits[other].contents.keys()
         if shared:
             places = sorted((splits[one].contents[digest][0], splits[other].contents[digest][0]) for digest in shared)
             pairs = [f"{_image(sources[one], a)} = {_image(sources[other], b)}" for a, b in places]
-            found = f"{len(shared):,} images are in both: {first_few(pairs, 3)}"
+            found = f"images that are in both: {first_few(pairs, 3)}"
             advice = "Scores on images that were seen before are too good; take them out of one of the lists."
             yield Finding(False, f"splits {one} and {other}", found, "", advice)

@@ -199,7 +199,7 @@ def _new_classes(splits: Mapping[str, SplitFacts], task: str, asked: Asked) -> I
         if trained is not None and there is not None:
             new = [n for v, n in enumerate(asked.class_names) if there.pixels[v] and not trained.pixels[v]]
             if new:
-                found = f"{len(new)} classes have labels here and none in training: {first_few(new)}"
+                found = f"classes with labels here and none in training: {first_few(new)}"
                 advice = "Their IoU will be 0, which lowers the mean."
                 yield Finding(False, f"{split} split, task {task!r}", found, "", advice)
 

@@ -7,26 +7,26 @@ from pathlib import Path
 from rich.console import Console
 
 from sgw_jax.commands import sources
+from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import files_named
 from sgw_jax.experiment.build import build_protocol
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.experiment.inspection import Look, raise_errors
-from sgw_jax.report.data_page import write_data_json, write_data_page
+from sgw_jax.report.data_page import data_json, data_page
 from sgw_jax.report.data_tables import print_inspection
 
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str], console: Console) -> int:
     config = read_config(arguments.config, overrides)
     protocol = build_protocol(config, arguments.cache_dir)
-    with files_named(f"--cache_dir={arguments.cache_dir}"):
-        look = sources.look(Look(config, protocol.tasks, protocol.data, arguments.cache_dir), console, again=True)
+    look = sources.look(Look(config, protocol.tasks, protocol.data, arguments.cache_dir), console, again=True)
     if look is None:
         console.print("There is nothing to look at: data that are rendered here, or config.data.check is off.")
         return 0
     print_inspection(look, console)
-    for path, write in ((arguments.json, write_data_json), (arguments.html, write_data_page)):
+    for path, make in ((arguments.json, data_json), (arguments.html, data_page)):
         if path:
             with files_named(path):
-                write(Path(path), look)
+                write_atomically(Path(path), make(look))
     raise_errors(look.found.findings)
     return 0

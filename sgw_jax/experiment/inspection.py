@@ -7,7 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.errors import InputError, files_named
 from sgw_jax.data_pipelines.inspection import cache
 from sgw_jax.data_pipelines.inspection.findings import raise_errors
 from sgw_jax.data_pipelines.inspection.look import LEVELS, Inspection, look
@@ -86,15 +86,17 @@ def inspect(subject: Look, console: Console, *, again: bool = False) -> Look | N
         "protocol": config.protocol,
         "tasks": [task.to_dict() for task in subject.tasks],
     }
-    key = cache.state(data.sources, wanted)
+    with files_named(f"config.data.root={config.data.root}"):
+        key = cache.state(data.sources, wanted)
+        named = data_set.name_findings(data.sources)
     kept = None if again else cache.kept(Path(subject.cache_dir), key)
     if kept is not None:
         return dataclasses.replace(subject, found=kept, remembered=True)
     asked = {task.name: asked_of(task) for task in subject.tasks}
-    named = data_set.name_findings(data.sources)
     found = look(data.sources, asked, level, console, fixed=data_set.fixed_classes, named=named)
     if not found.errors:
-        cache.keep(Path(subject.cache_dir), key, found)
+        with files_named(f"--cache_dir={subject.cache_dir}"):
+            cache.keep(Path(subject.cache_dir), key, found)
     return dataclasses.replace(subject, found=found)
 
 

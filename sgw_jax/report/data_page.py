@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.experiment.inspection import Look
 from sgw_jax.pictures.album import Album
 from sgw_jax.report.data_tables import tables
@@ -16,16 +15,16 @@ from sgw_jax.report.tables import Record
 from sgw_jax.tasks.base import Task
 
 
-def write_data_json(path: Path, look: Look) -> None:
-    """Writes the numbers and the findings."""
+def data_json(look: Look) -> str:
+    """The numbers and the findings."""
     record = {"data": look.data.fingerprint(), "tasks": [task.to_dict() for task in look.tasks], **look.found.to_dict()}
-    write_atomically(path, json.dumps(record, indent=1))
+    return json.dumps(record, indent=1)
 
 
-def write_data_page(path: Path, look: Look) -> None:
-    """Writes the page, which needs nothing beside it and stays below 4 MB; without examples where there are errors."""
+def data_page(look: Look) -> str:
+    """The page, which needs nothing beside it and stays below 4 MB; with examples where every item was read well."""
     found, tasks = look.found, look.tasks
-    examples = [] if found.errors else look.examples()
+    examples = look.examples() if found.level == "full" and not found.errors else []
     album = Album()
     page: Record = {
         "title": look.title,
@@ -43,7 +42,7 @@ def write_data_page(path: Path, look: Look) -> None:
         ],
     }
     album.encode()
-    write_atomically(path, render("data.html.jinja", page))
+    return render("data.html.jinja", page)
 
 
 def _row(file: str, arrays: Mapping[str, Any], tasks: tuple[Task, ...], album: Album) -> Record:
