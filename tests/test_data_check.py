@@ -14,6 +14,7 @@ import pytest
 import test_cityscapes
 from PIL import Image
 from rich.console import Console
+from test_data_set_runs import ARCHIVES
 from test_folder import save, write_split
 
 from sgw_jax.__main__ import main
@@ -21,6 +22,7 @@ from sgw_jax.data_pipelines import readers
 from sgw_jax.data_pipelines.cityscapes import Cityscapes
 from sgw_jax.data_pipelines.file_names import near_names
 from sgw_jax.data_pipelines.inspection.look import Inspection, look
+from sgw_jax.data_pipelines.prepare import SOURCES
 from sgw_jax.experiment.build import build_protocol
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.experiment.inspection import Look, asked_of, inspect, raise_errors
@@ -482,3 +484,19 @@ def test_a_pipe_is_never_opened(tmp_path, file):
     os.mkfifo(root / file)
     with pytest.raises(ValueError, match=rf"(?s){file}.*it is a named pipe; allowed: a regular file"):
         raise_errors(found_in(root, "semseg").findings)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_published_archives_are_looked_at_too(tmp_path, name):
+    """Every item is read; the headers alone say the same of the sizes."""
+    (write_one,) = [write_one for other, write_one in ARCHIVES.values() if other == name]
+    write_one(tmp_path)
+    source = SOURCES[name](tmp_path, "train")
+    tasks = [TASKS[task]() for task in source.tasks]
+    asked = {task.name: asked_of(task) for task in tasks}
+    full, sizes = (
+        look({"train": source}, asked, level, None, fixed=True).splits["train"] for level in ("full", "sizes")
+    )
+    assert set(full.tasks) == set(source.tasks)
+    assert full.sizes == sizes.sizes
+    assert sum(full.sizes.values()) == len(source)

@@ -50,7 +50,7 @@ def _files(directory: Path, folder: str, folders: Mapping[str, Folder]) -> Itera
     rest = [name for name in visible(os.listdir(directory)) if name not in used]
     lacking = [id_ for source in folders.values() for id_ in source.ids if id_ not in source.found[folder]]
     pictured = {os.path.splitext(name)[0] for name in os.listdir(one.root / "images")}
-    nobodys = [n for n in rest if os.path.splitext(n)[0] not in pictured or os.path.splitext(n)[1] not in suffixes]
+    nobodys = [name for name in rest if os.path.splitext(name)[0] not in pictured - set(lacking)]
     near = near_names(dict.fromkeys(lacking), nobodys)
     for form in sorted({os.path.splitext(name)[1] for name in near.values()}):
         names = {id_: name for id_, name in near.items() if os.path.splitext(name)[1] == form}

@@ -185,7 +185,10 @@ def classes_in_training(seen: Seen) -> Iterator[Finding]:
         allowed = "most of the data set's classes"
         yield seen.error(found, allowed, "Are the labels of another numbering (train ids in place of label ids)?")
     else:
-        yield seen.warning(found, "They cannot be learnt; num_classes counts from 0 to the greatest label.")
+        yield seen.warning(
+            found,
+            "They cannot be learnt." + ("" if seen.fixed else " If these are no classes, num_classes is too large."),
+        )
 
 
 MANY = 50  # images; of a few of them most classes may be absent

@@ -85,7 +85,7 @@ def _task_cells(task: Task, found: Inspection, split: str) -> tuple[str, str, st
     facts = found.splits[split].tasks.get(task.name)
     if facts is None or not facts.valid:
         return MISSING, "0" if facts is None else f"{facts.images:,}", MISSING if facts is None else "100.0 %"
-    kind, unit, holds = task.target["kind"], "", ""
+    kind, holds = task.target["kind"], ""
     if facts.levels is not None and kind == "labels":
         seen = sum(facts.levels.pixels[value] > 0 for value in range(len(task.legend())))
         holds = f"{seen} of {len(task.legend())} classes"
@@ -97,7 +97,7 @@ def _task_cells(task: Task, found: Inspection, split: str) -> tuple[str, str, st
         if kind == "vectors":
             holds = f"mean direction {', '.join(f'{mean:.2f}' for mean in means)}"
         else:
-            unit = " m" if task.units.get(task.metric) == "m" else ""
+            unit = f" {task.units.get(task.metric, '')}".rstrip()
             holds = f"{facts.spread.low[0]:.3g}..{facts.spread.high[0]:.3g}{unit}, mean {means[0]:.3g}{unit}"
     return holds, f"{facts.images:,}", f"{100 * facts.ignored:.1f} %"
 
