@@ -78,7 +78,9 @@ class Folder:
         if any(os.path.splitext(id_)[1].lower() in IMAGE_SUFFIXES for id_ in ids) and folder == "images":
             return f"; {self.root / 'splits' / self.split}.txt lists ids, which are file names without their suffix"
         near = near_names(ids, visible(os.listdir(self.root / folder)))
-        return f"; perhaps meant: {readers.first_few(list(near.values()))}, rename these files" if near else ""
+        return (
+            f"; perhaps meant: {readers.first_few(list(near.values()))}, rename or convert these files" if near else ""
+        )
 
     def __len__(self) -> int:
         return len(self.ids)

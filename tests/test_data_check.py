@@ -249,6 +249,8 @@ FIRST = LABELS == 0
     ("task", "suffix", "values", "message"),
     [
         ("semseg", "png", np.full(SIZE, 255), "every pixel is 255, which is ignored.*another numbering"),
+        ("semseg", "png", 0 * LABELS, "of 4 classes class 0 alone has labels"),
+        ("semseg", "png", np.where(FIRST, 1, 255), "of 4 classes class 1 alone has labels"),
         ("semseg", "png", 85 * LABELS, "value 85 .in 2 images., 170 .in 2 images., but there are 4 classes"),
         ("saliency", "png", MASK // 255, "only values of the whole split are 0 and 1, .* 0.004.*Store 1 as 255"),
         ("saliency", "png", np.where(FIRST, 1, 255 * (LABELS == 1)), "0 and 1 and 255.*negative"),
@@ -384,7 +386,7 @@ def test_files_of_other_images_and_hidden_files_are_no_errors(tmp_path):
 def test_missing_images_are_told_what_is_there(tmp_path):
     root = write(tmp_path, semseg=GOOD["semseg"])
     (root / "images/train1.png").rename(root / "images/train1.PNG")
-    with pytest.raises(ValueError, match=r"lacks 1 of the 2 images .*perhaps meant: train1.PNG, rename"):
+    with pytest.raises(ValueError, match=r"lacks 1 of the 2 images .*perhaps meant: train1.PNG, rename or convert"):
         found_in(root, "semseg")
     write_split(root, "train", "train0.png")
     with pytest.raises(ValueError, match="lists ids, which are file names without their suffix"):

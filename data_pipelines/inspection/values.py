@@ -180,6 +180,13 @@ def classes_in_training(seen: Seen) -> Iterator[Finding]:
     absent = [name for value, name in enumerate(seen.asked.class_names) if not levels.pixels[value]]
     if not absent:
         return
+    if len(absent) == seen.asked.classes - 1:
+        only = next(name for value, name in enumerate(seen.asked.class_names) if levels.pixels[value])
+        found = (
+            f"of {seen.asked.classes} classes {only} alone has labels, so that a network that knows no other is perfect"
+        )
+        yield seen.error(found, "labels of at least two classes", "Correct the labels, or leave the task out.")
+        return
     found = f"{len(absent)} of {seen.asked.classes} classes have no label: {first_few(absent)}"
     if seen.fixed and 2 * len(absent) > seen.asked.classes and seen.images >= MANY:
         allowed = "most of the data set's classes"

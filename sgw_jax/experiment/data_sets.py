@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
-from sgw_jax.data_pipelines import scenes
+from sgw_jax.data_pipelines import readers, scenes
 from sgw_jax.data_pipelines.cityscapes import Cityscapes
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.folder import Folder
@@ -115,8 +115,10 @@ class OwnFolder(DataSet):
         root = _root(config)
         found = [split for split in SPLITS if (root / "splits" / f"{split}.txt").exists()]
         if "train" not in found:
+            there = readers.first_few(sorted(path.name for path in (root / "splits").glob("[!.]*"))) or "nothing"
             raise InputError(
-                f"config.data.root: {root / 'splits' / 'train.txt'} does not exist; it lists the training images."
+                f"config.data.root: {root / 'splits' / 'train.txt'} does not exist; it lists the training images. "
+                f"{root / 'splits'} holds {there}."
             )
         return {split: Folder(root, split, targets) for split in found}
 
