@@ -84,6 +84,9 @@ def get_config() -> ConfigDict:
                     "validation": 256,  # at least 0
                     "test": 256,  # at least 0
                 },
+                # The look at the data before step 1 (docs/your-data.md): full = every value | sizes = names of files
+                # and sizes of images alone | off.
+                "check": "full",
                 "workers": 0,  # loader processes, in [0, 1024]; 0 = threads alone
                 "threads": 2,  # loader threads per process, in [1, 1024]
             },

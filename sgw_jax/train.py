@@ -50,6 +50,7 @@ def train(
     console: Console,
     init_from: Path | str | None = None,
     step: int | None = None,
+    accept_changed_data: bool = False,
 ) -> Trained:
     """Trains from where the working directory stands to the last step; the same call resumes exactly.
 
@@ -59,6 +60,7 @@ def train(
     Args:
       init_from: another run's working directory, whose best parameters are the start (ignored when resuming).
       step: of the checkpoint to go on from; later ones are set aside. None: the last.
+      accept_changed_data: go on where the data are no more those that the run began with; the run keeps a note of it.
 
     Raises:
       WorkdirError: the directory holds a run of another configuration or data set (it names the differences), or
@@ -70,11 +72,13 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_full_named(workdir))
         with files_named(f"--workdir={workdir}"):
-            check_workdir(workdir, experiment)  # a directory of others gets no lock
+            check_workdir(workdir, experiment, accept_changed_data)  # a directory of others gets no lock
             stack.enter_context(held(workdir, console))
             if step is not None:
                 set_aside_after(workdir, step, console)
-            claim_workdir(workdir, experiment)
+            changes = claim_workdir(workdir, experiment, accept_changed_data)
+        if changes:
+            console.print("Going on with changed data:", *changes, sep="\n  ", soft_wrap=True, markup=False)
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=settings.keep))
         done = start = checkpoints.latest_step or 0
         if start:
@@ -134,12 +138,16 @@ def summary(experiment: Experiment, found: Evaluation) -> str:
 
 
 def check_start(
-    experiment: Experiment, workdir: Path | str, init_from: Path | str | None = None, step: int | None = None
+    experiment: Experiment,
+    workdir: Path | str,
+    init_from: Path | str | None = None,
+    step: int | None = None,
+    accept_changed_data: bool = False,
 ) -> None:
     """Raises all that `train` would refuse at its beginning, without having rendered, compiled or written anything."""
     state = abstract_state(experiment)
     with files_named(f"--workdir={workdir}"):
-        check_workdir(Path(workdir), experiment)
+        check_workdir(Path(workdir), experiment, accept_changed_data)
         check_free(Path(workdir))
         read_metrics(Path(workdir) / "metrics.jsonl")
         if step is not None:

@@ -286,7 +286,7 @@ def test_files_that_cannot_be_used_are_named(plain, tmp_path):
     (tmp_path / "splits" / "train.txt").write_bytes(file.read_bytes())
     folder = ["--config.data.source=folder", f"--config.data.root={tmp_path}"]
     said = plain("train", "--config=scenes:tasks=depth", f"--workdir={tmp_path / 'run'}", cache, *folder)
-    assert said.startswith(f"error: {tmp_path / 'splits' / 'train.txt'} is no UTF-8 text")
+    assert said.startswith(f"error: {tmp_path / 'splits' / 'train.txt'}, list of ids: it is no UTF-8 text")
     assert "Traceback" not in said
 
 
