@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import test_pretrained
 import test_report
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -264,7 +264,12 @@ def garbage(draw, original):
 def settled(examples):
     suppressed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(
-        max_examples=examples, deadline=None, derandomize=True, database=None, suppress_health_check=suppressed
+        max_examples=examples,
+        phases=[Phase.generate],  # an example takes a second or two: failures are not made smaller
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=suppressed,
     )
 
 
