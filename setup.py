@@ -96,7 +96,7 @@ setup(
     package_data={
         "sgw_jax": ["py.typed"],
         "sgw_jax.launch": ["scripts/*/*.sh"],
-        "sgw_jax.report": ["page.html.jinja"],
+        "sgw_jax.report": ["page.html.jinja", "data.html.jinja"],
     },
     install_requires=BASE,
     extras_require=EXTRAS,

@@ -27,7 +27,8 @@ def parse_arg(arg: str | None, **defaults: str) -> dict[str, str]:
         item = f"backbone={item}" if "backbone" in defaults and item in SYSTEMS else item
         key, separator, value = item.partition("=")
         if not separator or key not in defaults:
-            raise ValueError(f"config argument {item!r}: expected key=value with a key of {sorted(defaults)}.")
+            systems = f", or alone a backbone of {list(SYSTEMS)}" if "backbone" in defaults else ""
+            raise ValueError(f"config argument {item!r}: expected key=value with a key of {sorted(defaults)}{systems}.")
         values[key] = value
     return values
 
@@ -83,6 +84,9 @@ def get_config() -> ConfigDict:
                     "validation": 256,  # at least 0
                     "test": 256,  # at least 0
                 },
+                # The look at the data before step 1 (docs/your-data.md): full = every value | sizes = names of files
+                # and sizes of images alone | off.
+                "check": "full",
                 "workers": 0,  # loader processes, in [0, 1024]; 0 = threads alone
                 "threads": 2,  # loader threads per process, in [1, 1024]
             },

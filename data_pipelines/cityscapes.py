@@ -84,7 +84,7 @@ class Cityscapes:
         self._folder = readers.archive_split(split, "Cityscapes")
         self.tasks = readers.archive_tasks(tasks, self.TASKS, "Cityscapes")
         directory, suffix = SUFFIXES["image"]
-        images = (self.root / directory / self._folder).glob(f"*/*{suffix}")
+        images = (self.root / directory / self._folder).glob(f"*/[!.]*{suffix}")
         self.ids = tuple(sorted(f"{path.parent.name}/{path.name.removesuffix(suffix)}" for path in images))
         if not self.ids:
             raise InputError(
@@ -128,6 +128,10 @@ class Cityscapes:
     def file_of(self, index: int) -> str:
         """Path of the item's image."""
         return str(self._path("image", self.ids[index]))
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """(height, width) of the item's image, by its header."""
+        return readers.read(self._path("image", self.ids[index]), "image", readers.read_picture_size)
 
     def files(self, index: int) -> tuple[Path, ...]:
         """Every file that the item is read from."""

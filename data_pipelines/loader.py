@@ -40,7 +40,9 @@ class Source(Protocol):
 
     `source[i]` is a dict with "image" uint8 (H, W, 3) and any subset of the targets (data_pipelines/transforms.py). A
     source may have `file_of(i) -> str`, which errors then name, and `ids`, the items' names, by which predictions are
-    found. `fingerprint()` says, as JSON-able data, which data this is: a run goes on only with the same.
+    found. For the look before a run it may have `size_of(i)`, (height, width) by a header, `files(i)`, all that an item
+    is read from, and `target_file(i, task)`, the labels' own. `fingerprint()` says, as JSON-able data, which data this
+    is: a run goes on only with the same.
     """
 
     def __len__(self) -> int: ...

@@ -70,6 +70,10 @@ class _Arrays:
         """Path of the item's image."""
         return str(self._path("image", self.ids[index]))
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        """(height, width) of the item's image, by its header."""
+        return readers.read(self._path("image", self.ids[index]), "image", readers.read_array_size)
+
     def files(self, index: int) -> tuple[Path, ...]:
         """Every file that the item is read from."""
         return tuple(self._path(field, self.ids[index]) for field in ("image", *self.tasks))
@@ -155,7 +159,7 @@ def _count(folder: Path) -> tuple[str, ...]:
     """Ids "0", "1", ... for the .npy files of `folder`, which must be numbered so."""
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder; it holds the images 0.npy, 1.npy, ...")
-    stems = {path.stem for path in folder.glob("*.npy")}
+    stems = {path.stem for path in folder.glob("[!.]*.npy")}
     ids = tuple(map(str, range(len(stems))))
     missing = [f"{id_}.npy" for id_ in ids if id_ not in stems]
     if missing or not ids:

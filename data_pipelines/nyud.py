@@ -97,6 +97,10 @@ class Nyud:
         """Path of the item's image."""
         return str(self._path("image", self.ids[index]))
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        """(height, width) of the item's image, by its header."""
+        return readers.read(self._path("image", self.ids[index]), "image", readers.read_picture_size)
+
     def files(self, index: int) -> tuple[Path, ...]:
         """Every file that the item is read from."""
         return tuple(self._path(field, self.ids[index]) for field in ("image", *self.tasks))

@@ -103,6 +103,11 @@ class Prepared:
         """Where an item lies."""
         return f"{self.directory}, {self.split}, record {index}"
 
+    def files(self, index: int) -> tuple[Path, ...]:
+        """What says that the set is whole; the records lie beside it."""
+        del index
+        return (Path(self.directory / RECORD),)
+
     def fingerprint(self) -> dict[str, Any]:
         """That of the source that was prepared."""
         return dict(self._record["fingerprint"])

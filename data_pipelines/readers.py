@@ -4,8 +4,10 @@ A reader takes a path and returns an array in a source's encoding (data_pipeline
 `WrongFileError` for contents it does not know. `read` calls it and adds the file and its part in the data set.
 """
 
+import codecs
 import hashlib
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ Contents = TypeVar("Contents")
 IGNORE = 255  # of labels
 MILLIMETRES_PER_METRE = 1000
 SHORTEST_VECTOR = 0.5
+NOT_REGULAR = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}  # else a device
 ARCHIVE_SPLITS = {"train": "train", "validation": "val"}  # our names of splits -> those of the published archives
 
 
@@ -33,13 +36,24 @@ class WrongFileError(Exception):
 
 
 def read(path: Path, what: str, reader: Callable[[Path], Contents]) -> Contents:
-    """``reader(path)``. Whatever it raises becomes a ValueError that names the file and `what` it was read as."""
+    """``reader(path)``. Whatever it raises becomes a ValueError that names the file and `what` it was read as.
+
+    What is no regular file is never opened: a pipe would wait for a writer for ever.
+    """
     try:
+        require_regular(path)
         return reader(path)
     except WrongFileError as wrong:
         raise InputError(f"{path}, {what}: {wrong}") from None
     except Exception as error:  # PIL, NumPy and SciPy raise a dozen kinds for damaged files
         raise InputError(f"{path}, {what}: cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def require_regular(path: Path) -> None:
+    """Raises for a directory, a pipe or another thing that is no file of bytes: opening a pipe would wait for ever."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        raise WrongFileError(NOT_REGULAR.get(stat.S_IFMT(mode), "a device"), "a regular file")
 
 
 # --- lists of files
@@ -52,23 +66,41 @@ def first_few(names: Sequence[object], count: int = 10) -> str:
 
 def read_ids(path: Path) -> tuple[str, ...]:
     """The ids of a split file, one per line; raises ValueError unless there is one and none stands twice."""
-    if not path.is_file():
-        there = sorted(file.stem for file in path.parent.glob("*.txt"))
+    if not path.exists():
+        there = sorted(file.stem for file in path.parent.glob("[!.]*.txt"))
         raise InputError(f"{path}: no such split file; splits in {path.parent}: {', '.join(there) or 'none'}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is no UTF-8 text ({error})") from error
+    text = read(path, "list of ids", read_text)
     ids = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not ids:
         raise InputError(f"{path} is empty; it needs one id (a file name without its suffix) per line")
     twice = [id_ for id_, count in Counter(ids).items() if count > 1]
     if twice:
         raise InputError(f"{path} lists {len(twice)} ids more than once: {first_few(twice)}; each id may stand once")
+    hidden = [id_ for id_ in ids if id_.startswith("._")]
+    if hidden:
+        raise InputError(
+            f"{path} lists {len(hidden)} hidden files, which macOS leaves beside the real ones and which are no "
+            f"images: {first_few(hidden)}; take these lines out"
+        )
     nested = [id_ for id_ in ids if "/" in id_ or "\\" in id_]
     if nested:
         raise InputError(f"{path} has ids with a folder in them: {first_few(nested)}; allowed: plain file names")
     return ids
+
+
+def read_text(path: Path) -> str:
+    """UTF-8, with or without a byte order mark; another encoding is named."""
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        raise WrongFileError("no UTF-8 text but UTF-16, or no text", "UTF-8; save it anew in this encoding")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        as_latin = content.splitlines()[line - 1].decode("latin-1").strip()
+        raise WrongFileError(
+            f"no UTF-8 text, perhaps Latin-1: line {line} is then {as_latin!r}", "UTF-8; save it anew in this encoding"
+        ) from None
 
 
 def require_files(files: Iterable[Path], source: str) -> None:
@@ -126,6 +158,12 @@ def read_picture_size(path: Path) -> tuple[int, int]:
         return picture.height, picture.width
 
 
+def read_array_size(path: Path) -> tuple[int, int]:
+    """(height, width) as a .npy file's header says, without reading its values."""
+    height, width = np.load(path, mmap_mode="r", allow_pickle=False).shape[:2]
+    return height, width
+
+
 def read_array(path: Path, channels: tuple[int, ...] = (), kinds: str = "f") -> np.ndarray:
     """A .npy file (H, W, *channels) as stored; (H, W, 1) is read as (H, W). `kinds`: codes of the allowed dtypes."""
     return checked_array(np.load(path, allow_pickle=False), channels, kinds)
@@ -163,7 +201,24 @@ def read_floats(path: Path) -> np.ndarray:
 
 
 def read_labels(path: Path) -> np.ndarray:
-    return read_picture(path, ("L", "P"), "an 8-bit PNG, grey or palette")
+    """The stored indices, uint8. PIL spreads the levels of grey pictures of 2 and 4 bits over 0..255: undone here."""
+    allowed = "a PNG of 8 bits or fewer, grey or palette"
+    with Image.open(path) as picture:
+        if picture.format != "PNG":
+            lossy = ", whose compression changes labels" if picture.format == "JPEG" else ""
+            raise WrongFileError(f"a {picture.format} by its contents{lossy}", allowed)
+        if picture.mode not in ("L", "P", "1"):
+            raise WrongFileError(f"a PNG of mode {picture.mode!r}", allowed)
+        pixels = np.array(picture).astype(np.uint8, copy=False)
+        if picture.mode == "L" and (bits := _png_bits(path)) < 8:
+            pixels //= 255 // (2**bits - 1)
+    return pixels
+
+
+def _png_bits(path: Path) -> int:
+    """Bits of a sample: the byte behind width and height in a PNG's first chunk."""
+    with open(path, "rb") as file:
+        return file.read(25)[24]
 
 
 def read_16_bits(path: Path, allowed: str) -> np.ndarray:
@@ -216,8 +271,8 @@ def read_mask_floats(path: Path, kinds: str = "f") -> np.ndarray:
 
 
 def read_mask_picture(path: Path) -> np.ndarray:
-    pixels = read_picture(path, ("L",), "an 8-bit grey PNG, 255 = 1, or .npy floats")
-    return pixels.astype(np.float32) / np.float32(255)
+    pixels = read_picture(path, ("L", "1"), "a grey PNG of up to 8 bits, its highest level = 1, or .npy floats")
+    return pixels.astype(np.float32) / np.float32(1 if pixels.dtype == bool else 255)
 
 
 def shift_labels(values: np.ndarray, numbered_from: int, num_classes: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The command: sgw-jax train | evaluate | predict | score | plan | prepare | launch (also python -m sgw_jax).
+"""The command: sgw-jax check | train | evaluate | predict | score | plan | prepare | launch (also python -m sgw_jax).
 
 What a command needs is imported when it is chosen: `launch` runs on the standard library, and `prepare` without JAX.
 """
@@ -15,6 +15,7 @@ from sgw_jax.data_pipelines.errors import MissingPackageError, extra_named
 from sgw_jax.data_pipelines.paths import user_path
 
 COMMANDS = {
+    "check": "Look at the data of a configuration, as every training does first. Needs no network.",
     "train": "Train, or go on where --workdir stands; then evaluate and write report.html.",
     "evaluate": "Evaluate a run's checkpoint on a split.",
     "predict": "Predict on image files: panels (PNG) and arrays (npz).",
@@ -27,6 +28,7 @@ ELSEWHERE = {"prepare": "sgw_jax.data_pipelines.prepare", "launch": "sgw_jax.lau
 
 EXAMPLES = """\
 examples:
+  python -m sgw_jax check --config=scenes --config.data.source=folder --config.data.root=DIR --html=data.html
   python -m sgw_jax train --config=configs/scenes.py --workdir=runs/scenes    (the same again: resumes)
   python -m sgw_jax train --config=scenes --workdir=runs/tuned --init_from=runs/scenes
   python -m sgw_jax evaluate --workdir=runs/scenes --split=validation
@@ -95,15 +97,23 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--heartbeat_seconds", type=_whole, default=100, help=help)
         return sub
 
+    sub = command("check", workdir=False, checkpoint=False)
+    sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
+    sub.add_argument("--json", help="file to write the numbers and findings to")
+    sub.add_argument("--html", help="file to write a page with examples to")
     sub = command("train", checkpoint=False)
     sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
     sub.add_argument("--init_from", type=_directory, help="workdir of another run whose parameters are the start")
     sub.add_argument("--step", type=_whole, help="go on from this checkpoint instead of the last; set later ones aside")
+    help = "go on where files of the data changed since the run began; data_changes.json keeps a note"
+    sub.add_argument("--accept_changed_data", action="store_true", help=help)
     sub = command("evaluate")
     sub.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
     sub.add_argument("--mesh", type=_mesh, help="in place of the run's, for another number of devices")
     sub = command("predict")
     sub.add_argument("--output", required=True, type=user_path, help="directory for the results")
+    help = "leave out images that cannot be read, list them at the end on standard error, and end with exit code 0"
+    sub.add_argument("--skip_bad", "--skip-bad", action="store_true", help=help)
     sub.add_argument("inputs", nargs="+", type=user_path, help="image files or directories")
     sub = command("score", workdir=False, checkpoint=False)
     help = "DIR/TASK/NAME.{png,npy,npz}, or DIR/NAME.npz as predict writes; formats: data_pipelines/predictions.py"

@@ -50,6 +50,7 @@ def train(
     console: Console,
     init_from: Path | str | None = None,
     step: int | None = None,
+    accept_changed_data: bool = False,
 ) -> Trained:
     """Trains from where the working directory stands to the last step; the same call resumes exactly.
 
@@ -59,6 +60,7 @@ def train(
     Args:
       init_from: another run's working directory, whose best parameters are the start (ignored when resuming).
       step: of the checkpoint to go on from; later ones are set aside. None: the last.
+      accept_changed_data: go on where the data are no more those that the run began with; the run keeps a note of it.
 
     Raises:
       WorkdirError: the directory holds a run of another configuration or data set (it names the differences), or
@@ -70,15 +72,17 @@ def train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_full_named(workdir))
         with files_named(f"--workdir={workdir}"):
-            check_workdir(workdir, experiment)  # a directory of others gets no lock
+            check_workdir(workdir, experiment, accept_changed_data)  # a directory of others gets no lock
             stack.enter_context(held(workdir, console))
             if step is not None:
                 set_aside_after(workdir, step, console)
-            claim_workdir(workdir, experiment)
+            changes = claim_workdir(workdir, experiment, accept_changed_data)
+        if changes:
+            console.print("Going on with changed data:", *changes, sep="\n  ", soft_wrap=True, markup=False)
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", keep=settings.keep))
         done = start = checkpoints.latest_step or 0
         if start:
-            console.print(f"Resuming {workdir.absolute()} at step {start}.", soft_wrap=True)
+            console.print(f"Resuming {workdir.absolute()} at step {start}.", soft_wrap=True, markup=False)
             state = restored_state(experiment, checkpoints, start)
         elif init_from is not None or experiment.backbone_weights:
             state = warm_state(experiment, init_from, console)
@@ -96,7 +100,8 @@ def train(
         train_step, eval_step = compiled_steps(experiment, state)
         profile.after(start, state)
         for batch in batches:
-            with jax.profiler.StepTraceAnnotation("train_step", step_num=done + 1):
+            first = progress.compiling("the training step") if done == start else contextlib.nullcontext()
+            with first, jax.profiler.StepTraceAnnotation("train_step", step_num=done + 1):
                 state, metrics = train_step(state, global_batch(batch, mesh))
             done += 1
             log.push(done, metrics)
@@ -133,12 +138,16 @@ def summary(experiment: Experiment, found: Evaluation) -> str:
 
 
 def check_start(
-    experiment: Experiment, workdir: Path | str, init_from: Path | str | None = None, step: int | None = None
+    experiment: Experiment,
+    workdir: Path | str,
+    init_from: Path | str | None = None,
+    step: int | None = None,
+    accept_changed_data: bool = False,
 ) -> None:
     """Raises all that `train` would refuse at its beginning, without having rendered, compiled or written anything."""
     state = abstract_state(experiment)
     with files_named(f"--workdir={workdir}"):
-        check_workdir(Path(workdir), experiment)
+        check_workdir(Path(workdir), experiment, accept_changed_data)
         check_free(Path(workdir))
         read_metrics(Path(workdir) / "metrics.jsonl")
         if step is not None:

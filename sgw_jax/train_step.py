@@ -197,7 +197,8 @@ def make_train_step(
       ValueError: weights of the tasks that are all 0; ``ema_decay`` outside [0, 1); unknown ``gradients``;
         "representation" with a model that has no `encode` and `decode`, or with ``apply``; a model
         without an argument ``train`` and no ``apply``; in the step, a stream that ``rngs`` lacks, an average in the
-        state without ``ema_decay`` or the other way round, rows that ``accumulate`` does not divide.
+        state without ``ema_decay`` or the other way round, rows that ``accumulate`` does not divide, a batch without
+        the image or a task's target, a model without a task's prediction.
 
     >>> import flax.linen as nn
     >>> import jax
@@ -245,6 +246,7 @@ def make_train_step(
                 f"train step: ema_decay is {ema_decay}, but the state holds {'no' if state.ema is None else 'an'} "
                 "average; give both or neither (init_state(..., ema=True))."
             )
+        _check_batch(tasks, batch, "train step")
         statistics = {task.name: task.batch_statistics(batch[task.name]) for task in tasks}
         mask = jnp.stack([statistics[name]["count"] > 0 for name in names])
 
@@ -303,6 +305,8 @@ def task_losses(
     """Loss of every task: final prediction plus, where the model gives one, the preliminary one at weight 1 (InvPT),
     plus the task's own term on its features, if it has one."""
 
+    _check_predictions(tasks, predictions, "train step")
+
     def loss(task: Task) -> Array:
         known = statistics[task.name]
         total = jnp.zeros((), jnp.float32)
@@ -346,7 +350,8 @@ def make_eval_step(
       (variables, {"image": (batch, H, W, 3), task: target}) -> sums by task; add them with `metrics.add_sums`.
 
     Raises:
-      ValueError: a model without an argument ``train`` and no ``apply``.
+      ValueError: a model without an argument ``train`` and no ``apply``; in the step, a batch without the image or a
+        task's target, a model without a task's prediction.
 
     >>> import flax.linen as nn
     >>> import jax
@@ -367,7 +372,9 @@ def make_eval_step(
     call = _naming_streams(_default_apply(model, "evaluation step") if apply is None else apply, None)
 
     def step(variables: Any, batch: Batch) -> dict[str, Any]:
+        _check_batch(tasks, batch, "evaluation step")
         predictions: Any = call(variables, batch["image"], train=False, rngs={})
+        _check_predictions(tasks, predictions, "evaluation step")
         sums = {}
         for task in tasks:
             prediction, target = predictions[task.name], batch[task.name]
@@ -376,6 +383,26 @@ def make_eval_step(
         return sums
 
     return step
+
+
+def _check_batch(tasks: Sequence[Task], batch: Batch, what: str) -> None:
+    """Raises a ValueError unless the batch has the image and every task's target."""
+    missing = [name for name in ("image", *(task.name for task in tasks)) if name not in batch]
+    if missing:
+        raise InputError(
+            f"{what}: the batch lacks {', '.join(missing)}; its keys are {sorted(batch)}. It needs 'image' and every "
+            "task's target under the task's name; of a task without labels, one full of what the task ignores."
+        )
+
+
+def _check_predictions(tasks: Sequence[Task], predictions: Mapping[str, Array], what: str) -> None:
+    """Raises a ValueError unless the model predicts every task: what is not predicted would have the loss 0."""
+    missing = [task.name for task in tasks if task.name not in predictions]
+    if missing:
+        raise InputError(
+            f"{what}: the model predicts no {', '.join(missing)}, only {sorted(predictions)}; it must return a mapping "
+            "with every task's prediction under the task's name."
+        )
 
 
 def _stream_key(key: Array, stream: str) -> Array:

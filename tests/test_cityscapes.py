@@ -126,7 +126,7 @@ def test_an_empty_folder_is_named(tmp_path):
     ("part", "values", "message"),
     [
         (1, np.full((HEIGHT, WIDTH), 34, np.uint8), "values 34; allowed: the official label numbers 0..33, and 255"),
-        (1, np.zeros((HEIGHT, WIDTH, 3), np.uint8), "mode 'RGB'; allowed: an 8-bit PNG"),
+        (1, np.zeros((HEIGHT, WIDTH, 3), np.uint8), "mode 'RGB'; allowed: a PNG of 8 bits or fewer"),
         (1, np.zeros((HEIGHT, WIDTH - 1), np.uint8), "8 x 15 .*; allowed: its image's 8 x 16"),
         (2, np.zeros((HEIGHT, WIDTH), np.uint8), "mode 'L'; allowed: a 16-bit grey PNG"),
         (2, np.zeros((HEIGHT + 1, WIDTH), np.uint16), "9 x 16 .*; allowed: its image's 8 x 16"),

@@ -222,6 +222,7 @@ def test_a_file_of_ones_own_works_from_anywhere(tmp_path):
         (["--config=scenes", "--config.schedule.name=cos"], ["'cos'", "cosine"]),
         (["--config=scenes", "--config.steps=50"], ["config.schedule.warmup_steps is 60; it must be less than"]),
         (["--config=scenes", "--config.data.size=60,90"], ["config.data.size is 60 x 90", "multiples of 32"]),
+        (["--config=nyud:swin_xl"], ["'swin_xl'", "backbone of ['swin_t', 'swin_b', 'swin_l', 'vit_b'"]),
         (["--config=scenes", "--init_from=nowhere"], ["no checkpoints in", "nowhere"]),
     ],
 )
@@ -285,7 +286,7 @@ def test_files_that_cannot_be_used_are_named(plain, tmp_path):
     (tmp_path / "splits" / "train.txt").write_bytes(file.read_bytes())
     folder = ["--config.data.source=folder", f"--config.data.root={tmp_path}"]
     said = plain("train", "--config=scenes:tasks=depth", f"--workdir={tmp_path / 'run'}", cache, *folder)
-    assert said.startswith(f"error: {tmp_path / 'splits' / 'train.txt'} is no UTF-8 text")
+    assert said.startswith(f"error: {tmp_path / 'splits' / 'train.txt'}, list of ids: it is no UTF-8 text")
     assert "Traceback" not in said
 
 

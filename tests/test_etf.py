@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sgw_jax.etf.projections import PROJECTIONS
 from sgw_jax.etf.simplex import SimplexETF, simplex_etf
+from sgw_jax.nnx import SimplexETF as NnxSimplexETF
 
 EPS32 = float(np.finfo(np.float32).eps)
 EPS64 = float(np.finfo(np.float64).eps)
@@ -69,6 +71,16 @@ def test_projection_values(vertices, dim):
     bound = (dim + 8) * np.sqrt(dim) * EPS32
     np.testing.assert_allclose(output, projection(features, vertices, seed=2), rtol=0, atol=bound)
     np.testing.assert_allclose(output.sum(axis=-1), 0, atol=vertices * bound)  # the vertices sum to zero
+
+
+@pytest.mark.parametrize("kind", PROJECTIONS)
+def test_whole_numbers_are_refused_rather_than_rounded(kind):
+    """Cosines in an integer type would be -1, 0 and 1."""
+    features = jnp.arange(24).reshape(3, 8)
+    with pytest.raises(ValueError, match="the features are int32; they must be floating-point"):
+        jax.eval_shape(PROJECTIONS[kind](5).init, jax.random.key(0), features)
+    with pytest.raises(ValueError, match="the features are int32; they must be floating-point"):
+        jax.eval_shape(NnxSimplexETF(5), features)
 
 
 def test_the_frame_is_a_constant_not_a_parameter():

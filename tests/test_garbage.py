@@ -1,7 +1,7 @@
 """Random garbage in every file that a command reads and in every option that it takes.
 
 Whatever it is, the command ends within a minute with 0, 1 or 2, says what is wrong once, on standard error and without
-a trace of ours, and leaves what was there as it was. What is harmless by chance is read to the end, and not computed on.
+a trace of ours, and leaves what was there as it was. What is harmless by chance is read to the end, not computed on.
 """
 
 import contextlib

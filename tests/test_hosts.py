@@ -250,6 +250,7 @@ def test_inside_a_sequential(name):
         (np.zeros((2, 8, 4, 4, 32), np.float32), r"ndarray \(2, 8, 4, 4, 32\); give a mapping"),
         ({"one": np.zeros((4, 32), np.float32)}, r"shape \(4, 32\); it must be \(batch, \*space, channels\)"),
         ({"one": np.zeros((8, 4, 4, 32), np.int32)}, "int32; it must be floating-point"),
+        ({"one": [[[1.0]]]}, "list; it must be floating-point"),
         ({"a/b": np.zeros((8, 4, 4, 32), np.float32)}, "'a/b' cannot be a task's name"),
         ({}, "at least one task"),
         ([], "at least one task"),

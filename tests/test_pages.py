@@ -1,6 +1,7 @@
 """What the pages name is there: paths, links, commands, extras and public names."""
 
 import ast
+import builtins
 import importlib
 import re
 from pathlib import Path
@@ -44,6 +45,39 @@ def test_every_command_is_one(page: Path) -> None:
     (extras,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "EXTRAS"]
     named = {name for names in re.findall(r'"(?:\.|sgw_jax)\[([\w,]+)\]"', text(page)) for name in names.split(",")}
     assert named <= {ast.literal_eval(key) for key in extras.keys}
+
+
+# The pages with snippets, and the test that runs them.
+RUN = {
+    "README.md": "tests/test_predict.py",
+    "docs/backbones.md": "tests/test_pretrained.py",
+    "docs/extending.md": "tests/test_inside_models.py",
+    "docs/objectives.md": "tests/test_aggregators.py",
+    "docs/scaling.md": "tests/test_placement.py",
+}
+
+
+def test_every_page_with_snippets_has_a_test_that_runs_them() -> None:
+    assert {page_name(page) for page in PAGES if "```python" in text(page)} == RUN.keys()
+    for page, test in RUN.items():
+        assert Path(page).name in text(ROOT / test)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_snippet_defines_the_names_it_uses(page: Path) -> None:
+    """A section's snippets, top to bottom; where a page begins with one before its sections, they may go on from it."""
+    start, *sections = (
+        re.findall(r"^```python\n(.*?)^```", part, re.M | re.S) for part in re.split(r"(?m)^## ", text(page))
+    )
+    for snippets in sections:
+        tree = ast.parse("\n".join([*start, *snippets]))
+        nodes = list(ast.walk(tree))
+        bound = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+        bound |= {node.name for node in nodes if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        bound |= {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
+        used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        assert used <= bound | set(dir(builtins))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

@@ -1,6 +1,7 @@
 """Slots that retrieve from tokens on several devices: the numbers of one device, and nothing exchanged that grows."""
 
 import re
+from pathlib import Path
 
 import chex
 import jax
@@ -116,8 +117,11 @@ def test_a_placement_without_its_mesh_changes_nothing():
     with jax.set_mesh(make_mesh({"data": 1}, jax.devices()[:1])):
         chex.assert_trees_all_equal(placed.apply(variables, features), expected)  # one device
     other = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+    anywhere = placed.copy(placement=Placement(BATCH, CONTEXT, strict=False))
     with jax.set_mesh(other):
-        chex.assert_trees_all_close(jax.jit(placed.apply)(variables, features), expected, atol=1e-5)
+        chex.assert_trees_all_close(jax.jit(anywhere.apply)(variables, features), expected, atol=1e-5)
+        with pytest.raises(ValueError, match=r"no axis 'data', 'fsdp', 'context'; its axes are \('model',\)"):
+            jax.eval_shape(placed.apply, variables, features)
     mesh = make_mesh({"data": 8})
     one = jax.tree.map(lambda x: x[:1], features)  # a single image on many devices
     with jax.set_mesh(mesh):
@@ -127,6 +131,25 @@ def test_a_placement_without_its_mesh_changes_nothing():
     with jax.set_mesh(mesh):  # already shard by shard
         inside = jax.shard_map(lambda f: placed.apply(variables, f), in_specs=rows, out_specs=rows)
         chex.assert_trees_all_close(jax.jit(inside)(features), expected, atol=1e-5)
+
+
+def test_a_placement_that_cannot_be_is_refused():
+    mesh = jax.make_mesh((2, 4), ("rows", "model"), axis_types=(AxisType.Auto,) * 2)
+    with pytest.raises(ValueError, match=r"no axis 'nope'; its axes are \('rows', 'model'\)"):
+        Placement(batch=("nope",), mesh=mesh)
+    with pytest.raises(ValueError, match=r"batch is 'data' .* give a tuple"):
+        Placement(batch="data")
+    with pytest.raises(ValueError, match="another axis, or None, for the tokens"):
+        Placement(batch=("data",), tokens="data")
+
+
+def test_the_snippet_of_the_page_runs():
+    text = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(snippet, names)
+    with jax.set_mesh(names["mesh"]):
+        assert names["kem"].placement.shards() == 4
 
 
 def test_a_mesh_as_an_argument_needs_none_in_force():

@@ -1,12 +1,15 @@
 """Prediction: the checkpoint alone suffices, geometry against NumPy, files in and out, panels."""
 
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,6 +18,7 @@ from PIL import Image
 from rich.console import Console
 
 import sgw_jax
+from sgw_jax.__main__ import _parser
 from sgw_jax.configs import base
 from sgw_jax.data_pipelines import progress
 from sgw_jax.data_pipelines.scenes import SEMSEG_CLASSES
@@ -312,7 +316,8 @@ def pictures(tmp_path: Path) -> Path:
     turned[0x0112] = 6  # stored on its side
     Image.fromarray(noise(16, 48, seed=3)).save(folder / "turned.jpg", exif=turned)
     (folder / "notes.txt").write_text("no image")
-    (folder / "folder.png").mkdir()
+    (folder / "._b.png").write_bytes(b"\x00\x05\x16\x07")  # macOS leaves such files on foreign disks
+    (folder / "folder").mkdir()
     return folder
 
 
@@ -353,9 +358,86 @@ def test_nothing_is_written_where_an_image_is_cut_off(
     monkeypatch.setattr(Predictor, "from_workdir", lambda *_: predictor)
     whole = (pictures / "turned.jpg").read_bytes()
     (pictures / "z_cut.jpg").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"z_cut\.jpg cannot be read: .*[Tt]runcated"):
+    with pytest.raises(ValueError, match=r"^1 of 5 images .*z_cut\.jpg, an image: .*[Tt]runcated.*--skip_bad"):
         predict_files(workdir, [pictures], tmp_path / "output", QUIET)
     assert not (tmp_path / "output").exists()
+
+
+def test_bad_images_are_left_out_and_listed(
+    predictor: Predictor, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    monkeypatch.setattr(Predictor, "from_workdir", lambda *_: predictor)
+    for path in pictures.iterdir():
+        if path.is_file() and path.name != "grey.bmp":
+            path.unlink()
+    (pictures / "[b]odd.png").write_text("no image")
+    (pictures / "folder.png").mkdir()
+    os.mkfifo(pictures / "pipe.jpg")
+    (pictures / "lost.jpg").symlink_to("nowhere")
+    written = predict_files("run", [pictures], tmp_path / "[out]", Console(), skip_bad=True)
+    assert written == [tmp_path / "[out]" / "grey.png"]
+    said = capfd.readouterr()
+    assert f"1 panels (png) and arrays (npz) in {tmp_path}/[out]," in said.out
+    first, *listed = said.err.splitlines()
+    assert first.startswith("4 of 5 images were left out")
+    for line, name, why in zip(
+        listed,
+        ("[b]odd.png", "folder.png", "lost.jpg", "pipe.jpg"),
+        ("UnidentifiedImageError", "a directory", "FileNotFoundError", "a named pipe"),
+        strict=True,
+    ):
+        assert f"{pictures / name}, an image: " in line
+        assert why in line
+    (pictures / "grey.bmp").unlink()
+    for spelt in ("--skip_bad", "--skip-bad"):
+        assert _parser().parse_args(["predict", "--workdir=a", "--output=b", spelt, "c.png"]).skip_bad
+    with pytest.raises(ValueError, match=r"^4 of 4 images cannot be read"):
+        predict_files("run", [pictures], tmp_path / "none", Console(), skip_bad=True)
+    assert not (tmp_path / "none").exists()
+
+
+def exif(entries: dict[int, tuple[int, int, bytes]]) -> bytes:
+    """EXIF of little-endian TIFF entries tag -> (type, count, value of at most 4 bytes)."""
+    listed = b"".join(struct.pack("<HHI4s", tag, *entry) for tag, entry in sorted(entries.items()))
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + listed + struct.pack("<I", 0)
+
+
+ORIENTATION, X_RESOLUTION, ASCII, SHORT, RATIONAL = 0x0112, 0x011A, 2, 3, 5
+
+
+@pytest.mark.parametrize("resolution", [(ASCII, 4, b"abc\0"), (RATIONAL, 1, b"\0\0\0\0")])
+def test_odd_exif_entries_do_not_keep_a_picture_from_its_orientation(resolution, tmp_path: Path) -> None:
+    """Pillow's `exif_transpose` fails over them: it writes all entries anew, of which only one is asked for here."""
+    pixels = noise(2, 3)
+    upright = {2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1], 5: pixels.transpose(1, 0, 2)}
+    upright |= {6: np.rot90(pixels, -1), 7: pixels[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(pixels)}
+    for orientation in range(10):
+        turned = exif({ORIENTATION: (SHORT, 1, struct.pack("<I", orientation)), X_RESOLUTION: resolution})
+        Image.fromarray(pixels).save(tmp_path / "odd.webp", exif=turned, lossless=True)
+        np.testing.assert_array_equal(image_files.read_image(tmp_path / "odd.webp"), upright.get(orientation, pixels))
+
+
+def test_the_readmes_snippets_run(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    used, imported = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    Image.fromarray(noise(20, 30)).save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sgw_jax, "load", {"runs/scenes": predictor}.__getitem__)
+    names: dict[str, Any] = {}
+    exec(used, names)
+    assert names["maps"]["depth"].shape == (20, 30)
+    assert {name: value.shape for name, value in names["features"].items()} == {
+        "semseg": (2, 16, 16, 64),
+        "depth": (2, 8, 8, 64),
+    }
+    exec(imported, names)
+    assert names["KEM"] is sgw_jax.nnx.KEM
+
+
+def test_a_palette_with_transparency_is_read_without_a_warning(tmp_path: Path) -> None:
+    palette = Image.fromarray(noise(4, 4)).quantize(4)
+    palette.save(tmp_path / "palette.png", transparency=b"\x00\x80\xff\xff")
+    np.testing.assert_array_equal(image_files.read_image(tmp_path / "palette.png"), np.array(palette.convert("RGB")))
 
 
 def test_unreadable_files_are_named(tmp_path: Path) -> None:
@@ -365,9 +447,8 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty.webp").touch()
     Image.fromarray(np.full((5, 5), 40_000, np.uint16)).save(tmp_path / "deep.png")
     for path in tmp_path.iterdir():
-        for reader in (image_files.check_file, image_files.read_image):
-            with pytest.raises(ValueError, match=path.name):
-                reader(path)
+        with pytest.raises(ValueError, match=f"{path.name}, an image: "):
+            image_files.read_image(path)
 
 
 def test_inputs_that_are_not_there(workdir: Path, pictures: Path, tmp_path: Path) -> None:

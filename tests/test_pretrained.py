@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import math
+import re
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -222,6 +225,16 @@ def test_an_augreg_file_computes_what_its_authors_code_does(tmp_path):
     assert read_pretrained(path).normalisation == HALF
 
 
+def test_the_snippet_of_the_page_runs(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "backbones.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    write(tmp_path / "dinov2-large", "dinov2")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(snippet, names)
+    assert {layer: level.shape for layer, level in names["maps"].items()} == dict.fromkeys((1, 2, 3, 4), (1, 5, 7, 8))
+
+
 def test_half_precision_files_are_read(tmp_path):
     tensors = load_file(write(tmp_path / "a", "vit") / "model.safetensors")
     for dtype in (ml_dtypes.bfloat16, np.float16):
@@ -292,8 +305,8 @@ FIRST = "Transformer/encoderblock_0"
 REFUSED = {
     "missing": (rewrite(lambda t: t.pop("vit.layernorm.bias")), r"1 missing: layernorm.bias"),
     "unexpected": (
-        rewrite(lambda t: t.update({"vit.encoder.layer.4.norm": np.zeros(3)})),
-        "1 unexpected: encoder.layer.4.norm",
+        rewrite(lambda t: t.update({"vit.encoder.layer.3.norm": np.zeros(3)})),
+        "1 unexpected: encoder.layer.3.norm",
     ),
     "shape": (
         rewrite(lambda t: t.update({"vit.layernorm.bias": np.zeros(9)})),
@@ -310,8 +323,24 @@ REFUSED = {
     "nothing": (lambda tmp_path: tmp_path / "absent", "absent/config.json cannot be read"),
     "activation": (configured(model_type="vit", hidden_act="relu"), "hidden_act is 'relu'; it must be one of"),
     "other": (configured_text('{"model_type": "resnet"}'), "model_type is 'resnet'"),
-    "width": (configured(hidden_size=16), "of another shape: .*embeddings.cls_token"),
-    "depth": (configured(num_hidden_layers=8), r"missing: encoder.layer.4.*\.\.\."),
+    "width": (configured(hidden_size=16), r"by hidden_size embeddings.cls_token is \(1, 1, 16\), but .* \(1, 1, 8\)"),
+    "depth": (configured(num_hidden_layers=8), "num_hidden_layers is 8, but the file has 4 layers"),
+    "deep": (configured(num_hidden_layers=1_000_000), "num_hidden_layers is 1000000, but the file has 4 layers"),
+    "deeper": (configured(num_hidden_layers=10**9), "num_hidden_layers is 1000000000; it must be .* at most"),
+    "wide": (configured(hidden_size=1_000_000), "by hidden_size embeddings.cls_token is"),
+    "ratio_wide": (configured(model_type="dinov2", mlp_ratio=1e6), "by mlp_ratio encoder.layer.0.mlp.fc1.weight is"),
+    "swin_deep": (
+        configured(model_type="swin", depths=[2, 2, 1_000_000, 2]),
+        r"depths\[2\] is 1000000, but the file has 2 layers",
+    ),
+    "twice": (
+        rewrite(lambda t: t.update({"layernorm.bias": np.zeros(8)})),
+        r"1 tensors with and without a prefix, such as \['vit.layernorm.bias'\]",
+    ),
+    "long_header": (
+        damaged(lambda folder: (folder / "model.safetensors").write_bytes(b"\xff" * 8)),
+        "truncated or no safetensors file",
+    ),
     "no_bias": (configured(qkv_bias=False), "qkv_bias is False; only True is supported"),
     "odd": (configured(model_type="swin", depths=[1, 2, 2, 2]), r"depths \(1, 2, 2, 2\) must be 4 even numbers"),
     "window": (configured(model_type="swin", window_size=7), "relative_position_bias_table"),
@@ -328,15 +357,7 @@ REFUSED = {
     ),
     "other_models": (
         lambda tmp_path: (write(tmp_path / "m", "swin"), write_config(tmp_path / "m", "dinov2"))[0],
-        "missing: embeddings.cls_token.*unexpected: embeddings.norm.bias",
-    ),
-    "mean": (
-        damaged(lambda folder: (folder / "preprocessor_config.json").write_text('{"image_mean": 0.5}')),
-        "image_mean is 0.5; it must be three numbers",
-    ),
-    "deviation": (
-        damaged(lambda folder: (folder / "preprocessor_config.json").write_text('{"image_std": [1, 0, 1]}')),
-        "image_std is .* it must be positive",
+        "num_hidden_layers is 4, but the file has 0 layers; embeddings.cls_token is missing",
     ),
     "no_number": (configured(patch_size="16"), "patch_size is '16'; it must be a positive whole number"),
     "npz_cut": (cut_npz, "truncated or no .npz"),
@@ -365,6 +386,78 @@ def test_what_is_not_right_is_refused(tmp_path, case):
     make, message = REFUSED[case]
     with pytest.raises(PretrainedError, match=message):
         load_pretrained(make(tmp_path))
+
+
+MEAN, STD = np.array(IMAGENET[0]), np.array(IMAGENET[1])
+PREPROCESSORS = {
+    "nothing said": ({}, lambda p: (p / 255 - 0.5) / 0.5),
+    "0..1": ({"image_mean": [*MEAN], "image_std": [*STD], "size": 224}, lambda p: (p / 255 - MEAN) / STD),
+    "0..255": (
+        {"do_rescale": False, "image_mean": [*(255 * MEAN)], "image_std": [*(255 * STD)]},
+        lambda p: (p - 255 * MEAN) / (255 * STD),
+    ),
+    "scaled alone": ({"do_normalize": False, "do_convert_rgb": None}, lambda p: p / 255),
+    "offset": ({"do_normalize": False, "rescale_factor": 1 / 127.5, "offset": True}, lambda p: p / 127.5 - 1),
+    "0..2": (
+        {"rescale_factor": 1 / 127.5, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        lambda p: (p / 127.5 - 0.5) / 0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PREPROCESSORS)
+def test_the_patch_embedding_sees_what_the_preprocessor_says(tmp_path, case):
+    """A 3 x 16 x 16 patch of 8-bit pixels through the original projection and through the fitted one, in float64; the
+    fitted kernel and bias were rounded once to float32, and the largest pixel is 512 deviations from its mean."""
+    options, processed = PREPROCESSORS[case]
+    folder = write(tmp_path / "vit", "vit")
+    (folder / "preprocessor_config.json").write_text(json.dumps(options))
+    found = read_pretrained(folder)
+    flat = fit(found, found.module, shapes_of(found.module, (64, 64)), *IMAGENET)
+    pixels = np.random.default_rng(3).integers(0, 256, (16, 16, 3)).astype(float)
+    tensors = load_file(folder / "model.safetensors")
+    projection = "vit.embeddings.patch_embeddings.projection"
+    kernel, bias = (tensors[f"{projection}.{part}"].astype(float) for part in ("weight", "bias"))
+    expected = np.einsum("ochw,hwc->o", kernel, processed(pixels)) + bias
+    kernel, bias = (flat[f"patch_embed/projection/{part}"].astype(float) for part in ("kernel", "bias"))
+    got = np.einsum("hwco,hwc->o", kernel, (pixels / 255 - MEAN) / STD) + bias
+    largest = np.einsum("hwco,hwc->o", np.abs(kernel), np.abs((pixels / 255 - MEAN) / STD)) + np.abs(bias)
+    assert (np.abs(got - expected) <= EPS32 * largest).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_mean": 0.5}, "image_mean is 0.5; it must be three numbers"),
+        ({"image_mean": [0.5, 0.5, True]}, r"image_mean is \[0.5, 0.5, True\]; it must be three numbers"),
+        ({"image_std": [1, 0, 1]}, "image_std is .* it must be positive"),
+        ({"image_std": [1, math.nan, 1]}, "image_std is .* it must be three numbers"),
+        ({"do_rescale": "false"}, "do_rescale is 'false'; it must be true or false"),
+        ({"do_normalize": None}, "do_normalize is None; it must be true or false"),
+        ({"do_flip_channel_order": True}, "do_flip_channel_order is true; of the steps only"),
+        ({"rescale_factor": -1}, "rescale_factor is -1; it must be a positive number"),
+        ({"do_rescale": False, "do_normalize": False}, "whether the model's pixels are of 0..255 or of 0..1"),
+        ({"do_rescale": False, "image_mean": [0.5] * 3}, "whether the model's pixels are of 0..255 or of 0..1"),
+        (
+            {"image_mean": [123.7, 116.3, 103.5], "image_std": [58.4, 57.1, 57.4]},
+            r"lie in 0\.\.1; for a mean of 0..255",
+        ),
+        ({"image_std": [58.4, 57.1, 57.4]}, r"image_std \[58.4, 57.1, 57.4\], but pixels"),
+    ],
+    ids=str,
+)
+def test_a_preprocessor_that_cannot_be_honoured_is_refused(tmp_path, options, message):
+    folder = write(tmp_path / "vit", "vit")
+    (folder / "preprocessor_config.json").write_text(json.dumps(options))
+    with pytest.raises(PretrainedError, match=message):
+        read_pretrained(folder)
+
+
+def test_what_is_not_used_is_told_by_kind(tmp_path):
+    summary = read_pretrained(write(tmp_path / "swin", "swin")).summary()
+    assert "encoder.layers.*.blocks.*.attention.self.relative_position_index (8)" in summary
+    assert "classifier.weight" in summary
+    assert "blocks.0" not in summary
 
 
 # ---- in a model ----------------------------------------------------------------------------------------------------

@@ -5,9 +5,12 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
+from PIL import ImageFont
 from rich.console import Console
 
 from sgw_jax.evaluation.metrics import relative_gain
@@ -125,6 +128,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, source):
         super().__init__(convert_charrefs=True)
         self.sections, self.words, self.images, self.links, self.open = set(), [], [], [], []
+        self.labels = set()
         self.feed(source)
         self.close()
         assert self.open == []
@@ -137,6 +141,7 @@ class Page(html.parser.HTMLParser):
             self.sections.add(attributes["id"])
         if tag == "img":
             self.images.append(attributes)
+        self.labels |= {value for name, value in attrs if name == "data-label"}
         self.links += [value for name, value in attrs if name in ("href", "src", "action", "data", "poster", "srcset")]
         assert not any(name.startswith("on") for name in attributes)
         assert tag not in ("script", "iframe", "object", "embed")
@@ -323,6 +328,39 @@ def test_any_curve_has_its_points_inside_the_frame(values):
         assert 0 <= y <= chart["height"]
     assert len(chart["x_ticks"]) <= 8
     assert len(chart["y_ticks"]) <= 24
+
+
+@pytest.mark.parametrize("steps", [1, 3, 1000, 1024, 40_000, 80_000, 123_456, 1_000_000, 30_000_000])
+@pytest.mark.parametrize("value", [-1.2345e-4, 1.25e-4, 0.0123, 7.0, 98765.0, 3e-12, 1e30])
+def test_every_label_of_a_chart_lies_inside_its_drawing_and_beside_its_neighbours(steps, value):
+    """By the widths of DejaVu Sans, wider than the fonts of the page, at the 10.5 pixels that it asks for."""
+    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 10.5)
+    history = [{"step": s, "split": "train", "loss": value * (1 + s / steps)} for s in (1, steps)]
+    (chart,) = report.page_of(make_results(), None, history)["curves"]
+    for _, text in chart["y_ticks"]:
+        assert font.getlength(text) <= chart["left"] - 6
+    assert len({text for _, text, _ in chart["x_ticks"]}) == len(chart["x_ticks"]) >= 2
+    end = 0.0
+    for x, text, anchor in chart["x_ticks"]:
+        width = font.getlength(text)
+        start = x - width * {"start": 0, "middle": 0.5, "end": 1}[anchor]
+        assert end <= start
+        end = start + width
+        assert end <= chart["width"]
+
+
+def test_the_last_step_of_an_averaged_curve_has_its_tick():
+    """The last interval's mean lies before the last step."""
+    (chart,) = report.page_of(make_results(), None, make_history(1000)[:-1])["curves"][:1]
+    assert chart["x_ticks"][-1] == (chart["width"] - chart["right"], "1,000", "end")
+
+
+def test_on_a_phone_every_cell_of_a_wide_table_says_what_it_is(tmp_path):
+    """There the columns' heads are gone: rows are blocks, and truth and prediction stand side by side."""
+    page = Page(written(tmp_path, examples=make_examples()))
+    assert {"network", "linear probe", "constant", "vs linear probe", "vs constant"} <= page.labels
+    assert {label for name in NAMES for label in (f"{name}, truth", "prediction", name)} <= page.labels
+    assert {"healthy", "read-out zeroed"} <= page.labels
 
 
 def test_a_long_curve_is_averaged_and_a_short_one_is_not():

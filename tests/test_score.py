@@ -291,7 +291,7 @@ WRONG = {
     "no class": (resave("semseg", np.full(SIZE, 12, np.uint8), ".png"), ["0.png", "the values 12", "0..11"]),
     "ignored": (resave("semseg", np.full(SIZE, 255, np.uint8), ".png"), ["0.png", "the values 255", "0..11"]),
     "negative class": (resave("semseg", np.full(SIZE, -1)), ["0.npy", "the values -1", "0..11"]),
-    "colours": (resave("semseg", np.zeros((*SIZE, 3), np.uint8), ".png"), ["0.png", "'RGB'", "8-bit PNG"]),
+    "colours": (resave("semseg", np.zeros((*SIZE, 3), np.uint8), ".png"), ["0.png", "'RGB'", "a PNG of 8 bits"]),
     "logits": (resave("semseg", np.zeros((*SIZE, 7), np.float32)), ["float32 (32, 64, 7)", "(H, W, 12)"]),
     "float labels": (resave("semseg", FLOATS), ["float32 (32, 64)", "integers (H, W)"]),
     "size": (resave("edges", np.zeros((16, 64), np.uint8), ".png"), ["0.png", "16 x 64", "labels' 32 x 64"]),

@@ -197,6 +197,19 @@ def test_average_of_the_parameters_and_donation():
     assert not np.allclose(state.ema["head"]["kernel"], state.params["head"]["kernel"])
 
 
+def test_what_a_batch_or_a_model_lacks_is_named(one_step, start):
+    batch = make_batch()
+    lacking = {name: value for name, value in batch.items() if name not in ("image", "depth")}
+    for step, state in ((one_step, start), (make_eval_step(make_model(), TASKS), start.variables)):
+        with pytest.raises(ValueError, match=r"lacks image, depth; its keys are \['saliency', 'semseg'\]"):
+            jax.eval_shape(step, state, lacking)
+    silent = {"apply": lambda variables, image, **_: {"semseg": jnp.zeros((*image.shape[:3], 3))}}
+    step, count = make_train_step(None, TASKS, SGD, **silent), make_eval_step(None, TASKS, **silent)
+    for function, state in ((step, start), (count, start.variables)):
+        with pytest.raises(ValueError, match=r"predicts no depth, saliency, only \['semseg'\]"):
+            jax.eval_shape(function, state, batch)
+
+
 def test_average_must_be_in_step_and_state():
     step, state, batch = toy(ema_decay=0.9)
     with pytest.raises(ValueError, match=r"ema_decay is 0.9, but the state holds no average"):

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 
 import pytest
 from rich.console import Console
@@ -13,6 +14,7 @@ from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.run import progress as train_progress
 from sgw_jax.run.logs import MetricsWriter, read_metrics
 from sgw_jax.run.progress import TrainProgress
+from sgw_jax.tasks import TASKS
 
 
 def write_steps(workdir, steps, resume_step=0):
@@ -163,6 +165,37 @@ def test_speed_counts_training_alone(monkeypatch):
         now[0] += 0.5
         progress.update(5, {"loss/depth": 1.0})
     assert progress.images_per_second == pytest.approx(8.0)  # 3 steps of 4 images in 1.5 s
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_bar_step_time_left_and_every_loss_are_seen_in_a_window_of_any_width(width, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")  # dumb terminals get no bar
+    now = [0.0]
+    monkeypatch.setattr(train_progress.time, "monotonic", lambda: now[0])
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    losses = {"loss": 12.345, **{f"loss/{name}": 0.12345 for name in (*TASKS, "[b]mine")}}
+    with TrainProgress(console, total=40_000, start=0, batch_size=4) as progress:
+        for step in range(1235):
+            now[0] += 0.1
+            progress.update(step, losses)
+        progress._shown._bar.refresh()
+    shown = re.sub(r"\x1b\[[0-9?]*[A-Za-z]", "\n", console.file.getvalue()).replace("\r", "\n")
+    bar = [line for line in shown.splitlines() if "/40000" in line][-1]
+    assert re.fullmatch(r"step [━╸╺ ]{4,} *1234/40000 \d:\d\d:\d\d left [\d:-]+ *", bar)
+    assert max(map(len, shown.splitlines())) <= width
+    after = shown[shown.rindex(bar) :]
+    for text in ("40 images/s", "loss 12.3", *(f"{name} 0.123" for name in (*TASKS, "[b]mine"))):
+        assert text in after
+
+
+def test_a_compilation_is_told_before_and_after():
+    console = Console(file=io.StringIO())
+    with TrainProgress(console, total=2, start=0, batch_size=4) as progress:
+        with progress.compiling("the training step"):
+            before = console.file.getvalue()
+        after = console.file.getvalue().removeprefix(before)
+    assert before == "Compiling the training step (once; some minutes for large networks).\n"
+    assert after == "Compiled the training step in 0 s.\n"
 
 
 def test_without_a_terminal_progress_is_plain_lines():

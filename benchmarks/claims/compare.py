@@ -11,7 +11,8 @@ went on from the same trunk (--no_singles leaves them out). Scores are of the te
 parameters after the last step: nothing is chosen by looking at a split. With --tune every method, single-task models
 too, first tries each of these learning rates with a seed of its own, and keeps the one of the lowest loss on the
 validation split: the same budget for all. With --trunk the runs go on from another comparison's trunk, whose tasks may
-be more. Killed and run again, it goes on with the first run that is missing.
+be more; with --trunk_steps=0 there is none, and every run starts from random parameters. Killed and run again, it goes
+on with the first run that is missing.
 """
 
 import argparse
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200, help="of every run from the trunk")
-    parser.add_argument("--trunk_steps", type=int, default=600)
+    parser.add_argument("--trunk_steps", type=int, default=600, help="0: no trunk, from random parameters")
     parser.add_argument("--trunk", type=Path, help="a trained trunk to go on from; without it one is trained")
     parser.add_argument("--no_singles", action="store_true", help="no single-task models: gains over none alone")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(INTERACTIONS))
@@ -108,15 +109,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
 
     tasks = build_run(arguments, overrides, "none", {}, seed=0).tasks
-    trunk = arguments.trunk or arguments.out / "trunk"
-    if arguments.trunk is None:
+    trunk = arguments.trunk or (arguments.out / "trunk" if arguments.trunk_steps else None)
+    if trunk is None:
+        pass
+    elif arguments.trunk is None:
         experiment = build_run(arguments, overrides, "none", {}, seed=1000, steps=arguments.trunk_steps)
         if not done(experiment, trunk, None):
             console.print(f"The trunk: {arguments.trunk_steps} steps without interaction.")
             run(experiment, trunk, None)
     elif not (trunk / "result.json").exists():
         raise SystemExit(f"--trunk: {trunk} is no trunk of a comparison: it has no result.json.")
-    trunk_steps = read_result(trunk)["made_by"]["steps"]
+    trunk_steps = 0 if trunk is None else read_result(trunk)["made_by"]["steps"]
     cases: dict[str, tuple[str, dict[str, str]]] = {name: METHODS[name] for name in arguments.methods}
     if "widened" in cases:
         width = equal_mlp_width(build_run(arguments, overrides, "kem", {}, seed=0))

@@ -1,5 +1,6 @@
 """Models of the hub by model_type: config.json -> (module, usual normalisation, tensors -> parameters)."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,10 @@ from sgw_jax.data_pipelines.errors import InputError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of the channels, of 0..1
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+PATCHES = "embeddings.patch_embeddings.projection"
+LARGEST = 2**20  # of any number of config.json, far beyond every model
+Depths = dict[str, tuple[str, int]]  # key of config.json -> (pattern of its layers' names, their number)
+Sizes = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> (key of config.json that its shape tells of, shape)
 
 
 def vit_family(where: str, config: Mapping[str, Any], names: set[str]) -> tuple[nn.Module, Any, Callable]:
@@ -69,7 +74,7 @@ def _vit_params(take: "Tensors", module: ViT) -> dict[str, Any]:
     rows, columns = (size // module.patch_size for size in module.image_size)
     positions = take("embeddings.position_embeddings", (1, 1 + rows * columns, width))
     return {
-        "patch_embed": {"projection": take.patches("embeddings.patch_embeddings.projection", module.patch_size, width)},
+        "patch_embed": {"projection": take.patches(PATCHES, module.patch_size, width)},
         "class_token": take("embeddings.cls_token", (1, 1, width)) + positions[:, :1],
         "position_embedding": positions[:, 1:].reshape(1, rows, columns, width),
         "blocks": stacked([block(index) for index in range(module.depth)]),
@@ -119,7 +124,7 @@ def _swin_params(take: "Tensors", module: Swin) -> dict[str, Any]:
         }
 
     params = {
-        "patch_embed": {"projection": take.patches("embeddings.patch_embeddings.projection", 4, module.width)},
+        "patch_embed": {"projection": take.patches(PATCHES, 4, module.width)},
         "patch_norm": take.norm("embeddings.norm", module.width),
     }
     for stage, depth in enumerate(module.depths):
@@ -139,6 +144,55 @@ def _swin_params(take: "Tensors", module: Swin) -> dict[str, Any]:
     return params
 
 
+def check_sizes(where: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises where a size that config.json gives is not that of the file's tensors.
+
+    What is made afterwards is then no larger than the file, whatever config.json says.
+
+    Args:
+      where: config.json, for messages.
+      shapes: of the file's tensors, by their bare names.
+    """
+    depths, sizes = _swin_sizes(module) if isinstance(module, Swin) else _vit_sizes(module)
+    wrong = []
+    for key, (blocks, depth) in depths.items():
+        there = {found[1] for name in shapes if (found := re.match(blocks, name))}
+        if len(there) != depth:
+            wrong.append(f"{key} is {depth}, but the file has {len(there)} layers")
+    for name, (key, shape) in sizes.items():
+        if name not in shapes:
+            wrong.append(f"{name} is missing")
+        elif shapes[name] != shape:
+            wrong.append(f"by {key} {name} is {shape}, but in the file it is {shapes[name]}")
+    if wrong:
+        raise PretrainedError(f"{where} is not of the model that lies beside it: {'; '.join(wrong)}. Fetch both again.")
+
+
+def _vit_sizes(module: Any) -> tuple[Depths, Sizes]:
+    width, patch = module.width, module.patch_size
+    rows, columns = (size // patch for size in module.image_size)
+    first, key = ("intermediate.dense", "intermediate_size") if module.layer_scale is None else ("mlp.fc1", "mlp_ratio")
+    return {"num_hidden_layers": (r"encoder\.layer\.(\d+)\.", module.depth)}, {
+        "embeddings.cls_token": ("hidden_size", (1, 1, width)),
+        f"{PATCHES}.weight": ("patch_size", (width, 3, patch, patch)),
+        "embeddings.position_embeddings": ("image_size", (1, 1 + rows * columns, width)),
+        f"encoder.layer.0.{first}.weight": (key, (hidden_width(width, module.mlp_ratio), width)),
+    }
+
+
+def _swin_sizes(module: Swin) -> tuple[Depths, Sizes]:
+    depths: Depths = {}
+    sizes: Sizes = {f"{PATCHES}.weight": ("embed_dim", (module.width, 3, 4, 4))}
+    offsets = (2 * module.window_size - 1) ** 2
+    for stage, depth in enumerate(module.depths):
+        width, at = module.width << stage, f"encoder.layers.{stage}.blocks.0."
+        depths[f"depths[{stage}]"] = (rf"encoder\.layers\.{stage}\.blocks\.(\d+)\.", depth)
+        table = ("window_size and num_heads", (offsets, module.num_heads[stage]))
+        sizes[f"{at}attention.self.relative_position_bias_table"] = table
+        sizes[f"{at}intermediate.dense.weight"] = ("mlp_ratio", (int(width * module.mlp_ratio), width))
+    return depths, sizes
+
+
 FAMILIES: dict[str, Callable[..., tuple[nn.Module, Any, Callable]]] = {
     "swin": swin_family,
     "vit": vit_family,
@@ -151,26 +205,28 @@ def _number(where: str, config: Mapping[str, Any], key: str) -> int:
     if isinstance(value, list) and value and all(item == value[0] for item in value):
         value = value[0]
     if not _whole(value):
-        raise PretrainedError(f"{where}: {key} is {value!r}; it must be a positive whole number.")
+        raise PretrainedError(f"{where}: {key} is {value!r}; it must be a positive whole number, at most {LARGEST}.")
     return value
 
 
 def _stages(where: str, config: Mapping[str, Any], key: str) -> tuple[int, ...]:
     value = config.get(key)
     if not isinstance(value, list) or not all(map(_whole, value)):
-        raise PretrainedError(f"{where}: {key} is {value!r}; it must be a list of positive whole numbers.")
+        raise PretrainedError(
+            f"{where}: {key} is {value!r}; it must be a list of positive whole numbers, at most {LARGEST}."
+        )
     return tuple(value)
 
 
 def _positive(where: str, config: Mapping[str, Any], key: str, default: float) -> float:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise PretrainedError(f"{where}: {key} is {value!r}; it must be a positive number.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
+        raise PretrainedError(f"{where}: {key} is {value!r}; it must be a positive number, at most {LARGEST}.")
     return value
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
 
 
 def _refuse(where: str, config: Mapping[str, Any], needed: Mapping[str, Any]) -> None:

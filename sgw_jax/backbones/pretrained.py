@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,8 @@ import safetensors
 from etils import epath
 
 from sgw_jax.backbones.augreg import read_augreg
-from sgw_jax.backbones.hub import FAMILIES, HALF
+from sgw_jax.backbones.hub import FAMILIES, HALF, check_sizes
+from sgw_jax.backbones.preprocessor import normalisation
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.tensors import PretrainedError, Tensors
 from sgw_jax.backbones.vit import ViT
@@ -43,6 +45,8 @@ def _kind(name: str, value: Any) -> Any:
     return value is not None if name == "layer_scale" else value
 
 
+LARGEST_HEADER = 100_000_000  # bytes that safetensors itself allows
+
 # safetensors' names of the types that are read.
 DTYPES: dict[str, Any] = {
     "F64": np.float64,
@@ -70,7 +74,9 @@ class Pretrained:
     def summary(self) -> str:
         """One line for the log."""
         count = sum(array.size for array in _flat(self.params).values())
-        rest = f"; not used: {', '.join(self.unused)}" if self.unused else ""
+        kinds = Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in self.unused)
+        listed = ", ".join(name if number == 1 else f"{name} ({number})" for name, number in kinds.items())
+        rest = f"; not used: {listed}" if listed else ""
         return f"{self.path}: {self.tensors} tensors, {count:,} parameters, sha256 {self.sha256[:16]}{rest}."
 
 
@@ -123,12 +129,14 @@ def read_pretrained(path: epath.PathLike) -> Pretrained:
         found = [name for name in others if (path / name).exists()]
         hint = f" {found[0]} is not read: convert it (save_pretrained writes safetensors, one file)." if found else ""
         raise PretrainedError(f"{file} does not exist.{hint}")
+    shapes = _bare_names(file, _header(file))
+    module, default, convert = FAMILIES[kind](f"{path / 'config.json'}", config, set(shapes))
+    check_sizes(f"{path / 'config.json'}", module, shapes)  # before anything of that size is read or made
+    preprocessor = path / "preprocessor_config.json"
+    normalised = normalisation(str(preprocessor), _json(preprocessor), default) if preprocessor.exists() else default
     content = _read(file)
-    tensors = _safetensors(file, content)
-    module, default, convert = FAMILIES[kind](f"{path / 'config.json'}", config, set(map(_bare, tensors)))
-    normalisation = _normalisation(path / "preprocessor_config.json", default)
-    bare = {_bare(name): value for name, value in tensors.items()}
-    return _assemble(str(path), content, (module, bare, convert), normalisation)
+    tensors = _bare_names(file, _safetensors(file, content))
+    return _assemble(str(path), content, (module, tensors, convert), normalised)
 
 
 def fit(found: Pretrained, backbone: nn.Module, shapes: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]):
@@ -211,8 +219,13 @@ def _assemble(path: str, content: bytes, source: tuple, normalisation: Any) -> P
 def _read(path: epath.Path) -> bytes:
     try:
         return path.read_bytes()
-    except (OSError, ImportError) as error:  # a bucket may need a package that is not installed
-        raise PretrainedError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}).") from error
+    except (OSError, ImportError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: epath.Path, error: Exception) -> PretrainedError:
+    """A bucket may need a package that is not installed."""
+    return PretrainedError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}).")
 
 
 def _safetensors(file: epath.Path, content: bytes) -> dict[str, np.ndarray]:
@@ -227,27 +240,30 @@ def _safetensors(file: epath.Path, content: bytes) -> dict[str, np.ndarray]:
     }
 
 
+def _header(file: epath.Path) -> dict[str, tuple[int, ...]]:
+    """The tensors' shapes, of which the file's first bytes tell."""
+    try:
+        with file.open("rb") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            entries = json.loads(opened.read(size) if size <= LARGEST_HEADER else b"")
+        return {name: tuple(map(int, entry["shape"])) for name, entry in entries.items() if name != "__metadata__"}
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise PretrainedError(f"{file} is truncated or no safetensors file; fetch it again.") from error
+    except (OSError, ImportError) as error:
+        raise _unreadable(file, error) from error
+
+
 def _json(path: epath.Path) -> dict[str, Any]:
     return json_object(_read(path), path, "Fetch it again.", PretrainedError)
 
 
-def _normalisation(path: epath.Path, default: tuple) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, standard deviation) of the channels from preprocessor_config.json, if there is one."""
-    options = _json(path) if path.exists() else {"do_normalize": False}
-    if not options.get("do_normalize", True):
-        return default
-    mean, std = options.get("image_mean", default[0]), options.get("image_std", default[1])
-    for name, value in (("image_mean", mean), ("image_std", std)):
-        if np.shape(value) != (3,) or not all(isinstance(item, int | float) for item in value):
-            raise PretrainedError(f"{path}: {name} is {value!r}; it must be three numbers.")
-    if min(std) <= 0:
-        raise PretrainedError(f"{path}: image_std is {std!r}; it must be positive.")
-    return tuple(mean), tuple(std)
-
-
-def _bare(name: str) -> str:
-    """Without the prefix that a model with a head puts before its backbone's names."""
-    return re.sub(r"^(swin|vit|dinov2)\.", "", name)
+def _bare_names(file: epath.Path, found: Mapping[str, Any]) -> dict[str, Any]:
+    """By names without the prefix that a model with a head puts before its backbone's."""
+    bare = {name: re.sub(r"^(swin|vit|dinov2)\.", "", name) for name in found}
+    if len(set(bare.values())) < len(bare):
+        twice = [name for name in found if bare[name] != name and bare[name] in found]
+        raise PretrainedError(f"{file} has {len(twice)} tensors with and without a prefix, such as {twice[:3]}.")
+    return {bare[name]: value for name, value in found.items()}
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -209,7 +209,8 @@ class ViT(nn.Module):
             raise InputError(f"ViT: a pyramid is made of {len(self.strides)} taps; tapped is {layers}.")
         if shape[1] % self.multiple or shape[2] % self.multiple:
             raise InputError(
-                f"ViT: the image is {shape[1]} x {shape[2]}; both must be multiples of {self.multiple} (pad it)."
+                f"ViT: the image is {shape[1]} x {shape[2]}; both must be multiples of {self.multiple}. "
+                "Resize, crop or pad it."
             )
 
 

@@ -1,1 +1,1 @@
-"""What train, evaluate, predict, score and plan do, a module each, whose `run` gives the exit code."""
+"""What check, train, evaluate, predict, score and plan do, a module each, whose `run` gives the exit code."""

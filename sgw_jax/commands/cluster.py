@@ -45,8 +45,8 @@ def of_environment(environment: Mapping[str, str]) -> dict[str, Any] | None:
     if OWN[1] in given or OWN[2] in given or (given and mpi_processes is None):
         if missing := [name for name in OWN if name not in given]:
             raise InputError(
-                f"{' and '.join(given)} without {' and '.join(missing)}: set all three in every process (docs/scaling.md), or "
-                "none for a process alone."
+                f"{' and '.join(given)} without {' and '.join(missing)}: set all three in every process "
+                "(docs/scaling.md), or none for a process alone."
             )
         processes = _number(environment, OWN[1], 1)
         assert processes is not None

@@ -12,5 +12,5 @@ from sgw_jax.prediction.image_files import predict_files
 def run(arguments: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     refuse(rest, "predict takes its configuration from the checkpoint")
     which = arguments.step or arguments.checkpoint
-    predict_files(arguments.workdir, arguments.inputs, arguments.output, console, which=which)
+    predict_files(arguments.workdir, arguments.inputs, arguments.output, console, which, arguments.skip_bad)
     return 0

@@ -82,8 +82,8 @@ def check_devices() -> None:
     except (RuntimeError, AssertionError) as error:  # the latter for a kind that JAX knows and is not installed
         reason = _first_line(error).partition(" (set JAX_PLATFORMS")[0]
         raise InputError(
-            f"JAX finds no device (JAX_PLATFORMS={jax.config.jax_platforms or ''}): {reason}. Unset JAX_PLATFORMS to "
-            "take what is there, or set it to cpu."
+            f"JAX finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}): {reason}. Unset JAX_PLATFORMS "
+            "to take what is there, or set it to cpu."
         ) from error
 
 

@@ -130,7 +130,7 @@ class SimplexETF(nn.Module):
       (..., K) in the dtype of the features; the norm is taken in float32.
 
     Raises:
-      ValueError: fewer than 2 vertices, or more than d + 1.
+      ValueError: fewer than 2 vertices, or more than d + 1; features that are not floating-point.
 
     >>> import jax
     >>> import jax.numpy as jnp
@@ -190,6 +190,8 @@ def project(
 
 def direction(features: Float[Array, "*batch dim"], eps: float = 1e-12) -> Float[Array, "*batch dim"]:
     """``sqrt(d) f / ||f||`` in the dtype of the features, the norm in float32; f = 0 gives 0 and a zero gradient."""
+    if not jnp.issubdtype(features.dtype, jnp.floating):
+        raise InputError(f"projection: the features are {features.dtype}; they must be floating-point.")
     # Only a float64 program (x64, used to check gradients) keeps more than float32 here.
     wide = jnp.promote_types(features.dtype, jnp.float32)
     squared = jnp.sum(jnp.square(features.astype(wide)), axis=-1, keepdims=True)

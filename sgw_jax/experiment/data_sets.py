@@ -2,16 +2,18 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
-from sgw_jax.data_pipelines import scenes
+from sgw_jax.data_pipelines import readers, scenes
 from sgw_jax.data_pipelines.cityscapes import Cityscapes
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.folder import Folder
+from sgw_jax.data_pipelines.inspection.findings import Finding
+from sgw_jax.data_pipelines.inspection.folder_files import folder_findings
 from sgw_jax.data_pipelines.loader import Source
 from sgw_jax.data_pipelines.mtan import MtanCityscapes, MtanNYUv2
 from sgw_jax.data_pipelines.nyud import Nyud
@@ -24,7 +26,14 @@ FORMATS = ("archive", "prepared")
 
 
 class DataSet(abc.ABC):
-    """How a data set enters: what a configuration says is read here, and the source gets plain arguments."""
+    """How a data set enters: what a configuration says is read here, and the source gets plain arguments.
+
+    rendered: whether the items are our own rendering, in which there is nothing to check.
+    fixed_classes: whether the classes are the data set's own, not the user's choice.
+    """
+
+    rendered: ClassVar[bool] = False
+    fixed_classes: ClassVar[bool] = True
 
     @abc.abstractmethod
     def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
@@ -33,6 +42,11 @@ class DataSet(abc.ABC):
     @abc.abstractmethod
     def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
         """The sources by split."""
+
+    def name_findings(self, sources: Mapping[str, Source]) -> Sequence[Finding]:
+        """What is odd about the names of the files, by what the data set's form says."""
+        del sources
+        return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +84,8 @@ class Published(DataSet):
 class RenderedScenes(DataSet):
     """Procedural scenes, rendered into the cache directory: `config.data.lengths` of each split."""
 
+    rendered = True
+
     def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
         return {
             "semseg": _classes(scenes.SEMSEG_CLASSES, scenes.SEMSEG_COLOURS),
@@ -88,17 +104,24 @@ class RenderedScenes(DataSet):
 class OwnFolder(DataSet):
     """A user's own files, with the splits that lists of images name."""
 
+    fixed_classes = False
+
     def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
         return {"semseg": {"num_classes": data.num_classes}, "human_parts": {"num_classes": data.num_parts}}
 
     def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
         root = _root(config)
-        found = [split for split in SPLITS if (root / "splits" / f"{split}.txt").is_file()]
+        found = [split for split in SPLITS if (root / "splits" / f"{split}.txt").exists()]
         if "train" not in found:
+            there = readers.first_few(sorted(path.name for path in (root / "splits").glob("[!.]*"))) or "nothing"
             raise InputError(
-                f"config.data.root: {root / 'splits' / 'train.txt'} does not exist; it lists the training images."
+                f"config.data.root: {root / 'splits' / 'train.txt'} does not exist; it lists the training images. "
+                f"{root / 'splits'} holds {there}."
             )
         return {split: Folder(root, split, targets) for split in found}
+
+    def name_findings(self, sources: Mapping[str, Source]) -> Sequence[Finding]:
+        return folder_findings({split: source for split, source in sources.items() if isinstance(source, Folder)})
 
 
 def _root(config: ConfigDict) -> Path:

@@ -22,6 +22,7 @@ from sgw_jax.tasks.base import Task
 FREE_KEYS = (
     *("log_every", "keep", "mesh", "data.workers", "data.threads", "data.root", "data.format", "boundary"),
     *("profile_after", "profile_steps", "checkpoint_every", "eval_every"),
+    "data.check",  # a look at the data changes none
     "backbone_weights",  # read at step 0 alone
 )
 

@@ -13,6 +13,7 @@ from sgw_jax.backbones import BACKBONES
 from sgw_jax.backbones.swin import SIZES as SWINS
 from sgw_jax.backbones.vit import SIZES as VITS
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.inspection.look import LEVELS
 from sgw_jax.differentiate import GRADIENTS
 from sgw_jax.etf.projections import PROJECTIONS
 from sgw_jax.experiment.data_sets import DATA_SETS, FORMATS
@@ -102,6 +103,7 @@ ALLOWED: Table = {
         "size": Pair(whole(1, 16384)),
         "seed": SEED,
         "lengths": {"train": COUNT, "validation": whole(0), "test": whole(0)},
+        "check": OneOf(LEVELS),
         "workers": WORKERS,
         "threads": whole(1, 1024),
     },

@@ -24,8 +24,8 @@ def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
     overrides = {key: value for key, value in config.backbones[config.backbone].items() if value is not None}
     interaction = INTERACTIONS[config.interaction]
     # An interaction with a `placement` works shard by shard where the mesh has such axes; the others are left to the
-    # partitioner.
-    placed = taken(interaction, {"placement": Placement(BATCH, CONTEXT)})
+    # partitioner. Not strict: under somebody's own mesh a trained network is an ordinary one.
+    placed = taken(interaction, {"placement": Placement(BATCH, CONTEXT, strict=False)})
     height, width = config.data.size
     seen = round(height * config.input_scale), round(width * config.input_scale)
     backbone = BACKBONES[config.backbone](image_size=seen, dtype=dtype, **overrides)

@@ -38,7 +38,8 @@ class Range(abc.ABC):
 class Interval(Range):
     """The finite numbers, or the whole ones, from ``low`` to ``high``; ``ends`` says which of the two belong to it.
 
-    ``LARGEST`` is no bound of its own: nothing is said of it. JSON and configuration files know numbers of several types: all are taken, but True and False are none.
+    ``LARGEST`` is no bound of its own: nothing is said of it. JSON and configuration files know numbers of several
+    types: all are taken, but True and False are none.
     """
 
     low: float

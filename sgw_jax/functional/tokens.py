@@ -129,13 +129,14 @@ def check_features(features: Mapping[str, Float[Array, "batch *space channels"]]
     for name, value in features.items():
         if not isinstance(name, str) or not name or "/" in name:
             raise InputError(f"{caller}: {name!r} cannot be a task's name: give text without '/'.")
+        kind = getattr(value, "dtype", type(value).__name__)
+        if not hasattr(value, "dtype") or not jnp.issubdtype(kind, jnp.floating):
+            raise InputError(f"{caller}: the map of {name} is {kind}; it must be floating-point.")
         if jnp.ndim(value) < 3:
             raise InputError(
                 f"{caller}: the map of {name} has shape {jnp.shape(value)}; it must be (batch, *space, channels), such "
                 "as (8, 32, 32, 64) or, of tokens, (8, 1024, 64). Of a single map: value[None]."
             )
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise InputError(f"{caller}: the map of {name} is {value.dtype}; it must be floating-point.")
     found: dict[str, dict[str, Any]] = {
         "the same number of channels": {name: value.shape[-1] for name, value in features.items()},
         "the same batch size": {name: value.shape[0] for name, value in features.items()},

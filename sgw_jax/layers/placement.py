@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from sgw_jax.data_pipelines.errors import InputError
+
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
@@ -18,6 +20,10 @@ class Placement:
       tokens: axis that splits the tokens (image rows); None, none does.
       mesh: None takes the mesh in force (`jax.set_mesh`). Without one, on one device, or inside a `shard_map` over
         these axes, the layer is an ordinary one: one network can be trained on a pod and loaded on a laptop.
+      strict: whether an axis that the mesh in force does not have is an error; if not, it splits nothing.
+
+    Raises:
+      ValueError: an axis that the mesh lacks (of the mesh in force: in the layer's call); one axis for both.
 
     >>> from sgw_jax import KEM, Placement
     >>> placement = Placement(batch=("data",), tokens="rows")
@@ -29,6 +35,26 @@ class Placement:
     batch: tuple[str, ...] = ()
     tokens: str | None = None
     mesh: Mesh | None = None
+    strict: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.batch, str) or self.tokens in self.batch:
+            raise InputError(
+                f"Placement: batch is {self.batch!r} and tokens {self.tokens!r}; give a tuple of axes that split the "
+                "batch, and another axis, or None, for the tokens."
+            )
+        if self.mesh is not None:
+            self._check(self.mesh)
+
+    def _check(self, mesh: Mesh | AbstractMesh) -> None:
+        """Raises for an axis that the mesh does not have; no mesh at all (one device, a laptop) splits nothing."""
+        wanted = (*self.batch, *([] if self.tokens is None else [self.tokens]))
+        unknown = [axis for axis in wanted if axis not in mesh.axis_names]
+        if unknown and mesh.axis_names:
+            raise InputError(
+                f"Placement: the mesh has no axis {', '.join(map(repr, unknown))}; its axes are {mesh.axis_names}. "
+                "Name those in batch and tokens, or make the mesh with these names."
+            )
 
     def axes(self, batch_size: int) -> "Axes | None":
         """What can be split for a batch of this size; None if nothing.
@@ -36,6 +62,8 @@ class Placement:
         Rows that do not divide (one image for prediction) are left whole on every device.
         """
         mesh = jax.sharding.get_abstract_mesh() if self.mesh is None else self.mesh
+        if self.strict:
+            self._check(mesh)
         kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
 
         def free(axis: str | None) -> bool:

@@ -20,7 +20,7 @@ class SimplexETF(nnx.Module):
       (..., K) in the dtype of the features.
 
     Raises:
-      ValueError: (call) fewer than 2 vertices, or more than d + 1.
+      ValueError: (call) fewer than 2 vertices, or more than d + 1; features that are not floating-point.
 
     >>> import jax.numpy as jnp
     >>> from sgw_jax.nnx import SimplexETF

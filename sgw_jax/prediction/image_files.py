@@ -9,17 +9,27 @@ from typing import IO, TypeVar
 
 import jax
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from rich.console import Console
 
 from sgw_jax.data_pipelines import atomic
 from sgw_jax.data_pipelines.errors import InputError, MissingFileError, files_named
 from sgw_jax.data_pipelines.progress import counted
+from sgw_jax.data_pipelines.readers import WrongFileError, first_few, read
 from sgw_jax.pictures.panels import Panel
 from sgw_jax.prediction.predictor import Predictor
 from sgw_jax.tasks.base import Task
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+TURNS = {  # EXIF orientation -> what brings the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 AHEAD = 4  # files read before they are needed; bounds what is in memory
 
 Item = TypeVar("Item")
@@ -27,7 +37,12 @@ Result = TypeVar("Result")
 
 
 def predict_files(
-    workdir: Path | str, inputs: Sequence[Path | str], output: Path | str, console: Console, which: str | int = "best"
+    workdir: Path | str,
+    inputs: Sequence[Path | str],
+    output: Path | str,
+    console: Console,
+    which: str | int = "best",
+    skip_bad: bool = False,
 ) -> list[Path]:
     """Writes `<name>.png`, a panel of the image and its maps, and `<name>.npz`, the maps, for every image.
 
@@ -37,12 +52,15 @@ def predict_files(
     several processes each takes its share.
 
     Args:
-      inputs: image files, and folders, whose images (SUFFIXES; not those of folders within) are taken sorted by name.
+      inputs: image files, and folders, whose images (SUFFIXES; not hidden ones, nor those of folders within) are taken
+        sorted by name.
       output: directory for the results, made if missing.
+      skip_bad: leave out images that cannot be read, and list them at the end on standard error.
 
     Raises, before anything is written:
       FileNotFoundError: an input does not exist.
-      ValueError: a folder without images, an image that cannot be read to its end, results that would replace an input.
+      ValueError: a folder without images, results that would replace an input, an image that cannot be read to its end
+        (with `skip_bad`: all of them).
       CheckpointError: there is no complete checkpoint.
 
     Returns the panels' paths.
@@ -52,11 +70,19 @@ def predict_files(
     names = output_names(files)
     check_output(output, inputs, files, names)
     predictor = Predictor.from_workdir(workdir, which)
-    for _ in counted(in_background(check_file, files), "check", len(files), console):
-        pass
+    bad = unreadable(files, console)
+    if bad and (not skip_bad or len(bad) == len(files)):
+        raise InputError(
+            f"{len(bad)} of {len(files)} images cannot be read, and nothing was written: "
+            f"{first_few(list(bad.values()), 3)}. Mend or remove them"
+            f"{'' if len(bad) == len(files) else ', or leave them out with --skip_bad'}."
+        )
+    names = [name for name, file in zip(names, files, strict=True) if file not in bad]
+    files = [file for file in files if file not in bad]
 
     with files_named("--output cannot be made"):
         output.mkdir(parents=True, exist_ok=True)
+    total = len(files)
     mine = slice(jax.process_index(), None, jax.process_count())
     files, names = files[mine], names[mine]
     panel = Panel()
@@ -84,16 +110,39 @@ def predict_files(
     console.print(
         f"{len(written)} panels (png) and arrays (npz) in {output}, by step {predictor.step} of {workdir}.",
         soft_wrap=True,
+        markup=False,
     )
+    if bad:
+        errors = Console(stderr=True, quiet=console.quiet, highlight=False)
+        errors.print(f"{len(bad)} of {len(bad) + total} images were left out, for they cannot be read:", soft_wrap=True)
+        for reason in bad.values():
+            errors.print(f"  {reason}", soft_wrap=True, markup=False)
     return written
 
 
+def unreadable(files: Sequence[Path], console: Console | None) -> dict[Path, str]:
+    """Reads every file as prediction will, and tells of each that cannot be read why."""
+
+    def reason(path: Path) -> str | None:
+        try:
+            read_image(path)
+        except InputError as error:
+            return str(error)
+        return None
+
+    found = counted(in_background(reason, files), "check", len(files), console)
+    return {file: why for file, why in zip(files, found, strict=True) if why is not None}
+
+
 def find_images(inputs: Sequence[Path | str]) -> list[Path]:
-    """The image files that the inputs name, each once, in order."""
+    """The image files that the inputs name, each once, in order; whether they can be read is not asked yet.
+
+    Hidden files of a folder (._photo.jpg, which macOS leaves beside photo.jpg) are no input, as for a shell's `*`.
+    """
     files: dict[Path, Path] = {}
     for path in map(Path, inputs):
         if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.is_file())
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES and file.name[0] != ".")
             if not found:
                 raise InputError(f"{path} is a directory without images; looked for *{', *'.join(SUFFIXES)}.")
         elif path.exists():
@@ -149,27 +198,19 @@ def read_image(path: Path) -> np.ndarray:
 
     Raises ValueError, naming the file, where it is no image, ends early, or holds more than 8 bits per channel.
     """
-    with _opened(path) as image:
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    return read(path, "an image", _pixels)
 
 
-def check_file(path: Path) -> None:
-    """Raises what `read_image` would, at a fraction of the cost: JPEGs are decoded at an eighth of their size."""
-    with _opened(path) as image:
-        image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        if image.mode.startswith(("I", "F")):  # PIL would clip 16-bit and floating-point values at 255
+            raise WrongFileError(f"of more than 8 bits (mode {image.mode})", "8 bits per channel; convert it")
         image.load()
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    try:
-        with Image.open(path) as image:
-            # PIL would clip 16-bit and floating-point values at 255.
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"its pixels have more than 8 bits (mode {image.mode}), convert it to 8 bits")
-            yield image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read: {error}.") from error
+        image.info.pop("transparency", None)  # of a palette, over which PIL would warn
+        # Not ImageOps.exif_transpose: it writes all EXIF entries anew, and fails where any has an odd type.
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        upright = image if turn is None else image.transpose(turn)
+        return np.array(upright.convert("RGB"))
 
 
 @contextlib.contextmanager

@@ -25,12 +25,20 @@ def write_report(path: Path, results: Results, examples: Values | None, history:
 
     The file is complete whenever it exists, makes no request, and stays below 4 MB: pictures shrink until they fit.
     """
-    source = importlib.resources.files("sgw_jax.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    write_atomically(Path(path), render("page.html.jinja", page_of(results, examples, history)))
+
+
+def render(template: str, page: Record) -> str:
+    """The page that a template of this folder makes of text."""
+    folder = importlib.resources.files("sgw_jax.report")
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FunctionLoader(lambda name: folder.joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
-    page = environment.from_string(source).render(page=page_of(results, examples, history), missing=MISSING)
-    write_atomically(Path(path), page)
+    return environment.get_template(template).render(page=page, missing=MISSING)
 
 
 def page_of(results: Results, examples: Values | None, history: Sequence[Values]) -> Record:

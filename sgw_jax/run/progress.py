@@ -1,8 +1,9 @@
 """The training loop's progress: step, speed, time left and losses."""
 
+import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Self
 
 from rich.console import Console
@@ -39,8 +40,8 @@ class TrainProgress:
             speed = f"{self._recent:.0f} images/s"
             seconds = (self._total - step) * self._batch_size / self._recent
             left = "" if self._shown.drawn else f"{seconds:.0f} s left"
-        shown = "  ".join(f"{name.removeprefix('loss/')} {value:.3g}" for name, value in losses.items())
-        self._shown.update(step, speed, left, shown)
+        shown = (f"{name.removeprefix('loss/')} {value:.3g}" for name, value in losses.items())
+        self._shown.update(step, speed, left, *shown)
 
     def _count(self, now: float, step: int) -> None:
         if self._clock is not None:
@@ -57,4 +58,12 @@ class TrainProgress:
 
     def note(self, text: str) -> None:
         """A line above the bar."""
-        self._console.print(text, soft_wrap=True)
+        self._console.print(text, soft_wrap=True, markup=False)
+
+    @contextlib.contextmanager
+    def compiling(self, what: str) -> Iterator[None]:
+        """Lines before and after a compilation, during which nothing else is to be seen."""
+        self.note(f"Compiling {what} (once; some minutes for large networks).")
+        began = time.monotonic()
+        yield
+        self.note(f"Compiled {what} in {time.monotonic() - began:.0f} s.")

@@ -1,7 +1,7 @@
 """What a warm start takes: another run's parameters, or a pretrained backbone's."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +48,32 @@ def warm_from_run(state: TrainState, source: Path, console: Console) -> TrainSta
     fresh = jax.tree.leaves(state.params)
     leaves = [loaded.get(name, leaf) for name, leaf in zip(names, fresh, strict=True)]
     params = jax.tree.unflatten(structure, leaves)
-    console.print(f"Initialised {len(fits)} of {len(names)} parameters from {source}, step {step} ({collection}).")
-    for name in names:
-        if name not in fits:
-            there = found.get(f"{collection}/{name}")
-            why = "absent there" if there is None else f"shape {there} there"
-            console.print(f"  fresh: {name} ({why})", soft_wrap=True)
-    for name in found:
-        if name.startswith(f"{collection}/") and name.removeprefix(f"{collection}/") not in names:
-            console.print(f"  unused: {name.removeprefix(f'{collection}/')}", soft_wrap=True)
+    there = {
+        name.removeprefix(f"{collection}/"): shape for name, shape in found.items() if name.startswith(f"{collection}/")
+    }
+    lines = [f"Initialised {len(fits)} of {len(names)} parameters from {source}, step {step} ({collection})."]
+    lines += grouped("fresh", [name for name in names if name not in there], "absent there")
+    other = [name for name in names if name in there and name not in fits]
+    lines += grouped("fresh", other, "of another shape there", {name: f"{name} {there[name]}" for name in other})
+    lines += grouped("unused", [name for name in there if name not in names], "absent here")
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return state.replace(params=params, ema=ema)
+
+
+def grouped(what: str, names: Sequence[str], why: str, shown: Mapping[str, str] | None = None) -> list[str]:
+    """A line for each part of a network (the first word of the path) with the number of its names and the first."""
+    parts: dict[str, list[str]] = {}
+    for name in names:
+        parts.setdefault(name.partition("/")[0], []).append(name)
+    lines = []
+    for part, inside in parts.items():
+        first = (shown or {}).get(inside[0], inside[0])
+        lines.append(
+            f"  {what}: {part}, {len(inside)} {why}, such as {first}" if inside[1:] else f"  {what}: {first} ({why})"
+        )
+    return lines
 
 
 def warm_from_backbone(state: TrainState, experiment: Experiment, console: Console) -> TrainState:
@@ -76,9 +91,9 @@ def warm_from_backbone(state: TrainState, experiment: Experiment, console: Conso
     params = jax.tree_util.tree_map_with_path(place, state.params)
     inside = (in_backbone(path_name(path)) for path, _ in jax.tree_util.tree_leaves_with_path(state.params))
     fresh = [name for name in inside if name is not None and is_added(name)]
-    console.print(f"Backbone from {found.summary()}", soft_wrap=True)
-    if left := [name for name in fresh if name not in values]:
-        console.print(f"  fresh: {', '.join(left)}", soft_wrap=True)
+    console.print(f"Backbone from {found.summary()}", soft_wrap=True, markup=False)
+    for line in grouped("fresh", [name for name in fresh if name not in values], "absent there"):
+        console.print(line, soft_wrap=True, markup=False)
     return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
 
 

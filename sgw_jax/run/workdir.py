@@ -20,6 +20,7 @@ from sgw_jax.data_pipelines.json_files import json_object
 from sgw_jax.data_pipelines.paths import obstacle
 from sgw_jax.experiment.experiment import Experiment, differences
 from sgw_jax.run.checkpoints import check_path
+from sgw_jax.run.data_changes import CHANGES, changed_data, changed_files, keep_files, record_change
 from sgw_jax.sharding import from_all_processes
 
 IDENTITY = "run.json"
@@ -61,10 +62,13 @@ def _is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
-def check_workdir(workdir: Path, experiment: Experiment) -> None:
-    """Compares what this run is with what the directory holds, if anything; writes nothing.
+def check_workdir(workdir: Path, experiment: Experiment, accept_changed_data: bool = False) -> list[str]:
+    """Compares what this run is with what the directory holds, if anything; returns what changed in the data.
 
-    A run that left neither checkpoint nor results holds no directory: whoever comes next may have it.
+    Writes nothing. A run that left neither checkpoint nor results holds no directory: whoever comes next may have it.
+
+    Args:
+      accept_changed_data: data that changed are no error.
 
     Raises:
       FileError: no directory, or none that can be written to.
@@ -81,16 +85,27 @@ def check_workdir(workdir: Path, experiment: Experiment) -> None:
                 f"{workdir} has {', '.join(found)}, but no {IDENTITY} that says of which run; training would replace "
                 "them. Move them away, or use another --workdir."
             )
-        return
+        return []
     if not steps and not any(workdir.glob("results*.json")):
-        return
+        return []
     now = json.loads(json.dumps(experiment.identity()))
-    if lines := list(differences(there, {**now, "steps": there.get("steps")})):
+    lines, changes = list(differences(there, {**now, "steps": there.get("steps")})), []
+    in_data = changed_data(there, now)
+    if in_data and len(lines) == len(in_data):
+        changes = changed_files(workdir, experiment.data) or in_data
+        if not accept_changed_data:
+            raise WorkdirError(
+                f"The data changed since the run in {workdir} began:\n  " + "\n  ".join(changes) + "\n"
+                "Restore them, use another --workdir, or go on with the data as they are by --accept_changed_data; "
+                f"{CHANGES} of the run will say so."
+            )
+    elif lines:
         raise WorkdirError(
             f"{workdir} holds a run that differs from this one:\n  " + "\n  ".join(lines) + "\n"
             "Use another --workdir, or the configuration of that run to go on with it (to fine-tune: --init_from)."
         )
     _check_length(workdir, there.get("steps"), now, max(steps, default=0))
+    return changes
 
 
 def _check_length(workdir: Path, before: Any, now: dict[str, Any], done: int) -> None:
@@ -165,18 +180,23 @@ def unused(path: Path) -> Path:
     return path if not path.exists() else next(other for other in names if not other.exists())
 
 
-def claim_workdir(workdir: Path, experiment: Experiment) -> None:
-    """Writes what this run is into the directory, unless it is there and equal (see `check_workdir`)."""
+def claim_workdir(workdir: Path, experiment: Experiment, accept_changed_data: bool = False) -> list[str]:
+    """Writes what this run is into the directory, unless it is there and equal (see `check_workdir`); returns what
+    changed in the data."""
     path = workdir / IDENTITY
-    check_workdir(workdir, experiment)
+    changes = check_workdir(workdir, experiment, accept_changed_data)
     identity = json.dumps(experiment.identity(), indent=1)
     wait_for_all("workdir checked")  # every process reads before the first one writes
     if jax.process_index() == 0 and _record(workdir) != json.loads(identity):
         workdir.mkdir(parents=True, exist_ok=True)
+        if changes:
+            record_change(workdir, changes)
+        keep_files(workdir, experiment.data)
         write_atomically(path, identity)
     wait_for_all("workdir claimed")
     if not path.exists():
         raise WorkdirError(f"Process {jax.process_index()} does not see {path}: all processes must share --workdir.")
+    return changes
 
 
 def wait_for_all(what: str) -> None:
