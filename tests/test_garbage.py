@@ -56,6 +56,7 @@ COMMANDS = {
     "evaluate": ["evaluate", "--workdir=run", "--split=validation"],
     "predict": ["predict", "--workdir=run", "--output=new", "photos"],
     "score": ["score", "--config=mine.py", "--predictions=predictions", "--split=validation", "--json=score.json"],
+    "check": ["check", "--config=mine.py", "--json=data.json", "--html=data.html"],
     "plan": ["plan", "--config=mine.py", "--json=plan.json"],
     "prepare": ["prepare", "mtan_nyuv2", "--source=archive", "--out=new", "--any_size"],
 }
@@ -67,6 +68,7 @@ READS = {
     "evaluate": ("run/", "data/"),
     "predict": ("run/checkpoints/", "photos/"),
     "score": ("predictions/", "data/"),
+    "check": ("data/",),
     "plan": ("mine.py",),
     "prepare": ("archive/",),
 }
