@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -121,7 +122,7 @@ class Checkpoints:
     def _described(self, step: int) -> dict[str, Any]:
         with self._reading(step):
             found = self._manager.restore(step, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
-            if SEAL in found and found[SEAL] != _seal(found):
+            if not isinstance(found, dict) or (SEAL in found and found[SEAL] != _seal(found)):
                 raise ValueError("the metadata are not what was saved")
             return found
 
@@ -145,6 +146,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            _silence_echoes()
             if step not in self._steps:
                 raise CheckpointError(
                     f"{self.directory} has no checkpoint of step {step}; it has {self._steps}."
@@ -194,6 +196,20 @@ class Checkpoints:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def _silence_echoes() -> None:
+    """Leaves unsaid that other reads end too late: Orbax closes its event loop over the first that fails, and for every
+    one that was still under way a trace would be printed."""
+    told = sys.unraisablehook
+    if getattr(told, "__name__", "") == "without_echoes":
+        return
+
+    def without_echoes(found: Any) -> None:
+        if not isinstance(found.exc_value, RuntimeError) or str(found.exc_value) != "Event loop is closed":
+            told(found)
+
+    sys.unraisablehook = without_echoes
 
 
 def check_path(directory: Path) -> None:
