@@ -24,6 +24,7 @@ from sgw_jax.run.checkpoints import Checkpoints
 from sgw_jax.run.logs import read_metrics
 from sgw_jax.run.saved_run import open_run
 from sgw_jax.run.state import restored_state
+from sgw_jax.run.workdir import saved_steps
 from sgw_jax.sharding import global_batch, make_mesh, mesh_sizes, own_rows, replicated, state_sharding
 from sgw_jax.train import train
 from sgw_jax.train_step import make_train_step
@@ -300,8 +301,9 @@ def test_a_second_pair_in_the_same_directory_is_refused_and_ends(command, tmp_pa
         first.kill()
         first.communicate()
     # What was killed holds no lock; the directory goes on.
+    last = max(saved_steps(tmp_path / "run"))
     third = command.start(ALONE, tmp_path / "run", "--config.steps=100000")
-    wait_for(third, lambda: len(list((tmp_path / "run" / "tensorboard").iterdir())) > 1)
+    wait_for(third, lambda: max(saved_steps(tmp_path / "run")) > last)
     third.send_signal(signal.SIGHUP)
     command.finish(third, code=128 + signal.SIGHUP)
 
