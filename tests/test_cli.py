@@ -299,7 +299,6 @@ def test_a_bucket_is_no_working_directory(capsys):
 
 def test_evaluate_and_predict_refuse_what_they_do_not_know(refused, tmp_path):
     assert "no checkpoints in" in refused("evaluate", "--workdir=nowhere")
-    assert "['--config.steps=3']" in refused("evaluate", "--workdir=nowhere", "--config.steps=3")
     unknown = refused("predict", "--workdir=nowhere", "--output=pictures", "a.jpg", "--sise=3", "b.jpg")
     assert "'--sise=3'" in unknown
     assert "a.jpg" not in unknown
