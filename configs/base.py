@@ -73,6 +73,11 @@ def get_config() -> ConfigDict:
                 "num_classes": 12,  # folder: of semseg
                 "num_parts": 7,  # folder: of human_parts, background included
                 "size": (64, 96),  # height, width that the network sees, in training and evaluation
+                # How images of other sizes come to it; scores are those of each image's own size, whatever the fit.
+                # resize: enlarged or shrunk to the largest copy inside, before augmentation as in evaluation.
+                # pad: pixels keep their scale, as the published protocols have it. Training crops larger images and
+                # pads smaller ones; evaluation pads, and shrinks what is larger.
+                "fit": "resize",
                 "seed": 0,  # scenes: of the scenes themselves
                 "lengths": {"train": 2048, "validation": 256, "test": 256},  # scenes: images per split
                 "workers": 0,  # loader processes; 0 = threads alone

@@ -70,6 +70,10 @@ class _Arrays:
         """Path of the item's image."""
         return str(self._path("image", self.ids[index]))
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        """(height, width) of the item's image, by its header."""
+        return readers.read(self._path("image", self.ids[index]), f"image of id {self.ids[index]!r}", _image_size)
+
     def files(self, index: int) -> tuple[Path, ...]:
         """Every file that the item is read from."""
         return tuple(self._path(field, self.ids[index]) for field in ("image", *self.tasks))
@@ -164,6 +168,11 @@ def _count(folder: Path) -> tuple[str, ...]:
             "they must be numbered 0.npy, 1.npy, ... without a gap"
         )
     return ids
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    height, width = np.load(path, mmap_mode="r").shape[:2]
+    return height, width
 
 
 def _image(path: Path) -> np.ndarray:

@@ -146,6 +146,11 @@ class PascalContext:
         """Path of the item's image."""
         return str(self._path("image", self.ids[index]))
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        """(height, width) of the item's image, by its header."""
+        path = self._path("image", self.ids[index])
+        return readers.read(path, f"image of id {self.ids[index]!r}", readers.read_picture_size)
+
     def files(self, index: int) -> tuple[Path, ...]:
         """Every file that the item is read from."""
         fields = ["image", *(task for task in self.tasks if task != "edges")]

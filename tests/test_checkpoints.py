@@ -94,7 +94,9 @@ def test_metadata_and_a_part_of_the_state_come_back(checkpoints):
 def test_the_last_and_the_best_are_kept_over_restarts(tmp_path, scores, best, left):
     for step, score in scores.items():  # every save in a manager of its own, as if the process had died each time
         checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-        checkpoints.save(step, small(step), {}, score)
+        checkpoints.save(step, small(step), {})
+        if score is not None:
+            checkpoints.record(step, score)
         checkpoints.close()
     for options in ({"keep": 2}, {"read_only": True}):
         checkpoints = Checkpoints(tmp_path / "checkpoints", **options)
@@ -182,7 +184,8 @@ def close_dropped_reads():
 def test_a_damaged_file_is_an_error_that_says_what_to_do_or_does_no_harm(tmp_path, checkpoints):
     state = small(2.5)
     checkpoints.save(3, state, {"a": 1})
-    checkpoints.save(6, state, {"a": 1}, score=0.5)
+    checkpoints.save(6, state, {"a": 1})
+    checkpoints.record(6, 0.5)
     checkpoints.wait()
     directory, backup, damaging = checkpoints.directory / "6", tmp_path / "backup", []
     shutil.copytree(directory, backup)

@@ -205,7 +205,8 @@ class ViT(nn.Module):
         multiple = max(self._stride(), self.strides[-1])
         if shape[1] % multiple or shape[2] % multiple:
             raise InputError(
-                f"ViT: the image is {shape[1]} x {shape[2]}; both must be multiples of {multiple} (pad it)."
+                f"ViT: the image is {shape[1]} x {shape[2]}; both must be multiples of {multiple} "
+                "(config.data.size times config.input_scale)."
             )
 
 

@@ -25,5 +25,6 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], console: Console) ->
         raise UsageError(f"--split={arguments.split}: the data has the splits {sorted(experiment.data.sources)}.")
     with files_named(f"--cache_dir={arguments.cache_dir}"):
         sources.prepare(experiment.data, console)
+        sources.say_what_is_shrunk(experiment.data, console)
     finish(experiment, Path(arguments.workdir), arguments.split, arguments.checkpoint, {}, console)
     return 0

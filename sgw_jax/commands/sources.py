@@ -7,6 +7,12 @@ from sgw_jax.experiment.experiment import Data
 from sgw_jax.run.workdir import wait_for_all
 
 
+def say_what_is_shrunk(data: Data, console: Console) -> None:
+    """A line for each split with images that evaluation must shrink although pixels keep their scale."""
+    for sentence in data.shrunk().values():
+        console.print(sentence, soft_wrap=True)
+
+
 def prepare(data: Data, console: Console) -> None:
     """Lets sources say what they found and render what they need: first on the first process, so that a shared disk
     gets it once."""

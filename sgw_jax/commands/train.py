@@ -21,6 +21,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], console: Consol
     check_start(experiment, arguments.workdir, arguments.init_from)
     with files_named(f"--cache_dir={arguments.cache_dir}"):
         sources.prepare(experiment.data, console)
+        sources.say_what_is_shrunk(experiment.data, console)
     trained = train(experiment, arguments.workdir, console, arguments.init_from)
     if trained.stopped_by:
         steps = f"{trained.step} of {experiment.settings.steps}"

@@ -10,14 +10,21 @@ from sgw_jax.data_pipelines.errors import InputError, files_named
 from sgw_jax.data_pipelines.transforms import Augmentation, Target
 from sgw_jax.experiment.choice import choose
 from sgw_jax.experiment.data_sets import DATA_SETS
-from sgw_jax.experiment.experiment import Data
+from sgw_jax.experiment.experiment import BEFORE_FIT, Data
 from sgw_jax.tasks.base import Task
 
 
 def build_data(
-    config: ConfigDict, tasks: Sequence[Task], cache_dir: Path | str | None, block: tuple[int, int] = (0, 1)
+    config: ConfigDict,
+    tasks: Sequence[Task],
+    cache_dir: Path | str | None,
+    block: tuple[int, int] = (0, 1),
+    parts: int = 1,
 ) -> Data:
-    """Sources, targets and augmentation; ``block``: which of how many blocks of the rows are read here."""
+    """Sources, targets and augmentation.
+
+    block: which of how many blocks of the rows are read here. parts: what the number of a batch's rows must divide by.
+    """
     targets = {task.name: Target(**task.target) for task in tasks}
     data_set = choose(DATA_SETS, config.data.source, "config.data.source")
     with files_named(f"config.data.root={config.data.root}"):
@@ -31,6 +38,8 @@ def build_data(
         block=block,
         workers=config.data.workers,
         threads=config.data.threads,
+        parts=parts,
+        exact_frames=any(task.sees_frame for task in tasks),
     )
 
 
@@ -45,6 +54,7 @@ def _augmentation(config: ConfigDict, tasks: Sequence[Task]) -> Augmentation:
             )
     return Augmentation(
         size=tuple(config.data.size),
+        fit=config.data.get("fit", BEFORE_FIT),
         scale=tuple(augment.scale),
         scale_crop=tuple(augment.scale_crop),
         cat_max_ratio=augment.cat_max_ratio,

@@ -17,8 +17,10 @@ from sgw_jax.tasks.base import Task
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
-    """The network for images of `config.data.size`."""
+def build_model(
+    config: ConfigDict, tasks: Sequence[Task], trained_size: tuple[int, int] | None = None
+) -> MultiTaskModel:
+    """The network for images of `config.data.size`, or with the parameters of one that was trained at another size."""
     check_positive(config)
     dtype = choose(DTYPES, config.dtype, "config.dtype")
     make_backbone = choose(BACKBONES, config.backbone, "config.backbone")
@@ -27,7 +29,7 @@ def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
     # An interaction with a `placement` works shard by shard where the mesh has such axes; the others are left to the
     # partitioner.
     placed = taken(interaction, {"placement": Placement(BATCH, CONTEXT)})
-    height, width = config.data.size
+    height, width = config.data.size if trained_size is None else trained_size
     seen = round(height * config.input_scale), round(width * config.input_scale)
     return MultiTaskModel(
         tasks=tuple(tasks),

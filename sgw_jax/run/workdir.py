@@ -13,7 +13,7 @@ import numpy as np
 
 from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import UserError
-from sgw_jax.experiment.experiment import Experiment, differences
+from sgw_jax.experiment.experiment import BEFORE_FIT, Experiment, differences
 from sgw_jax.sharding import from_all_processes
 
 IDENTITY = "run.json"
@@ -59,7 +59,7 @@ def check_workdir(workdir: Path, experiment: Experiment) -> None:
     path = workdir / IDENTITY
     if path.exists():
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))
+            there = {"data.fit": BEFORE_FIT, **json.loads(path.read_text(encoding="utf-8"))}
         except ValueError as error:
             raise WorkdirError(f"{path} is damaged ({error}); use another --workdir.") from error
         lines = list(differences(there, json.loads(json.dumps(experiment.identity()))))
