@@ -44,7 +44,7 @@ def checkpoints(tmp_path):
 
 def kept(checkpoints):
     checkpoints.wait()
-    return sorted(int(path.name) for path in checkpoints.directory.iterdir())
+    return sorted(int(path.name) for path in checkpoints.directory.iterdir() if path.is_dir())
 
 
 def test_a_step_that_donates_the_state_does_not_change_what_is_saved(checkpoints):
@@ -103,6 +103,38 @@ def test_the_last_and_the_best_are_kept_over_restarts(tmp_path, scores, best, le
         assert (checkpoints.best_step, checkpoints.latest_step) == (best, max(scores))
         assert kept(checkpoints) == left
         checkpoints.close()
+
+
+def test_scores_of_earlier_releases_lie_in_the_checkpoints(checkpoints):
+    for step in (1, 2):
+        checkpoints.save(step, small(step), {})
+        checkpoints.wait()
+        (checkpoints.directory / str(step) / "metrics").mkdir()
+        (checkpoints.directory / str(step) / "metrics" / "metrics").write_text(f'{{"score": {-step}}}')
+    again = Checkpoints(checkpoints.directory, keep=1)
+    assert (again.best_step, again.is_scored(2), again.is_scored(3)) == (1, True, False)
+    again.save(3, small(3), {})
+    again.close()
+    assert kept(checkpoints) == [1, 3]
+
+
+def test_a_score_dies_with_its_checkpoint(checkpoints):
+    """A step whose checkpoint was deleted, and is saved once more, is to be evaluated once more."""
+    for step in (1, 2):
+        checkpoints.save(step, small(step), {})
+        checkpoints.record(step, 0.5)
+    checkpoints.close()
+    shutil.rmtree(checkpoints.directory / "2")
+    again = Checkpoints(checkpoints.directory)
+    assert again.best_step == 1
+    again.save(2, small(2), {})
+    again.close()
+    reader = Checkpoints(checkpoints.directory, read_only=True)
+    assert (reader.is_scored(1), reader.is_scored(2)) == (True, False)
+    reader.close()
+    (checkpoints.directory / "scores.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"scores.json is damaged .* Delete it"):
+        Checkpoints(checkpoints.directory, read_only=True)
 
 
 def test_an_unfinished_save_is_no_checkpoint_and_is_cleaned_up(tmp_path, checkpoints):

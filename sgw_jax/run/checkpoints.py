@@ -65,7 +65,6 @@ class Checkpoints:
         self._read_only = read_only
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy,
-            best_fn=_score,  # so that it reads the scores of runs of before SCORES
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
