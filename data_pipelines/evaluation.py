@@ -15,6 +15,7 @@ processes agree without a word.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
@@ -35,7 +36,6 @@ from sgw_jax.data_pipelines.transforms import (
     finish,
     fit_factor,
     fit_inside,
-    fitted_size,
     margin,
     normalise,
     pad,
@@ -48,7 +48,9 @@ from sgw_jax.data_pipelines.transforms import (
 # canvas.
 View = Literal["scored", "network", "own"]
 VIEWS = ("scored", "network", "own")
-WASTE = 2  # times an image's own pixels are the most that its canvas has
+WASTE = 2  # times the images' own pixels are the most that all canvases have
+ALIKE = 1.5  # likewise of one image, while sizes much alike are gathered
+ROOM = 2**20  # pixels that the canvases of a batch may have in any case
 NO_GEOMETRY = (0, 0, 1, 1, 1, 1)  # of a row without an image
 
 
@@ -78,28 +80,62 @@ def needs_geometry(sizes: Sequence[Size], size: Size, fit: str, exact_frames: bo
 
 
 def canvases(sizes: Sequence[Size], exact: bool = False) -> dict[Size, tuple[int, ...]]:
-    """Canvas -> the items on it, in their order; few canvases, none of more than `WASTE` times an image's own pixels.
+    """Canvas -> the items on it, in their order: as few canvases as have together `WASTE` times the images' pixels.
 
-    From the largest size to the smallest, each joins the first canvas that, widened to hold it, wastes no more than
-    that. With `exact` every size is a canvas.
+    Sizes much alike are gathered first; then the two canvases whose union costs least become one, as long as that
+    holds. With `exact` every size is a canvas.
     """
-    frames: list[Size] = []
-    members: list[list[Size]] = []
-    for own in sorted(set(sizes), key=lambda size: (-size[0] * size[1], size)):
-        for place, canvas in enumerate(frames):
-            wide = max(canvas[0], own[0]), max(canvas[1], own[1])
-            if not exact and wide[0] * wide[1] <= WASTE * own[0] * own[1]:
-                frames[place] = wide
-                members[place].append(own)
+    number = Counter(sizes)
+    groups = [_Canvas(own, number[own], [own]) for own in sorted(number, key=lambda size: (-size[0] * size[1], size))]
+    if not exact:
+        groups = _merged(_alike(groups), WASTE * sum(height * width for height, width in sizes))
+    frame_of = {own: group.frame for group in groups for own in group.sizes}
+    found: dict[Size, list[int]] = {group.frame: [] for group in groups}
+    for item, own in enumerate(sizes):
+        found[frame_of[own]].append(item)
+    return {frame: tuple(items) for frame, items in found.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Canvas:
+    """A frame, the number of items on it, and their sizes."""
+
+    frame: Size
+    items: int
+    sizes: list[Size]
+
+    @property
+    def pixels(self) -> int:
+        return self.frame[0] * self.frame[1] * self.items
+
+    def with_other(self, other: "_Canvas") -> "_Canvas":
+        frame = max(self.frame[0], other.frame[0]), max(self.frame[1], other.frame[1])
+        return _Canvas(frame, self.items + other.items, self.sizes + other.sizes)
+
+
+def _alike(groups: Sequence[_Canvas]) -> list[_Canvas]:
+    """From the largest size to the smallest, each joins the first canvas on which it wastes no more than `ALIKE`."""
+    found: list[_Canvas] = []
+    for group in groups:
+        for place, other in enumerate(found):
+            union = other.with_other(group)
+            if union.frame[0] * union.frame[1] <= ALIKE * group.frame[0] * group.frame[1]:
+                found[place] = union
                 break
         else:
-            frames.append(own)
-            members.append([own])
-    canvas_of = {own: canvas for canvas, group in zip(frames, members, strict=True) for own in group}
-    found: dict[Size, list[int]] = {canvas: [] for canvas in frames}
-    for item, own in enumerate(sizes):
-        found[canvas_of[own]].append(item)
-    return {canvas: tuple(items) for canvas, items in found.items()}
+            found.append(group)
+    return found
+
+
+def _merged(groups: list[_Canvas], allowed: int) -> list[_Canvas]:
+    while len(groups) > 1:
+        pairs = [(one, other) for place, one in enumerate(groups) for other in groups[:place]]
+        one, other = min(pairs, key=lambda pair: pair[0].with_other(pair[1]).pixels - pair[0].pixels - pair[1].pixels)
+        union = [group for group in groups if group is not one and group is not other] + [other.with_other(one)]
+        if sum(group.pixels for group in union) > allowed:
+            break
+        groups = union
+    return sorted(groups, key=lambda group: (-group.frame[0] * group.frame[1], group.frame))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,17 +147,16 @@ class Lot:
     canvas: Size
 
 
-def lots(
-    sizes: Sequence[Size], batch_size: int, size: Size, *, parts: int = 1, exact: bool = False
-) -> tuple[Lot, ...]:
+def lots(sizes: Sequence[Size], batch_size: int, size: Size, *, parts: int = 1, exact: bool = False) -> tuple[Lot, ...]:
     """The batches of items on canvases of their sizes (`canvases`).
 
-    A batch has as many rows as keep its canvases within `WASTE` batches of the network's frames, a multiple of `parts`
-    and at least that: a single large image costs the memory of its own batch, not of `batch_size` such.
+    A batch has as many rows as keep its canvases within `ROOM`, or within `WASTE` batches of the network's frames, a
+    multiple of `parts` and at least that: a single large image costs the memory of its own batch, not of `batch_size`
+    such.
     """
-    found = []
+    found, room = [], max(WASTE * batch_size * size[0] * size[1], ROOM)
     for canvas, items in canvases(sizes, exact).items():
-        fitting = WASTE * batch_size * size[0] * size[1] // (canvas[0] * canvas[1])
+        fitting = room // (canvas[0] * canvas[1])
         wanted = -(-len(items) // parts) * parts
         rows = min(max(fitting // parts * parts, parts), wanted, batch_size)
         found += [Lot(group, rows, canvas) for group in _groups(items, rows)]

@@ -247,9 +247,7 @@ def check_source(source: Source) -> None:
         raise InputError(f"{_name(source)} is empty; a source needs at least one example")
 
 
-def batches_over(
-    dataset: grain.MapDataset, length: int, num_workers: int, num_threads: int, prefetch: int
-) -> Batches:
+def batches_over(dataset: grain.MapDataset, length: int, num_workers: int, num_threads: int, prefetch: int) -> Batches:
     """The batches that a grain data set has by their numbers, read ahead by threads or workers (`train_batches`)."""
     limits = {"num_workers": (num_workers, 0), "num_threads": (num_threads, 0), "prefetch": (prefetch, 1)}
     for name, (value, least) in limits.items():

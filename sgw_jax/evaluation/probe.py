@@ -41,7 +41,8 @@ def linear_features(image: np.ndarray, size: Size) -> np.ndarray:
     y, x = np.ones(image.shape[0]), np.ones(image.shape[1])
     y[: size[0]], x[: size[1]] = np.linspace(-1, 1, size[0]), np.linspace(-1, 1, size[1])
     x, y = np.broadcast_arrays(x, y[:, None])
-    return np.concatenate([constant_features(image, size), image, x[..., None], y[..., None]], axis=-1, dtype=np.float64)
+    ones = constant_features(image, size)
+    return np.concatenate([ones, image, x[..., None], y[..., None]], axis=-1, dtype=np.float64)
 
 
 FEATURES: dict[str, Callable[[np.ndarray, Size], np.ndarray]] = {
