@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sgw_jax.data_pipelines.errors import InputError
@@ -86,13 +85,14 @@ def fit(
     known = len(FEATURES[features](np.zeros((1, 1, 3)), (1, 1))[0, 0])
     gram = {name: np.zeros((known, known)) for name in widths}
     moment = {name: np.zeros((known, width)) for name, width in widths.items()}
+    target_of = {task.name: jax.jit(task.regression_target) for task in tasks}
     empty = True
     for image, targets, size in _images(batches, tasks):
         empty = False
         phi = FEATURES[features](image, size)[::stride, ::stride]
         for task in tasks:
-            target = jnp.asarray(targets[task.name][None, ::stride, ::stride])
-            values, mask = (np.asarray(array)[0] for array in task.regression_target(target))
+            sparse = np.ascontiguousarray(targets[task.name][None, ::stride, ::stride])
+            values, mask = (np.asarray(array)[0] for array in target_of[task.name](sparse))
             seen = phi[mask]
             gram[task.name] += seen.T @ seen
             moment[task.name] += seen.T @ values[mask].astype(np.float64)
@@ -118,9 +118,7 @@ def evaluate(
         for image, targets, size in _images(batches, tasks):
             phi = FEATURES[probe.features](image, size)
             yield {
-                task.name: metric_sums(
-                    (phi @ probe.weights[task.name]).astype(np.float32)[None], targets[task.name][None], task
-                )
+                task.name: metric_sums(_product(phi, probe.weights[task.name])[None], targets[task.name][None], task)
                 for task in tasks
             }
 
@@ -129,6 +127,14 @@ def evaluate(
         raise InputError("probe: there are no batches to evaluate; give at least one.")
     total = over_processes(total, block)
     return {task.name: task.metric_values(total[task.name]) for task in tasks}
+
+
+def _product(phi: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """phi W, in float64 row by row of the image, kept in float32: of many classes it is the largest array here."""
+    values = np.empty((*phi.shape[:2], weights.shape[1]), np.float32)
+    for row, features in zip(values, phi, strict=True):
+        row[:] = features @ weights
+    return values
 
 
 def _images(batches: Iterable[Batch], tasks: Sequence[Task]) -> Iterator[tuple[np.ndarray, Batch, Size]]:
