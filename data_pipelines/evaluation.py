@@ -266,10 +266,9 @@ def eval_batches(
         raise InputError(f"eval_batches: view is {view!r}; allowed: {', '.join(VIEWS)}")
     Rows(batch_size, process_index, process_count)
     frame = (int(size[0]), int(size[1]))
-    if sizes is None and view != "network":
-        sizes = image_sizes(source, num_threads)
-    if view == "own" or (view == "scored" and needs_geometry(sizes, frame, fit, exact_frames)):
-        planned, geometry = lots(sizes, batch_size, frame, parts=parts, exact=exact_frames), True
+    known: Sequence[Size] = () if view == "network" else image_sizes(source, num_threads) if sizes is None else sizes
+    if view == "own" or needs_geometry(known, frame, fit, exact_frames):
+        planned, geometry = lots(known, batch_size, frame, parts=parts, exact=exact_frames), True
     else:
         in_order = _groups(range(len(source)), batch_size)
         planned, geometry = tuple(Lot(items, batch_size, frame) for items in in_order), False

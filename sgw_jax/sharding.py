@@ -323,7 +323,8 @@ def from_all_processes(values: np.ndarray) -> np.ndarray:
     own = jax.device_put(np.asarray(values)[None], first[jax.process_index()])
     shape = (len(first), *np.shape(values))
     whole = jax.make_array_from_single_device_arrays(shape, NamedSharding(mesh, P("process")), [own])
-    everywhere = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(whole)
+    with jax.set_mesh(mesh):  # whatever mesh the caller has set
+        everywhere = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(whole)
     return np.asarray(everywhere.addressable_data(0))
 
 

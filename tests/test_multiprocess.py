@@ -126,10 +126,10 @@ def test_two_processes_score_what_one_does_at_any_size(command, tmp_path):
     """Metrics of the network and of the reference predictors, on images of mixed sizes."""
     sizes = [(32, 64), (48, 96), (64, 32), (20, 30), (33, 65)]
     write_folder(tmp_path / "data", {"train": sizes, "validation": sizes[2:], "test": sizes[::-1]})
-    options = (f"--config.data.root={tmp_path / 'data'}", "--config.data.source=folder", "--config.steps=2")
+    options = (f"--config.data.root={tmp_path / 'data'}", "--config.data.source=folder", "--config.steps=4")
     found = []
     for program, workdir in ((ALONE, tmp_path / "one"), (FOURS, tmp_path / "two")):
-        command.run(program, workdir, *options, "--config.eval_every=2")
+        command.run(program, workdir, *options)
         found.append(json.loads((workdir / "results.json").read_text()))
     one, two = found
     # Images are scored one at a time in float32, and added in float64 in another order.

@@ -88,8 +88,9 @@ def probabilities(
     """
 
     def run(variables: Any, batch: Batch) -> tuple[Array, Array, Array]:
-        logit: Any = at_labels([task], model.apply(variables, batch["image"]), batch)[task.name]
-        probability = jax.nn.sigmoid(logit[..., 0].astype(jnp.float32))
+        predictions: Any = model.apply(variables, batch["image"])
+        logit = at_labels([task], predictions, batch)[task.name][..., 0]
+        probability = jax.nn.sigmoid(logit.astype(jnp.float32))
         if eight_bits:
             probability = jnp.floor(LEVELS * probability).astype(jnp.uint8)
         return probability, batch[task.name].reshape(probability.shape), real_rows(batch)
