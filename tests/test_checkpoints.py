@@ -45,7 +45,7 @@ def checkpoints(tmp_path):
 
 def kept(checkpoints):
     checkpoints.wait()
-    return sorted(int(path.name) for path in checkpoints.directory.iterdir())
+    return sorted(int(path.name) for path in checkpoints.directory.iterdir() if path.is_dir())
 
 
 def test_a_step_that_donates_the_state_does_not_change_what_is_saved(checkpoints):
@@ -95,13 +95,47 @@ def test_metadata_and_a_part_of_the_state_come_back(checkpoints):
 def test_the_last_and_the_best_are_kept_over_restarts(tmp_path, scores, best, left):
     for step, score in scores.items():  # every save in a manager of its own, as if the process had died each time
         checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-        checkpoints.save(step, small(step), {}, score)
+        checkpoints.save(step, small(step), {})
+        if score is not None:
+            checkpoints.record(step, score)
         checkpoints.close()
     for options in ({"keep": 2}, {"read_only": True}):
         checkpoints = Checkpoints(tmp_path / "checkpoints", **options)
         assert (checkpoints.best_step, checkpoints.latest_step) == (best, max(scores))
         assert kept(checkpoints) == left
         checkpoints.close()
+
+
+def test_scores_of_earlier_releases_lie_in_the_checkpoints(checkpoints):
+    for step in (1, 2):
+        checkpoints.save(step, small(step), {})
+        checkpoints.wait()
+        (checkpoints.directory / str(step) / "metrics").mkdir()
+        (checkpoints.directory / str(step) / "metrics" / "metrics").write_text(f'{{"score": {-step}}}')
+    again = Checkpoints(checkpoints.directory, keep=1)
+    assert (again.best_step, again.is_scored(2), again.is_scored(3)) == (1, True, False)
+    again.save(3, small(3), {})
+    again.close()
+    assert kept(checkpoints) == [1, 3]
+
+
+def test_a_score_dies_with_its_checkpoint(checkpoints):
+    """A step whose checkpoint was deleted, and is saved once more, is to be evaluated once more."""
+    for step in (1, 2):
+        checkpoints.save(step, small(step), {})
+        checkpoints.record(step, 0.5)
+    checkpoints.close()
+    shutil.rmtree(checkpoints.directory / "2")
+    again = Checkpoints(checkpoints.directory)
+    assert again.best_step == 1
+    again.save(2, small(2), {})
+    again.close()
+    reader = Checkpoints(checkpoints.directory, read_only=True)
+    assert (reader.is_scored(1), reader.is_scored(2)) == (True, False)
+    reader.close()
+    (checkpoints.directory / "scores.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"scores.json is damaged .* Delete it"):
+        Checkpoints(checkpoints.directory, read_only=True)
 
 
 def test_an_unfinished_save_is_no_checkpoint_and_is_cleaned_up(tmp_path, checkpoints):
@@ -250,7 +284,8 @@ def close_dropped_reads():
 def test_a_damaged_file_is_an_error_that_says_what_to_do_or_does_no_harm(tmp_path, checkpoints):
     state = small(2.5)
     checkpoints.save(3, state, {"a": 1})
-    checkpoints.save(6, state, {"a": 1}, score=0.5)
+    checkpoints.save(6, state, {"a": 1})
+    checkpoints.record(6, 0.5)
     checkpoints.wait()
     directory, backup, damaging = checkpoints.directory / "6", tmp_path / "backup", []
     shutil.copytree(directory, backup)

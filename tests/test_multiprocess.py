@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from test_any_size import write_folder
 from test_train_step import DEPTHS, MESHES, ROWS, SGD, assert_gradients_close, selecting_model, selecting_start
 
 from sgw_jax.__main__ import main
@@ -120,6 +121,22 @@ def outcome(workdir):
     states = {step: [np.asarray(leaf).tobytes() for leaf in leaves] for step, leaves in states.items()}
     checkpoints.close()
     return (workdir / "metrics.jsonl").read_bytes(), best, last, states
+
+
+def test_two_processes_score_what_one_does_at_any_size(command, tmp_path):
+    """Metrics of the network and of the reference predictors, on images of mixed sizes."""
+    sizes = [(32, 64), (48, 96), (64, 32), (20, 30), (33, 65)]
+    write_folder(tmp_path / "data", {"train": sizes, "validation": sizes[2:], "test": sizes[::-1]})
+    options = (f"--config.data.root={tmp_path / 'data'}", "--config.data.source=folder", "--config.steps=4")
+    found = []
+    for program, workdir in ((ALONE, tmp_path / "one"), (FOURS, tmp_path / "two")):
+        command.run(program, workdir, *options)
+        found.append(json.loads((workdir / "results.json").read_text()))
+    one, two = found
+    # Images are scored one at a time in float32, and added in float64 in another order.
+    for reference, metrics in one["references"].items():
+        assert two["references"][reference]["depth"] == pytest.approx(metrics["depth"], rel=1e-6), reference
+    assert two["metrics"]["depth"] == pytest.approx(one["metrics"]["depth"], rel=1e-4)  # of networks trained apart
 
 
 def children(process):

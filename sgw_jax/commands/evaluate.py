@@ -27,10 +27,11 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], console: Consol
                 f"config.data.root: {root} does not exist here; where the data lies is said by --config.data.root=DIR."
             )
         mesh = make_mesh(mesh_sizes(arguments.mesh)) if arguments.mesh else None
-        experiment = build(config, arguments.cache_dir, run.tasks, mesh)
+        experiment = build(config, arguments.cache_dir, run.tasks, mesh, tuple(run.config.data.size))
     if arguments.split not in experiment.data.sources:
         raise UsageError(f"--split={arguments.split}: the data has the splits {sorted(experiment.data.sources)}.")
     with files_named(f"--cache_dir={arguments.cache_dir}"):
         sources.prepare(experiment.data, console)
+        sources.say_what_is_shrunk(experiment.data, console)
     finish(experiment, Path(arguments.workdir), arguments.split, which, {}, console)
     return 0
