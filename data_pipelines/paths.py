@@ -29,7 +29,9 @@ def user_path(text: str) -> str:
     path = os.path.expanduser(text)
     if text.startswith("~") and path == text:
         whose = text.partition("/")[0]
-        raise PathError(f"{text}: the home directory {whose} is not known here; write ./{whose} for a file of that name")
+        raise PathError(
+            f"{text}: the home directory {whose} is not known here; write ./{whose} for a file of that name"
+        )
     if os.path.lexists(path):
         return path
     for name in VARIABLE.findall(path):

@@ -239,7 +239,7 @@ def test_files_that_cannot_be_used_are_named(plain, tmp_path):
     said = plain("plan", "--config=scenes:tasks=depth", cache, f"--json={file / 'plan.json'}")
     assert said.startswith(f"error: --json={file / 'plan.json'}: Not a directory ({file / 'plan.json'}")
     said = plain("train", "--config=scenes:tasks=depth", f"--workdir={tmp_path / 'run'}", f"--cache_dir={file / 'in'}")
-    assert said.splitlines()[-1].startswith(f"error: --cache_dir={file / 'in'}: Not a directory")
+    assert said.splitlines()[-1].startswith(f"error: --cache_dir={file / 'in'}: {file} is no directory")
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits" / "train.txt").write_bytes(file.read_bytes())
     folder = ["--config.data.source=folder", f"--config.data.root={tmp_path}"]
@@ -257,7 +257,6 @@ def test_a_bucket_is_no_working_directory(capsys):
 
 def test_evaluate_and_predict_refuse_what_they_do_not_know(refused, tmp_path):
     assert "no checkpoints in" in refused("evaluate", "--workdir=nowhere")
-    assert "['--config.steps=3']" in refused("evaluate", "--workdir=nowhere", "--config.steps=3")
     unknown = refused("predict", "--workdir=nowhere", "--output=pictures", "a.jpg", "--sise=3", "b.jpg")
     assert "'--sise=3'" in unknown
     assert "a.jpg" not in unknown

@@ -24,6 +24,7 @@ from sgw_jax.run.checkpoints import Checkpoints
 from sgw_jax.run.logs import read_metrics
 from sgw_jax.run.saved_run import open_run
 from sgw_jax.run.state import restored_state
+from sgw_jax.run.workdir import saved_steps
 from sgw_jax.sharding import global_batch, make_mesh, mesh_sizes, own_rows, replicated, state_sharding
 from sgw_jax.train import train
 from sgw_jax.train_step import make_train_step
@@ -290,6 +291,23 @@ def test_a_pair_that_is_told_to_stop_saves_one_step_and_goes_on_bit_by_bit(comma
     assert outcome(stopped) == undisturbed
 
 
+def test_a_second_pair_in_the_same_directory_is_refused_and_ends(command, tmp_path):
+    first = command.start(PAIR, tmp_path / "run", "--config.steps=100000")
+    try:
+        wait_for(first, saved(tmp_path / "run", 2))
+        output = command.finish(command.start(PAIR, tmp_path / "run", "--config.steps=100000"), code=1)
+        assert f"being trained in already, by process {children(first)[0]} on {socket.gethostname()}" in output
+    finally:
+        first.kill()
+        first.communicate()
+    # What was killed holds no lock; the directory goes on.
+    last = max(saved_steps(tmp_path / "run"))
+    third = command.start(ALONE, tmp_path / "run", "--config.steps=100000")
+    wait_for(third, lambda: max(saved_steps(tmp_path / "run")) > last)
+    third.send_signal(signal.SIGHUP)
+    command.finish(third, code=128 + signal.SIGHUP)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_pair_ends_when_one_dies(command, tmp_path, victim):
     process = command.start(PAIR, tmp_path / "run", "--config.steps=100000")
@@ -405,6 +423,7 @@ def test_a_full_disk_fails_the_save_and_keeps_the_last(command, small_disk, left
             free -= filler.write(bytes(min(4096, free)))
     output = command.finish(process, code=1)
     assert f"error: The disk that holds {workdir} is full." in output
+    assert "Traceback" not in output  # of the threads that met it too
     kept = Checkpoints(workdir / "checkpoints", read_only=True).latest_step
     assert kept >= 40
 

@@ -45,8 +45,8 @@ def of_environment(environment: Mapping[str, str]) -> dict[str, Any] | None:
     if OWN[1] in given or OWN[2] in given or (given and mpi_processes is None):
         if missing := [name for name in OWN if name not in given]:
             raise InputError(
-                f"{' and '.join(given)} without {' and '.join(missing)}: set all three in every process (docs/scaling.md), or "
-                "none for a process alone."
+                f"{' and '.join(given)} without {' and '.join(missing)}: set all three in every process "
+                "(docs/scaling.md), or none for a process alone."
             )
         processes = _number(environment, OWN[1], 1)
         assert processes is not None
@@ -100,7 +100,8 @@ def _number(environment: Mapping[str, str], name: str, low: int, high: int | Non
     text = environment.get(name)
     if not text:
         return None
-    if not re.fullmatch(r"\d{1,9}", text, flags=re.ASCII) or not low <= int(text) <= (int(text) if high is None else high):
+    whole = re.fullmatch(r"\d{1,9}", text, flags=re.ASCII)
+    if not whole or int(text) < low or (high is not None and int(text) > high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         raise InputError(f"{name}={text}: it must be a whole number {allowed}.")
     return int(text)

@@ -7,9 +7,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sgw_jax.experiment.checks import build_settings, check_positive
+from sgw_jax.experiment.config_files import with_whole_paths
 from sgw_jax.experiment.data import build_data
 from sgw_jax.experiment.experiment import Boundary, Experiment, Protocol
-from sgw_jax.experiment.config_files import with_whole_paths
 from sgw_jax.experiment.network import build_model
 from sgw_jax.experiment.objective import build_objective
 from sgw_jax.experiment.tasks import build_tasks

@@ -204,8 +204,8 @@ def check_path(directory: Path) -> None:
     """
     if PATTERN.search(str(directory.absolute())):
         raise CheckpointError(
-            f"{directory.absolute()}: checkpoints cannot be kept in a path with * ? or [ in it, which Orbax takes for a "
-            "pattern; give a --workdir without, or rename the directory."
+            f"{directory.absolute()}: checkpoints cannot be kept in a path with * ? or [ in it, which Orbax takes for "
+            "a pattern; give a --workdir without, or rename the directory."
         )
 
 
