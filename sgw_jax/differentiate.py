@@ -191,8 +191,16 @@ def flat(params: Any) -> dict[str, Array]:
 
 
 def unflat(leaves: Mapping[str, Array], params: Any) -> Any:
-    """A tree like ``params``, with these of its leaves by their paths and the others as they are: `flat` undone."""
-    whole = {**flat(params), **leaves}
+    """A tree like ``params``, with these of its leaves by their paths and the others as they are: `flat` undone.
+
+    A leaf with fewer rows (entries of its first axis) takes the place of the last ones: of a stack of which the lowest
+    blocks are frozen.
+    """
+    whole = flat(params)
+    for name, leaf in leaves.items():
+        kept = whole[name].shape[0] - leaf.shape[0] if leaf.ndim else 0
+        # What takes a part of it again meets the part itself: the compiler sees through a concatenation.
+        whole[name] = jnp.concatenate([whole[name][:kept], leaf]) if kept else leaf
     return jax.tree.unflatten(jax.tree.structure(params), list(whole.values()))
 
 

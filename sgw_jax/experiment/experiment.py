@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sgw_jax.backbones.freezing import Freezing
 from sgw_jax.data_pipelines.loader import Batches, Source, eval_batches, train_batches
 from sgw_jax.data_pipelines.predictions import Predictions
 from sgw_jax.data_pipelines.transforms import Augmentation, Target
@@ -138,6 +139,7 @@ class Experiment:
     settings: Settings
     boundary: Boundary
     optimizer: optax.GradientTransformation
+    trained: Freezing | None  # which parameters learn; None is all
     schedule: optax.Schedule
     objective: Objective
     gradients: Literal["parameters", "representation"]

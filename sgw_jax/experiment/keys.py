@@ -39,6 +39,7 @@ from sgw_jax.experiment.ranges import (
 from sgw_jax.functional.shared_workspace import GATES
 from sgw_jax.heads import UPSAMPLES
 from sgw_jax.interactions import INTERACTIONS
+from sgw_jax.layers.lora import TARGETS
 from sgw_jax.layers.patch_embed import PATCH_EMBEDS
 from sgw_jax.layers.remat import POLICIES
 from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS
@@ -161,6 +162,7 @@ ALLOWED: Table = {
             "window_chunk": optional(COUNT),
         },
     },
+    "lora": {"rank": optional(COUNT), "alpha": POSITIVE, "targets": Several(OneOf(TARGETS))},
     "interaction": OneOf(INTERACTIONS),
     "interactions": {
         "none": {"mlp_width": optional(WIDTH)},
@@ -217,6 +219,7 @@ ALLOWED: Table = {
         "clip_norm": optional(POSITIVE),
         "backbone_scale": NOT_NEGATIVE,
         "layer_decay": SHARE,
+        "frozen_layers": whole(0),
     },
     "schedule": {"name": OneOf(SCHEDULES), "warmup_steps": whole(0)},
     "ema_decay": optional(PROPER_SHARE),

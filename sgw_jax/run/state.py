@@ -56,4 +56,5 @@ def _init(experiment: Experiment) -> Callable[[Any], TrainState]:
         seed=seed,
         ema=experiment.settings.ema_decay is not None,
         objective=experiment.objective,
+        trained=experiment.trained,
     )
