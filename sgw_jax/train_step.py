@@ -342,7 +342,8 @@ def micro_batches(batch: Batch, parts: int) -> dict[str, Array]:
 
 def _overlaid(part: Any, params: Any) -> Any:
     """The parameters, with those of a part in their place; of a whole no copy is made."""
-    return part if jax.tree.structure(part) == jax.tree.structure(params) else _joined(part, params)
+    whole = [leaf.shape for leaf in jax.tree.leaves(part)] == [leaf.shape for leaf in jax.tree.leaves(params)]
+    return part if whole else _joined(part, params)
 
 
 @jax.jit

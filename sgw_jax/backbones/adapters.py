@@ -24,7 +24,7 @@ def merged(params: Mapping[str, Any], lora: LoRA) -> dict[str, Any]:
       params: nested; leaves of a stack of blocks have its axis before their own.
       lora: what they were trained with.
     """
-    tree = {key: merged(value, lora) if isinstance(value, Mapping) else value for key, value in params.items()}
+    tree: dict[str, Any] = {key: merged(value, lora) if isinstance(value, Mapping) else value for key, value in params.items()}
     if LORA not in tree:
         return tree
     factors = tree.pop(LORA)
@@ -66,7 +66,7 @@ def load_factors(path: Path | str, params: Mapping[str, Any]) -> tuple[dict[str,
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
     except (OSError, safetensors.SafetensorError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no file of LoRA's factors ({error}); `save_factors` writes them.") from error
-    tree = jax.tree.map(lambda leaf: leaf, dict(params))
+    tree = _copied(params)
     for name, value in arrays.items():
         *parents, lora, last = name.split("/")
         node = tree
@@ -78,3 +78,7 @@ def load_factors(path: Path | str, params: Mapping[str, Any]) -> tuple[dict[str,
             raise InputError(f"{path}: {name} of shape {value.shape} fits no kernel of this network.")
         node.setdefault(lora, {})[last] = value
     return tree, LoRA(**{**described, "targets": tuple(described["targets"])})
+
+
+def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}

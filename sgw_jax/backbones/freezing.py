@@ -41,7 +41,7 @@ class Freezing:
             return True
         layers = layers_of(name, depths)
         if isinstance(layers, int):
-            return 0 < self.layers and layers <= self.layers
+            return self.layers > 0 and layers <= self.layers
         rows = sum(layer <= self.layers for layer in layers)
         return True if rows == leaf.shape[0] else rows
 

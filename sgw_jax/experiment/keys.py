@@ -39,7 +39,6 @@ from sgw_jax.experiment.ranges import (
 from sgw_jax.functional.shared_workspace import GATES
 from sgw_jax.heads import UPSAMPLES
 from sgw_jax.interactions import INTERACTIONS
-from sgw_jax.layers.lora import TARGETS
 from sgw_jax.layers.patch_embed import PATCH_EMBEDS
 from sgw_jax.layers.remat import POLICIES
 from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS
@@ -162,7 +161,7 @@ ALLOWED: Table = {
             "window_chunk": optional(COUNT),
         },
     },
-    "lora": {"rank": optional(COUNT), "alpha": POSITIVE, "targets": Several(OneOf(TARGETS))},
+    "lora": {"rank": optional(COUNT), "alpha": POSITIVE, "targets": Names()},
     "interaction": OneOf(INTERACTIONS),
     "interactions": {
         "none": {"mlp_width": optional(WIDTH)},

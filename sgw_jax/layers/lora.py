@@ -96,13 +96,14 @@ class LoRA:
         outputs = module.features // maps
         if self.rank > min(width, outputs):
             raise InputError(
-                f"lora: rank is {self.rank}, but {'/'.join(module.path)} maps {width} channels to {outputs}; it must be "
-                f"at most {min(width, outputs)}."
+                f"lora: rank is {self.rank}, but {'/'.join(module.path)} maps {width} channels to {outputs}; it must "
+                f"be at most {min(width, outputs)}."
             )
         scope = module.scope.push(LORA, reuse=True)  # type: ignore[union-attr]
         a = scope.param("a", _uniform, (maps, width, self.rank))
         b = scope.param("b", nn.initializers.zeros, (maps, self.rank, outputs))
-        inputs, a, b = module.promote_dtype(inputs, a, b, dtype=module.dtype)
+        promoted: Any = module.promote_dtype(inputs, a, b, dtype=module.dtype)
+        inputs, a, b = promoted
         thin = jnp.einsum("...i,mir->...mr", inputs, a)
         update = jnp.einsum("...mr,mro->...mo", thin, b) * (self.alpha / self.rank)
         return update.reshape(*inputs.shape[:-1], module.features)

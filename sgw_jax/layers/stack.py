@@ -44,13 +44,13 @@ def scan_blocks(block: nn.Module, carry: Any, per_block: Any, *shared: Any, leng
 
 
 def drop_rates(last: float, length: int, frozen: int = 0) -> Float[Array, " length"]:
-    """Of drop path: linear from 0 at the first block to ``last`` at the last, and 0 in the frozen ones, which so compute
-    the same in training and evaluation."""
+    """Of drop path: linear from 0 at the first block to ``last`` at the last, and 0 in the frozen ones, which thereby
+    compute the same in training and evaluation."""
     return jnp.where(jnp.arange(length) < frozen, 0.0, jnp.linspace(0.0, last, length))
 
 
 def check_frozen(kind: str, frozen: int, length: int, unit: int = 1) -> None:
-    """Raises a ValueError unless so many of a backbone's ``length`` blocks can be frozen: whole multiples of ``unit``."""
+    """Raises a ValueError unless so many of a backbone's ``length`` blocks can be frozen: multiples of ``unit``."""
     if not 0 <= frozen <= length or frozen % unit:
         pairs = f", a multiple of {unit} (blocks come in pairs)" if unit > 1 else ""
         raise InputError(
