@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sgw_jax.__main__ import main
 from sgw_jax.backbones.freezing import Freezing
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.vit import ViT
@@ -18,6 +19,7 @@ from sgw_jax.multi_objective import upgrad
 from sgw_jax.optimizers import make_optimizer
 from sgw_jax.plan.cost import multiply_accumulates
 from sgw_jax.plan.hlo import parse
+from sgw_jax.run.saved_run import open_run, saved_model
 from sgw_jax.sharding import global_batch, make_mesh, replicated, state_sharding
 from sgw_jax.tasks import Depth, Saliency
 from sgw_jax.train_step import init_state, make_train_step
@@ -119,7 +121,10 @@ def whole_vit():
     [
         (4, Freezing(0, True), {}),
         (2, Freezing(2), {"accumulate": 2, "ema_decay": 0.5}),
-        (2, Freezing(2), {"objective": upgrad(2), "gradients": "representation", "accumulate": 2}),
+        pytest.param(
+            *(2, Freezing(2), {"objective": upgrad(2), "gradients": "representation", "accumulate": 2}),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["all", "lowest-2", "representation"],
 )
@@ -189,10 +194,10 @@ def test_no_path_is_dropped_in_what_is_frozen(frozen):
     assert same == {layer: layer <= frozen for layer in (1, 2, 3, 4)}
 
 
-@pytest.mark.parametrize("sizes", [{"data": 2, "fsdp": 2, "context": 2}], ids=str)
-def test_on_eight_devices(sizes):
+@pytest.mark.slow
+def test_on_eight_devices():
     """Every parameter split that can be, the lowest two layers frozen, against one device."""
-    model, freezing, mesh = model_of(VIT, 2), Freezing(2), make_mesh(sizes)
+    model, freezing, mesh = model_of(VIT, 2), Freezing(2), make_mesh({"data": 2, "fsdp": 2, "context": 2})
     options = {"ema_decay": 0.5, "accumulate": 1}
     start, expected, _ = one_step(model, freezing, **options)
     shardings = state_sharding(start, mesh, min_size=1)
@@ -224,7 +229,7 @@ class Rest(nn.Module):
 
 
 def compiled(function, *args, **options):
-    program = jax.jit(function, **options).lower(*args).compile()
+    program = jit(function, **options).lower(*args).compile()
     memory = program.memory_analysis()
     return program, program.cost_analysis()["flops"], memory.temp_size_in_bytes
 
@@ -279,3 +284,72 @@ def test_multiplications_of_the_lowest_layers():
         saved = whole - macs(frozen, Freezing(frozen))
         assert saved >= 2 * blocks * frozen / 4 + patches
         assert saved <= 1.1 * (2 * blocks * frozen / 4 + patches)
+
+
+# ---- runs ----------------------------------------------------------------------------------------------------------
+
+RUN = [
+    "train",
+    "--config=scenes:tasks=depth",
+    *(
+        f"--config.{key}"
+        for key in (
+            "data.size=32,32",
+            "data.lengths.train=8",
+            "data.lengths.validation=8",
+            "data.lengths.test=8",
+            "backbones.vit.width=8",
+            "backbones.vit.depth=4",
+            "backbones.vit.num_heads=2",
+            "interactions.kem.num_slots=2",
+            "interactions.kem.top_k=4",
+            "channels=8",
+            "schedule.warmup_steps=0",
+            "checkpoint_every=1",
+            "eval_every=1",
+            "ema_decay=0.5",
+        )
+    ),
+]
+
+
+@pytest.mark.slow
+def test_runs_begin_go_on_and_are_read_back(tmp_path, capsys):
+    """The lowest two layers frozen, then LoRA from there: what is not pretrained is named, a checkpoint holds all."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    frozen = [*RUN, f"--workdir={first}", "--config.optimizer.frozen_layers=2", "--config.steps=2"]
+    assert main(frozen) == 0
+    assert "The frozen part of the backbone is random" in " ".join(capsys.readouterr().out.split())
+    with open_run(first) as run:
+        variables = run.variables(saved_model(run))
+        saved = run.checkpoints.shapes(run.step)
+    blocks = "backbone/blocks/mlp/hidden/kernel"
+    assert (saved[f"params/{blocks}"][0], saved[f"ema/{blocks}"][0]) == (4, 2)
+    assert not any("patch_embed" in name for name in saved if not name.startswith("params/"))
+    assert flat(variables["params"])[blocks].shape[0] == 4
+    assert main(frozen) == 0  # finished before: it is read, evaluated and reported again
+    adapted = [*RUN, f"--workdir={second}", "--config.lora.rank=1", f"--init_from={first}", "--config.steps=1"]
+    assert main(adapted) == 0
+    assert "lora" in capsys.readouterr().out
+    with open_run(second) as run:
+        later = flat(run.variables(saved_model(run))["params"])
+    np.testing.assert_array_equal(later[blocks], flat(variables["params"])[blocks])
+    assert any("lora" in name for name in later)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["optimizer.frozen_layers=5"], ["frozen_layers is 5", "it has 4 blocks", "config.optimizer.frozen_layers"]),
+        (["lora.rank=9"], ["lora.rank is 9", "at most 8"]),
+        (["lora.rank=0"], ["config.lora.rank is 0; it must be"]),
+        (["lora.rank=1", "lora.targets=norms"], ["lora.targets are ('norms',)"]),
+        (["lora.rank=1", "optimizer.layer_decay=0.5"], ["config.lora freezes", "layer_decay (0.5)"]),
+    ],
+    ids=["layers", "width", "zero", "targets", "decay"],
+)
+def test_what_cannot_be_frozen_is_said_at_the_start(tmp_path, capsys, keys, said):
+    assert main([*RUN, f"--workdir={tmp_path / 'run'}", *(f"--config.{key}" for key in keys)]) != 0
+    found = " ".join(capsys.readouterr().err.split())
+    assert all(part in found for part in said), found
+    assert not (tmp_path / "run").exists()

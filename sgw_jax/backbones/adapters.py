@@ -24,7 +24,9 @@ def merged(params: Mapping[str, Any], lora: LoRA) -> dict[str, Any]:
       params: nested; leaves of a stack of blocks have its axis before their own.
       lora: what they were trained with.
     """
-    tree: dict[str, Any] = {key: merged(value, lora) if isinstance(value, Mapping) else value for key, value in params.items()}
+    tree: dict[str, Any] = {
+        key: merged(value, lora) if isinstance(value, Mapping) else value for key, value in params.items()
+    }
     if LORA not in tree:
         return tree
     factors = tree.pop(LORA)

@@ -63,11 +63,11 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise InputError(f"lora: rank is {self.rank}; it must be at least 1, or None for no LoRA.")
+            raise InputError(f"lora.rank is {self.rank}; it must be at least 1, or None for no LoRA.")
         if not self.alpha > 0:
-            raise InputError(f"lora: alpha is {self.alpha}; it must be positive.")
+            raise InputError(f"lora.alpha is {self.alpha}; it must be positive.")
         if not self.targets or not set(self.targets) <= set(TARGETS):
-            raise InputError(f"lora: targets are {self.targets}; they must be at least one of {TARGETS}.")
+            raise InputError(f"lora.targets are {self.targets}; they must be at least one of {TARGETS}.")
 
     @contextlib.contextmanager
     def adapting(self) -> Iterator[None]:
@@ -88,7 +88,7 @@ class LoRA:
             yield
         if not seen & set(self.targets):
             raise InputError(
-                f"lora: targets are {self.targets}, but the network has no such matrices; it has {sorted(seen)}."
+                f"lora.targets are {self.targets}, but the network has no such matrices; it has {sorted(seen)}."
             )
 
     def _update(self, module: nn.Dense, inputs: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
@@ -96,7 +96,7 @@ class LoRA:
         outputs = module.features // maps
         if self.rank > min(width, outputs):
             raise InputError(
-                f"lora: rank is {self.rank}, but {'/'.join(module.path)} maps {width} channels to {outputs}; it must "
+                f"lora.rank is {self.rank}, but {'/'.join(module.path)} maps {width} channels to {outputs}; it must "
                 f"be at most {min(width, outputs)}."
             )
         scope = module.scope.push(LORA, reuse=True)  # type: ignore[union-attr]

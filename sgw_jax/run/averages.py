@@ -13,9 +13,7 @@ from sgw_jax.layers.parameter_names import EMA, PARAMS
 from sgw_jax.run.checkpoints import Checkpoints
 
 
-def evaluated_parameters(
-    checkpoints: Checkpoints, step: int, wanted: Mapping[str, Any]
-) -> dict[str, Array]:
+def evaluated_parameters(checkpoints: Checkpoints, step: int, wanted: Mapping[str, Any]) -> dict[str, Array]:
     """Parameters by their paths, each the average if the checkpoint has one, else as trained.
 
     A parameter that was frozen has no average; of a stack whose lowest blocks were frozen, the last rows have one.
