@@ -14,6 +14,7 @@ from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.vit import ViT
 from sgw_jax.differentiate import flat
 from sgw_jax.interactions import KEM
+from sgw_jax.layers.stack import drop_rates, scan_blocks
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.multi_objective import upgrad
 from sgw_jax.optimizers import make_optimizer
@@ -105,6 +106,41 @@ def test_nothing_frozen_is_the_whole():
 def test_layers_that_cannot_be_frozen(backbone, frozen):
     with pytest.raises(ValueError, match=rf"frozen_layers is {frozen}; it has [48] blocks.*config.optimizer.frozen"):
         jax.eval_shape(model_of(backbone, frozen).init, jax.random.key(0), batch()["image"])
+
+
+class Added(nn.Module):
+    """A block whose output is told by what all of them share."""
+
+    @nn.compact
+    def __call__(self, carry, rate, shared):
+        carry = carry + rate * jnp.tanh(nn.Dense(4, name="map")(carry) + shared)
+        return carry, carry
+
+
+class Tower(nn.Module):
+    frozen: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        rates = drop_rates(0.5, 3, self.frozen) + 1
+        carry, outputs = scan_blocks(Added(name="blocks"), x, rates, x[0], length=3, frozen=self.frozen)
+        return carry + outputs[0] + outputs[-1]
+
+
+def test_a_stack_of_which_the_lowest_blocks_are_frozen():
+    """One scan or two, the same numbers; the gradient ends above the frozen blocks, also that of what entered them."""
+    x = jnp.linspace(-1, 1, 8).reshape(2, 4)
+    params = Tower().init(jax.random.key(0), x)["params"]
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, Tower(2).init(jax.random.key(0), x)["params"])
+
+    def slope(frozen):
+        return jax.grad(lambda p, x: jnp.sum(Tower(frozen).apply({"params": p}, x)), (0, 1))(params, x)
+
+    kernels = [np.abs(slope(frozen)[0]["blocks"]["map"]["kernel"]).sum((1, 2)) > 0 for frozen in range(4)]
+    assert [list(moved) for moved in kernels] == [[True] * 3, [False, True, True], [False, False, True], [False] * 3]
+    assert not np.any(slope(3)[1][1])  # of the row that nothing shares
+    np.testing.assert_array_equal(drop_rates(0.5, 3), [0, 0.25, 0.5])
+    np.testing.assert_array_equal(drop_rates(0.5, 3, 2), [0, 0, 0.5])
 
 
 # ---- what learns, learns as before ---------------------------------------------------------------------------------
