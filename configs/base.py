@@ -78,6 +78,11 @@ def get_config() -> ConfigDict:
                 "num_classes": 12,  # folder: of semseg, in [2, 255]
                 "num_parts": 7,  # folder: of human_parts, background included, in [2, 255]
                 "size": (64, 96),  # height, width that the network sees, in training and evaluation; each in [1, 16384]
+                # How images of other sizes come to it; scores are those of each image's own size, whatever the fit.
+                # resize: enlarged or shrunk to the largest copy inside, before augmentation as in evaluation.
+                # pad: pixels keep their scale, as the published protocols have it. Training crops larger images and
+                # pads smaller ones; evaluation pads, and shrinks what is larger.
+                "fit": "resize",
                 "seed": 0,  # scenes: of the scenes themselves; in [0, 2^32)
                 "lengths": {  # scenes: images per split; 0 = no such split
                     "train": 2048,  # at least 1

@@ -26,6 +26,7 @@ def get_config(arg: str | None = None):
     config.protocol = options["protocol"]
 
     config.data.source = "cityscapes"
+    config.data.fit = "pad"
     config.data.size = (1024, 2048)
     config.input_scale = 0.5
     config.augment.update({"flip": False, "colour": False})

@@ -25,6 +25,7 @@ def get_config(arg: str | None = None):
     config.interaction = options["interaction"]
     config.tasks = TASKS[options["data"]]
     config.data.source = f"mtan_{options['data']}"
+    config.data.fit = "pad"
     config.augment.colour = False
     if options["data"] == "nyuv2":
         config.data.size = (288, 384)

@@ -29,6 +29,7 @@ def get_config(arg: str | None = None):
     config.protocol = options["protocol"]
 
     config.data.source = "nyud"
+    config.data.fit = "pad"
     config.data.size = (448, 576)
     base.invpt_recipe(config)
     config.boundary.max_dist = 0.011

@@ -27,6 +27,7 @@ def get_config(arg: str | None = None):
     config.protocol = options["protocol"]
 
     config.data.source = "pascal_context"
+    config.data.fit = "pad"
     config.data.size = (512, 512)
     base.invpt_recipe(config)
     config.boundary.max_dist = 0.0075

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import cv2
 import grain
@@ -22,14 +22,12 @@ from sgw_jax.data_pipelines.errors import InputError, UserError
 from sgw_jax.data_pipelines.transforms import (
     Augmentation,
     Example,
-    Size,
     Target,
     check_crop_target,
-    check_size,
-    empty_example,
-    eval_example,
     train_example,
 )
+
+Found = TypeVar("Found")
 
 # The first key of every random stream, so that no two uses of one seed share numbers.
 PERMUTATION, AUGMENTATION = 0, 1
@@ -39,10 +37,10 @@ class Source(Protocol):
     """A data set by random access: picklable and cheap to construct.
 
     `source[i]` is a dict with "image" uint8 (H, W, 3) and any subset of the targets (data_pipelines/transforms.py). A
-    source may have `file_of(i) -> str`, which errors then name, and `ids`, the items' names, by which predictions are
-    found. For the look before a run it may have `size_of(i)`, (height, width) by a header, `files(i)`, all that an item
-    is read from, and `target_file(i, task)`, the labels' own. `fingerprint()` says, as JSON-able data, which data this
-    is: a run goes on only with the same.
+    source may have `file_of(i) -> str`, which errors then name, `ids`, the items' names, by which predictions are
+    found, and `size_of(i)`, the (height, width) of an image without reading it. For the look before a run it may have
+    `files(i)`, all that an item is read from, and `target_file(i, task)`, the labels' own. `fingerprint()` says, as
+    JSON-able data, which data this is: a run goes on only with the same.
     """
 
     def __len__(self) -> int: ...
@@ -98,25 +96,15 @@ class Stream:
         return read_example(self.source, item, lambda raw: train_example(raw, rng, self.targets, self.augmentation))
 
 
-@dataclasses.dataclass(frozen=True)
-class EvalStream:
-    """The source's examples in order, then examples that carry no information: `example` is a pure function of n."""
-
-    source: Source
-    targets: Mapping[str, Target]
-    size: Size
-
-    def example(self, n: int) -> Example:
-        """Item n at the model's door; beyond the source's end, zeros and `fill`."""
-        if n >= len(self.source):
-            return empty_example(self.targets, self.size)
-        return read_example(self.source, n, lambda raw: eval_example(raw, self.targets, self.size))
-
-
 def read_example(source: Source, item: int, transform: Callable[[Example], Example]) -> Example:
-    """The item, transformed; whatever goes wrong becomes an `ExampleError` that names source, item and file."""
+    """The item, transformed; errors are those of `read_item`."""
+    return read_item(source, item, lambda source, item: transform(source[item]))
+
+
+def read_item(source: Source, item: int, reader: Callable[[Source, int], Found]) -> Found:
+    """``reader(source, item)``; what goes wrong becomes an `ExampleError` that names source, item and file."""
     try:
-        return transform(source[item])
+        return reader(source, item)
     except Exception as error:
         file = f", file {source.file_of(item)}" if hasattr(source, "file_of") else ""
         said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -237,7 +225,7 @@ def train_batches(
     Raises ValueError for an empty source and for counts that do not fit; an example that cannot be read raises
     ExampleError when its batch is reached.
     """
-    _check_source(source)
+    check_source(source)
     check_crop_target(targets, augmentation)
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise InputError(f"seed is {seed!r}; allowed: a non-negative integer")
@@ -245,65 +233,34 @@ def train_batches(
         raise InputError(f"start_step is {start_step} and num_steps {num_steps}; allowed: 0 <= start_step <= num_steps")
     rows = Rows(batch_size, process_index, process_count)
     stream = Stream(source, dict(targets), augmentation, int(seed))
-    return _batches(stream.example, rows, start_step, num_steps, num_workers, num_threads, prefetch)
+    dataset = (
+        grain.MapDataset.range(start_step * rows.block, num_steps * rows.block)
+        .map(rows.n)
+        .map(stream.example)
+        .batch(rows.block)
+    )
+    return batches_over(dataset, num_steps - start_step, num_workers, num_threads, prefetch)
 
 
-def eval_batches(
-    source: Source,
-    targets: Mapping[str, Target],
-    *,
-    batch_size: int,
-    size: Size,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_workers: int = 0,
-    num_threads: int = 2,
-    prefetch: int = 4,
-) -> Batches:
-    """Every item once, in order, unaugmented and padded to `size`: ceil(len(source) / batch_size) batches.
-
-    Every process gets as many batches, all full: rows beyond the source's end hold a zero image and targets of `fill`
-    alone, which add nothing to a masked metric sum. The other arguments and errors are those of `train_batches`.
-    """
-    _check_source(source)
-    check_size("size", size)
-    rows = Rows(batch_size, process_index, process_count)
-    stream = EvalStream(source, dict(targets), size)
-    num_steps = -(-len(source) // batch_size)
-    return _batches(stream.example, rows, 0, num_steps, num_workers, num_threads, prefetch)
-
-
-def _check_source(source: Source) -> None:
+def check_source(source: Source) -> None:
+    """Raises ValueError for a source without an example."""
     if len(source) == 0:
         raise InputError(f"{_name(source)} is empty; a source needs at least one example")
 
 
-def _batches(
-    example: Callable[[int], Example],
-    rows: Rows,
-    start_step: int,
-    num_steps: int,
-    num_workers: int,
-    num_threads: int,
-    prefetch: int,
-) -> Batches:
+def batches_over(dataset: grain.MapDataset, length: int, num_workers: int, num_threads: int, prefetch: int) -> Batches:
+    """The batches that a grain data set has by their numbers, read ahead by threads or workers (`train_batches`)."""
     limits = {"num_workers": (num_workers, 0), "num_threads": (num_threads, 0), "prefetch": (prefetch, 1)}
     for name, (value, least) in limits.items():
         if value < least:
             raise InputError(f"{name} is {value}; allowed: {least} or more")
-    dataset: Any = (
-        grain.MapDataset.range(start_step * rows.block, num_steps * rows.block)
-        .map(rows.n)
-        .map(example)
-        .batch(rows.block)
-        .to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
-    )
+    reading: Any = dataset.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch))
     if num_workers > 0:
         if not flags.FLAGS.is_parsed():  # grain's workers read absl flags, which only absl's own main parses
             flags.FLAGS(["data_pipelines"], known_only=True)
         options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=1)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=_single_threaded_opencv)
-    return Batches(dataset, num_steps - start_step)
+        reading = reading.mp_prefetch(options, worker_init_fn=_single_threaded_opencv)
+    return Batches(reading, length)
 
 
 def _single_threaded_opencv(worker_index: int, worker_count: int) -> None:

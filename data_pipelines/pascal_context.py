@@ -148,7 +148,8 @@ class PascalContext:
 
     def size_of(self, index: int) -> tuple[int, int]:
         """(height, width) of the item's image, by its header."""
-        return readers.read(self._path("image", self.ids[index]), "image", readers.read_picture_size)
+        path = self._path("image", self.ids[index])
+        return readers.read(path, f"image of id {self.ids[index]!r}", readers.read_picture_size)
 
     def files(self, index: int) -> tuple[Path, ...]:
         """Every file that the item is read from."""

@@ -1,5 +1,6 @@
 """Sets written by `data_pipelines.prepare`: their records, in TFDS's format without TensorFlow, and the source."""
 
+import io
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
+from PIL import Image
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.json_files import json_object
@@ -76,9 +78,10 @@ class Prepared:
     def _start(self) -> None:
         self._lock = threading.Lock()
         self._data: Any = None
+        self._encoded: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_data")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_data", "_encoded")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -98,6 +101,19 @@ class Prepared:
         except Exception as error:  # TFDS and ArrayRecord raise several kinds for damaged files
             raise InputError(f"{self.file_of(index)}: cannot be read ({type(error).__name__}: {error})") from error
         return {name: values for name, values in stored.items() if values.size}
+
+    def size_of(self, index: int) -> tuple[int, int]:
+        """(height, width) of the item's image, by the header of the stored PNG."""
+        with self._lock:
+            if self._encoded is None:
+                builder = tfds.builder_from_directory(self.directory)
+                encoded = dict.fromkeys(builder.info.features, tfds.decode.SkipDecoding())
+                self._encoded = builder.as_data_source(self.split, decoders=encoded)
+        try:
+            with Image.open(io.BytesIO(self._encoded[index]["image"])) as picture:
+                return picture.height, picture.width
+        except Exception as error:  # as in __getitem__
+            raise InputError(f"{self.file_of(index)}: cannot be read ({type(error).__name__}: {error})") from error
 
     def file_of(self, index: int) -> str:
         """Where an item lies."""

@@ -130,6 +130,11 @@ class Scenes:
             self._arrays = cache.open_arrays(self.collection, self._prepared_in)
         return unpack({name: array[index] for name, array in self._arrays.items()})
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        """(height, width) of a scene: all have one size."""
+        del index
+        return self.collection.size
+
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_arrays": None}  # another process maps the files itself instead of receiving copies
 

@@ -24,6 +24,8 @@ Example = dict[str, np.ndarray]
 Size = tuple[int, int]
 
 KINDS = ("labels", "depth", "disparity", "vectors", "mask")
+FITS = ("resize", "pad")
+RESERVED = ("image", "item", "geometry", "zoom")  # what a batch holds beside its targets
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, of values in [0, 1]
 IMAGE_STD = (0.229, 0.224, 0.225)
 CROP_RETRIES = 10
@@ -70,6 +72,8 @@ class Augmentation:
     """The training recipe as plain data.
 
     size: the output's (height, width): larger images are cropped to it at random, smaller ones padded, centred.
+    fit: "resize" makes every image the largest copy inside `size` before all else (`fit_inside`), so that there is
+        nothing to crop but what a zoom leaves over; "pad" keeps the scale of the pixels.
     scale: range of the uniform zoom; (1.0, 1.0) is none. scale_crop: factors of `random_scale_crop`, which then comes
         first; () is none. flip: mirror with probability 1/2. colour: None is none.
     cat_max_ratio: redraw a crop, up to 10 times, until it holds two classes of the labels target `cat_max_target` and
@@ -83,9 +87,11 @@ class Augmentation:
     cat_max_ratio: float | None = None
     cat_max_target: str | None = None
     scale_crop: tuple[float, ...] = ()
+    fit: str = "pad"
 
     def __post_init__(self) -> None:
         check_size("Augmentation.size", self.size)
+        check_fit(self.fit)
         low, high = self.scale
         if not 0 < low <= high < np.inf:
             raise InputError(f"Augmentation.scale is ({low}, {high}); allowed: 0 < low <= high")
@@ -106,6 +112,8 @@ def train_example(
     """A source's example, augmented, at the model's door (`finish`)."""
     check_crop_target(targets, augmentation)
     check_example(example, targets)
+    if augmentation.fit == "resize":
+        example = fit_inside(example, targets, augmentation.size)
     if augmentation.scale_crop:
         example = random_scale_crop(example, rng, targets, augmentation.scale_crop)
     example = random_scale(example, rng, targets, augmentation.scale)
@@ -127,8 +135,8 @@ def eval_example(example: Example, targets: Mapping[str, Target], size: Size) ->
 
 def check_example(example: Example, targets: Mapping[str, Target]) -> None:
     """Raises ValueError unless the image and the targets present have a source's dtypes and shapes (`Target`)."""
-    if "image" in targets:
-        raise InputError("a target is named 'image', which is the input's name; rename the target")
+    if taken := sorted(set(RESERVED) & set(targets)):
+        raise InputError(f"a target is named {taken[0]!r}, which a batch uses itself; rename the target")
     if "image" not in example:
         raise InputError(f"the example has no 'image', only {sorted(example)}")
     image = example["image"]
@@ -150,6 +158,12 @@ def check_size(name: str, size: Size) -> None:
     """Raises ValueError unless `size` is two positive integers."""
     if len(size) != 2 or not all(isinstance(length, int | np.integer) and length > 0 for length in size):
         raise InputError(f"{name} is {size!r}; allowed: two positive integers (height, width)")
+
+
+def check_fit(fit: str) -> None:
+    """Raises ValueError unless `fit` is one of `FITS`."""
+    if fit not in FITS:
+        raise InputError(f"data.fit is {fit!r}; allowed: {', '.join(FITS)}")
 
 
 def check_crop_target(targets: Mapping[str, Target], augmentation: Augmentation) -> None:
@@ -221,12 +235,52 @@ def _resize_valid(values: np.ndarray, target: Target, size: Size, corners: bool)
     return np.where(keep, mean, np.float32(target.fill))
 
 
+def fit_factor(own: Size, size: Size) -> float:
+    """What brings `own` to the largest size inside `size` that keeps its aspect."""
+    return min(size[0] / own[0], size[1] / own[1])
+
+
+def fitted_size(own: Size, size: Size) -> Size:
+    """The largest size inside `size` with the aspect of `own`, in whole pixels."""
+    factor = fit_factor(own, size)
+    return max(1, min(size[0], round(own[0] * factor))), max(1, min(size[1], round(own[1] * factor)))
+
+
 def resize_to_fit(image: np.ndarray, size: Size) -> np.ndarray:
     """The largest copy of an image (h, w, ...) inside `size` that keeps its aspect; area averages where it shrinks."""
-    height, width = image.shape[:2]
-    factor = min(size[0] / height, size[1] / width)
-    fitted = (max(1, min(size[0], round(height * factor))), max(1, min(size[1], round(width * factor))))
-    return cv2.resize(image, fitted[::-1], interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
+    own = (image.shape[0], image.shape[1])
+    interpolation = cv2.INTER_AREA if fit_factor(own, size) < 1 else cv2.INTER_LINEAR
+    return cv2.resize(image, fitted_size(own, size)[::-1], interpolation=interpolation)
+
+
+def fit_inside(example: Example, targets: Mapping[str, Target], size: Size) -> Example:
+    """The largest copy of an example inside `size` that keeps its aspect: another grid of pixels over the same view.
+
+    Unlike under a `zoom` the camera stays where it is and so do distances. The image is that of `resize_to_fit`;
+    targets are resampled as they say, all with the centres of the pixels aligned (nearest ones too), because
+    evaluation brings predictions back to the image's own size by the same rule.
+    """
+    own = (example["image"].shape[0], example["image"].shape[1])
+    inner = fitted_size(own, size)
+    if inner == own:
+        return dict(example)
+    fitted = {"image": resize_to_fit(example["image"], size)}
+    for name, target in _present(example, targets):
+        if target.resample == "linear":
+            fitted[name] = _resize_valid(example[name], target, inner, corners=False)
+        else:
+            rows, columns = ((2 * np.arange(new) + 1) * old // (2 * new) for old, new in zip(own, inner, strict=True))
+            fitted[name] = np.ascontiguousarray(example[name][rows[:, None], columns])
+    return fitted
+
+
+def seen_by_network(image: np.ndarray, size: Size, fit: str) -> np.ndarray:
+    """What of an image enters a network of `size` in evaluation, before padding: all of it.
+
+    With fit "resize" the largest copy inside `size`; with "pad" the image as it is, shrunk only where it is larger.
+    """
+    larger = image.shape[0] > size[0] or image.shape[1] > size[1]
+    return resize_to_fit(image, size) if fit == "resize" or larger else image
 
 
 def zoom(example: Example, targets: Mapping[str, Target], factor: float) -> Example:
@@ -325,17 +379,25 @@ def normalise(image: np.ndarray) -> np.ndarray:
     return cv2.LUT(image, table[None].astype(np.float32))
 
 
-def pad(values: np.ndarray, size: Size, fill: float) -> np.ndarray:
-    """`values` (h, w, ...) in the middle of (height, width, ...) of `fill`; an odd margin is smaller above and left."""
+def pad(values: np.ndarray, size: Size, fill: float, corner: bool = False) -> np.ndarray:
+    """`values` (h, w, ...) in the middle of (height, width, ...) of `fill`, or in its upper left corner.
+
+    An odd margin is smaller above and left.
+    """
     height, width = values.shape[:2]
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    top, left = (0, 0) if corner else margin((height, width), size)
     padded = np.full((*size, *values.shape[2:]), fill, values.dtype)
     padded[top : top + height, left : left + width] = values
     return padded
 
 
-def finish(example: Example, targets: Mapping[str, Target], size: Size) -> Example:
-    """What the model takes: the image normalised, everything padded to `size`, absent targets all `fill`.
+def margin(inner: Size, size: Size) -> Size:
+    """(rows above, columns left of) an inner rectangle in the middle of `size`."""
+    return (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+
+
+def finish(example: Example, targets: Mapping[str, Target], size: Size, corner: bool = False) -> Example:
+    """What the model takes: the image normalised, everything padded to `size` (`pad`), absent targets all `fill`.
 
     image float32 (H, W, 3), 0 (the mean colour) in the padding; labels int32 (H, W); depth, disparity, mask float32
     (H, W, 1); vectors float32 (H, W, 3). Raises ValueError when the image is larger than `size`.
@@ -346,23 +408,28 @@ def finish(example: Example, targets: Mapping[str, Target], size: Size) -> Examp
             f"the image is {height} x {width} (height x width), larger than the size {size[0]} x {size[1]} that it is "
             "padded to; set a size (height, width) that no image of the source exceeds"
         )
-    finished = {"image": pad(normalise(example["image"]), size, 0)}
+    return {"image": pad(normalise(example["image"]), size, 0, corner), **padded(example, targets, size, corner)}
+
+
+def padded(example: Example, targets: Mapping[str, Target], size: Size, corner: bool = False) -> Example:
+    """The targets alone as `finish` has them."""
+    found = {}
     for name, target in targets.items():
         if name not in example:
-            finished[name] = _nothing(target, size)
+            found[name] = _nothing(target, size)
         elif target.kind == "labels":
-            finished[name] = pad(example[name].astype(np.int32), size, target.fill)
+            found[name] = pad(example[name].astype(np.int32), size, target.fill, corner)
         elif target.kind == "vectors":
-            finished[name] = pad(example[name], size, target.fill)
+            found[name] = pad(example[name], size, target.fill, corner)
         else:
-            finished[name] = pad(example[name][..., None], size, target.fill)
-    return finished
+            found[name] = pad(example[name][..., None], size, target.fill, corner)
+    return found
 
 
-def empty_example(targets: Mapping[str, Target], size: Size) -> Example:
-    """An example at the model's door that carries no information: a zero image and targets of `fill` alone."""
-    image = np.zeros((*size, 3), np.float32)
-    return {"image": image, **{name: _nothing(target, size) for name, target in targets.items()}}
+def empty_example(targets: Mapping[str, Target], size: Size, canvas: Size | None = None) -> Example:
+    """An example at the model's door that carries no information: a zero image of `size` and targets of `fill` alone,
+    of the size `canvas` if that is given."""
+    return {"image": np.zeros((*size, 3), np.float32), **padded({}, targets, canvas or size)}
 
 
 def _nothing(target: Target, size: Size) -> np.ndarray:

@@ -98,13 +98,15 @@ def _die_with(launcher: int) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
-    """The numbers of the SIGINTs and SIGTERMs received, as they come."""
+    """The numbers of the SIGINTs, SIGTERMs and SIGHUPs received, as they come; what was ignored (nohup) stays so."""
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:
         received.append(number)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, note) for number in heard}
     try:
         yield received
     finally:
@@ -121,8 +123,10 @@ def _wait(processes: Sequence[subprocess.Popen], received: Sequence[int]) -> int
             code, deadline = failed[0], min(deadline, time.monotonic() + SECONDS_AFTER_DEATH)
         if received and not told:
             told, deadline = True, min(deadline, time.monotonic() + SECONDS_TO_SAVE)
-            for process in processes:
-                process.terminate()
+            for process in processes:  # SIGHUP says, too, that the terminal is not to be written to
+                process.send_signal(signal.SIGHUP if received[0] == signal.SIGHUP else signal.SIGTERM)
+            with contextlib.suppress(OSError):
+                print("local: all save after this step; again to stop at once", file=sys.stderr, flush=True)
         if len(received) > 1 or time.monotonic() > deadline:
             _kill(processes)
         time.sleep(0.05)

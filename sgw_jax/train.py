@@ -56,6 +56,8 @@ def train(
 
     The position in the data, the randomness and the schedule depend on the step alone, and a checkpoint holds the
     whole state; so a run killed at any moment and started again on the same mesh gives the same numbers bit by bit.
+    A checkpoint is saved before it is evaluated: a failing evaluation loses nothing, and a start from a checkpoint
+    whose evaluation is missing makes up for it first.
 
     Args:
       init_from: another run's working directory, whose best parameters are the start (ignored when resuming).
@@ -88,8 +90,10 @@ def train(
             state = warm_state(experiment, init_from, console)
         else:
             state = new_state(experiment)
+        missed = bool(start) and _evaluates(experiment, start) and not checkpoints.is_scored(start)
         with files_named(f"--workdir={workdir}"):
-            writer = stack.enter_context(contextlib.closing(MetricsWriter(workdir, resume_step=start)))
+            metrics_writer = MetricsWriter(workdir, resume_step=start, evaluate_again=missed)
+            writer = stack.enter_context(contextlib.closing(metrics_writer))
         stack.enter_context(jax.set_mesh(mesh))
         stop = stack.enter_context(StopSignal())
         progress = stack.enter_context(TrainProgress(console, settings.steps, start, settings.batch_size))
@@ -98,6 +102,19 @@ def train(
         log = LateLog(experiment, writer, progress)
 
         train_step, eval_step = compiled_steps(experiment, state)
+
+        def validate() -> None:
+            progress.pause()
+            found = evaluate_split(experiment, eval_step, state.variables, "validation")
+            check_finite_losses(found, done)
+            writer.write(done, "validation", found.flat())
+            progress.note(f"step {done}: validation {summary(experiment, found)}")
+            with files_named(f"--workdir={workdir}"):
+                writer.flush()  # before the score: it promises that the line is on disk
+                checkpoints.record(done, -found.loss)
+
+        if missed:
+            validate()
         profile.after(start, state)
         for batch in batches:
             first = progress.compiling("the training step") if done == start else contextlib.nullcontext()
@@ -113,21 +130,21 @@ def train(
                 continue
             log.flush()
             check_finite(state, done)  # no bad state is ever saved
-            score = None
-            if (last or done % settings.eval_every == 0) and "validation" in experiment.data.sources:
-                progress.pause()
-                found = evaluate_split(experiment, eval_step, state.variables, "validation")
-                check_finite_losses(found, done)
-                writer.write(done, "validation", found.flat())
-                progress.note(f"step {done}: validation {summary(experiment, found)}")
-                score = -found.loss
             with files_named(f"--workdir={workdir}"):
                 writer.flush()  # before the save: a checkpoint promises that the lines up to its step are on disk
-                checkpoints.save(done, state, experiment.metadata(), score)
+                checkpoints.save(done, state, experiment.metadata())
+            if _evaluates(experiment, done):
+                validate()
             progress.pause()
             if stop.number:  # perhaps only since the evaluation
                 break
     return Trained(state, done, stop.number, progress.images_per_second)
+
+
+def _evaluates(experiment: Experiment, step: int) -> bool:
+    """Whether the checkpoint of the step is evaluated."""
+    settings = experiment.settings
+    return "validation" in experiment.data.sources and (step == settings.steps or step % settings.eval_every == 0)
 
 
 def summary(experiment: Experiment, found: Evaluation) -> str:

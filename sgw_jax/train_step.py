@@ -31,6 +31,7 @@ from sgw_jax.layers.parameter_names import owner
 from sgw_jax.model import FEATURES, PRELIMINARY
 from sgw_jax.multi_objective import Scalarizer, weighted_sum
 from sgw_jax.tasks.base import Task
+from sgw_jax.tasks.own_size import at_labels
 
 Batch = Mapping[str, Array]
 
@@ -339,7 +340,8 @@ def make_eval_step(
 ) -> Callable[[Any, Batch], dict[str, Any]]:
     """Builds ``step(variables, batch) -> {task: {"metrics": sums, "loss": sum, "count": n}}``, all additive.
 
-    Rows of padding hold only ignored labels and add nothing.
+    Rows of padding hold only ignored labels and add nothing. Predictions are scored where labels are: at each image's
+    own size, if the batch says where in the network's frame it lies (`at_labels`).
 
     Args:
       model: as of `make_train_step`.
@@ -375,6 +377,7 @@ def make_eval_step(
         _check_batch(tasks, batch, "evaluation step")
         predictions: Any = call(variables, batch["image"], train=False, rngs={})
         _check_predictions(tasks, predictions, "evaluation step")
+        predictions = at_labels(tasks, predictions, batch)
         sums = {}
         for task in tasks:
             prediction, target = predictions[task.name], batch[task.name]

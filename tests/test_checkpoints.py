@@ -45,7 +45,7 @@ def checkpoints(tmp_path):
 
 def kept(checkpoints):
     checkpoints.wait()
-    return sorted(int(path.name) for path in checkpoints.directory.iterdir())
+    return sorted(int(path.name) for path in checkpoints.directory.iterdir() if path.is_dir())
 
 
 def test_a_step_that_donates_the_state_does_not_change_what_is_saved(checkpoints):
@@ -95,13 +95,47 @@ def test_metadata_and_a_part_of_the_state_come_back(checkpoints):
 def test_the_last_and_the_best_are_kept_over_restarts(tmp_path, scores, best, left):
     for step, score in scores.items():  # every save in a manager of its own, as if the process had died each time
         checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-        checkpoints.save(step, small(step), {}, score)
+        checkpoints.save(step, small(step), {})
+        if score is not None:
+            checkpoints.record(step, score)
         checkpoints.close()
     for options in ({"keep": 2}, {"read_only": True}):
         checkpoints = Checkpoints(tmp_path / "checkpoints", **options)
         assert (checkpoints.best_step, checkpoints.latest_step) == (best, max(scores))
         assert kept(checkpoints) == left
         checkpoints.close()
+
+
+def test_scores_of_earlier_releases_lie_in_the_checkpoints(checkpoints):
+    for step in (1, 2):
+        checkpoints.save(step, small(step), {})
+        checkpoints.wait()
+        (checkpoints.directory / str(step) / "metrics").mkdir()
+        (checkpoints.directory / str(step) / "metrics" / "metrics").write_text(f'{{"score": {-step}}}')
+    again = Checkpoints(checkpoints.directory, keep=1)
+    assert (again.best_step, again.is_scored(2), again.is_scored(3)) == (1, True, False)
+    again.save(3, small(3), {})
+    again.close()
+    assert kept(checkpoints) == [1, 3]
+
+
+def test_a_score_dies_with_its_checkpoint(checkpoints):
+    """A step whose checkpoint was deleted, and is saved once more, is to be evaluated once more."""
+    for step in (1, 2):
+        checkpoints.save(step, small(step), {})
+        checkpoints.record(step, 0.5)
+    checkpoints.close()
+    shutil.rmtree(checkpoints.directory / "2")
+    again = Checkpoints(checkpoints.directory)
+    assert again.best_step == 1
+    again.save(2, small(2), {})
+    again.close()
+    reader = Checkpoints(checkpoints.directory, read_only=True)
+    assert (reader.is_scored(1), reader.is_scored(2)) == (True, False)
+    reader.close()
+    (checkpoints.directory / "scores.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"scores.json is damaged .* Delete it"):
+        Checkpoints(checkpoints.directory, read_only=True)
 
 
 def test_an_unfinished_save_is_no_checkpoint_and_is_cleaned_up(tmp_path, checkpoints):
@@ -170,30 +204,27 @@ def what_reading_says(directory, state):
     return None
 
 
-FLIPS = 12  # of the largest file
-
-
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_flipped_bit_is_found_wherever_it_changes_a_number(tmp_path, checkpoints):
-    values = np.random.default_rng(0).normal(size=(3, 2**14)).astype(np.float32)  # noise, which is stored as it is
+    values = np.random.default_rng(0).normal(size=(3, 2**14)).astype(np.float32)  # too much to lie with the structure
     state = {"params": {f"leaf{index}": jnp.asarray(row) for index, row in enumerate(values)}}
     checkpoints.save(3, state, {"a": 1})
     checkpoints.save(6, state, {"a": 1})
     checkpoints.wait()
-    files = [path for path in (checkpoints.directory / "6").rglob("*") if path.is_file()]
-    largest = max(files, key=lambda path: path.stat().st_size)
-    whole, named = largest.read_bytes(), set()
-    for place in np.linspace(0, len(whole) - 1, FLIPS, dtype=int):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << int(place) % 8
-        largest.write_bytes(damaged)
-        message = what_reading_says(checkpoints.directory, state)  # else what was saved, to the bit
-        if message:
-            assert "step 6" in message
-            named |= {name for name in state["params"] if f"not what was saved are params/{name}" in message}
+    named = set()
+    for file in [path for path in (checkpoints.directory / "6").rglob("*") if path.stat().st_size > 2**15]:
+        whole = file.read_bytes()
+        for place in range(5, len(whole), 2**14):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << place // 2**14 % 8
+            file.write_bytes(damaged)
+            message = what_reading_says(checkpoints.directory, state)  # else what was saved, to the bit
+            if message:
+                assert "step 6" in message
+                named |= {name for name in state["params"] if f"not what was saved are params/{name}" in message}
+        file.write_bytes(whole)
     close_dropped_reads()
     assert named == set(state["params"])
-    largest.write_bytes(whole)
     assert what_reading_says(checkpoints.directory, state) is None
 
 
@@ -253,7 +284,8 @@ def close_dropped_reads():
 def test_a_damaged_file_is_an_error_that_says_what_to_do_or_does_no_harm(tmp_path, checkpoints):
     state = small(2.5)
     checkpoints.save(3, state, {"a": 1})
-    checkpoints.save(6, state, {"a": 1}, score=0.5)
+    checkpoints.save(6, state, {"a": 1})
+    checkpoints.record(6, 0.5)
     checkpoints.wait()
     directory, backup, damaging = checkpoints.directory / "6", tmp_path / "backup", []
     shutil.copytree(directory, backup)

@@ -24,6 +24,12 @@ def root(tmp_path: Path) -> Path:
     return write(tmp_path / "data", semseg=GOOD["semseg"])
 
 
+def claim(workdir: Path, now: Experiment) -> None:
+    """Makes the directory that of a run, which it is from its first checkpoint on."""
+    claim_workdir(workdir, now)
+    (workdir / "checkpoints" / "1").mkdir(parents=True)
+
+
 def refused(workdir: Path, now: Experiment) -> str:
     with pytest.raises(WorkdirError) as error:
         check_workdir(workdir, now)
@@ -34,7 +40,7 @@ def test_a_mended_file_is_named_and_gone_on_with_when_asked(root, tmp_path):
     workdir, image = tmp_path / "run", root / "images/train1.png"
     whole = image.read_bytes()
     image.write_bytes(whole[:-40])
-    assert claim_workdir(workdir, experiment(root)) == []
+    claim(workdir, experiment(root))
     before = (workdir / "run.json").read_bytes()
     image.write_bytes(whole)
     mended = experiment(root)
@@ -52,7 +58,7 @@ def test_a_mended_file_is_named_and_gone_on_with_when_asked(root, tmp_path):
 
 def test_files_that_came_and_went_are_named(root, tmp_path):
     workdir = tmp_path / "run"
-    claim_workdir(workdir, experiment(root))
+    claim(workdir, experiment(root))
     write_split(root, "train", "train0", "test0")
     (root / "splits/validation.txt").unlink()
     said = refused(workdir, experiment(root))
@@ -65,7 +71,7 @@ def test_files_that_came_and_went_are_named(root, tmp_path):
 
 def test_another_configuration_is_not_accepted_with_the_data(root, tmp_path):
     workdir = tmp_path / "run"
-    claim_workdir(workdir, experiment(root))
+    claim(workdir, experiment(root))
     save(root / "semseg/train0.png", GOOD["semseg"][1][:, ::-1])
     (root / "semseg/train1.png").unlink()
     with pytest.raises(WorkdirError, match="seed: 0 there, 1 now"):
@@ -74,7 +80,7 @@ def test_another_configuration_is_not_accepted_with_the_data(root, tmp_path):
 
 def test_a_run_that_kept_no_list_says_which_split_changed(root, tmp_path):
     workdir = tmp_path / "run"
-    claim_workdir(workdir, experiment(root))
+    claim(workdir, experiment(root))
     (workdir / FILES).unlink()
     (root / "semseg/train1.png").unlink()
     assert "data.train.digest: " in refused(workdir, experiment(root))

@@ -158,9 +158,9 @@ def test_check_prints_a_table_and_writes_numbers_and_a_page(tmp_path, command):
     root = write(tmp_path / "data", **GOOD)
     save(root / "semseg/train1.png", np.where(LABELS == 0, 255, LABELS).astype(np.uint8))
     page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
-    code, said, _ = command("check", *options(root, GOOD), f"--html={page}", f"--json={numbers}")
+    code, said, told = command("check", *options(root, GOOD), f"--html={page}", f"--json={numbers}")
     assert code == 0
-    assert "warning" not in said
+    assert "warning" not in told
     assert re.search(r"train +2 +32 x 48 +0", said)
     for part in ("4 of 4 classes", "1..6 m, mean 3.5 m", "% positive, 2 levels"):
         assert part in said
@@ -194,7 +194,7 @@ def test_a_mixture_of_images_with_one_task_each_is_no_error(tmp_path):
 
 
 def test_scenes_are_not_looked_at(command, tmp_path):
-    code, said, _ = command("check", "--config=scenes")
+    code, _, said = command("check", "--config=scenes")
     assert code == 0
     assert "nothing to look at" in said
     assert not (tmp_path / "cache").exists()
@@ -230,7 +230,7 @@ def test_sizes_alone_read_headers_alone(tmp_path):
     assert not found.errors
     assert {split: facts.sizes for split, facts in found.splits.items()}["train"] == {SIZE: 2}
     assert "cannot be decoded" in errors(found_in(root, "semseg"))
-    with pytest.raises(ValueError, match=r"config\.data\.check is 'some'; it must be one of full, sizes, off"):
+    with pytest.raises(ValueError, match=r"config\.data\.check is 'some'; it must be one of .*'full'.*'sizes'"):
         found_in(root, "semseg", keys=("data.check=some",))
 
 

@@ -89,6 +89,7 @@ def split(seed=0, length=LENGTH, image=None):
     for name, array in arrays.items():
         rows = np.full((padding, *array.shape[1:]), fill[name], array.dtype)
         arrays[name] = np.concatenate([array, rows])
+    arrays["item"] = np.where(np.arange(length + padding) < length, np.arange(length + padding), -1).astype(np.int32)
     return [{name: a[i : i + BATCH] for name, a in arrays.items()} for i in range(0, length + padding, BATCH)]
 
 
@@ -96,8 +97,8 @@ def mesh_of(devices=1):
     return make_mesh({"data": -1}, jax.devices()[:devices])
 
 
-def run(model, variables, batches, length=LENGTH, devices=1):
-    return diagnose(model, variables, batches, mesh_of(devices), TASKS, length=length)
+def run(model, variables, batches, devices=1):
+    return diagnose(model, variables, batches, mesh_of(devices), TASKS)
 
 
 @functools.cache
@@ -203,7 +204,7 @@ def overlap(one, other):
 
 def test_selection_under_noise_and_between_images_by_sets(plain):
     model, variables, batches, _ = plain
-    found = run(model, variables, batches[:1], length=BATCH)
+    found = run(model, variables, batches[:1])
     noise = diagnostics.NOISE * np.asarray(jax.random.normal(jax.random.key(0), batches[0]["image"].shape))
     clean = kept(model, variables, batches[0])
     noisy = kept(model, variables, {**batches[0], "image": batches[0]["image"] + noise})
@@ -237,11 +238,11 @@ def test_padding_that_is_not_a_number_changes_nothing(plain):
     assert run(model, variables, [batches[0], spoilt]) == found
 
 
-def test_without_a_length_every_row_counts(plain):
+def test_without_items_every_row_counts(plain):
     model, variables, batches, _ = plain
-    assert run(model, variables, batches, length=None)["images"] == 2 * BATCH
-    whole = run(model, variables, [batches[0]], length=None)
-    assert whole == run(model, variables, [batches[0]], length=BATCH)
+    bare = [{name: values for name, values in batch.items() if name != "item"} for batch in batches]
+    assert run(model, variables, bare)["images"] == 2 * BATCH
+    assert run(model, variables, bare[:1]) == run(model, variables, batches[:1])
 
 
 def test_more_devices_give_the_same(plain):
@@ -296,7 +297,7 @@ def test_equal_images_have_cosine_one_and_nothing_to_swap():
 
 def test_numbers_that_are_not_defined_are_none():
     model = model_with(kem(num_slots=1, top_k=1))
-    found = run(model, variables_of(model), split(length=1), length=1)
+    found = run(model, variables_of(model), split(length=1))
     undefined = {name for name, value in found.items() if value is None}
     between = {"readout_cosine", "selection_between_images"}
     assert undefined == {"slot_diversity", "retrieve_entropy", "write_entropy", *between}

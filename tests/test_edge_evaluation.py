@@ -45,15 +45,16 @@ def split():
         originals.append((np.asarray(jax.nn.sigmoid(logit)), target > 0.5, target < 0))
     for _ in range(-LENGTH % BATCH):
         images.append(np.ones((*SIZE, 3), np.float32))
-        targets.append(np.full((*SIZE, 1), -1, np.float32))
-    arrays = {"image": np.stack(images), "edges": np.stack(targets)}
+        targets.append(np.full((*SIZE, 1), 1, np.float32))  # it is no item that keeps it out, not the labels alone
+    item = np.where(np.arange(len(images)) < LENGTH, np.arange(len(images)), -1).astype(np.int32)
+    arrays = {"image": np.stack(images), "edges": np.stack(targets), "item": item}
     batches = [{n: a[i : i + BATCH] for n, a in arrays.items()} for i in range(0, len(images), BATCH)]
     return batches, originals
 
 
-def scores(batches, devices=1, length=LENGTH, **options):
-    mesh = make_mesh({"data": -1}, jax.devices()[:devices])
-    return edge_scores(FirstChannel(), {}, batches, mesh, length=length, max_dist=0.05, **options)
+def scores(batches, devices=1, published=False, **options):
+    mesh, task = make_mesh({"data": -1}, jax.devices()[:devices]), Edges(protocol="published" if published else "exact")
+    return edge_scores(FirstChannel(), {}, batches, mesh, task=task, max_dist=0.05, **options)
 
 
 def expected(originals, **options):

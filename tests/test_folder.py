@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from sgw_jax.data_pipelines import loader
+from sgw_jax.data_pipelines.evaluation import eval_batches
 from sgw_jax.data_pipelines.folder import Folder
 from sgw_jax.data_pipelines.transforms import Target, check_example
 
@@ -285,14 +286,17 @@ def test_a_pickled_folder_reads_the_same(root):
 
 def test_the_loader_reads_a_folder_and_names_its_files(root):
     source = Folder(root, "train", TARGETS)
-    with loader.eval_batches(source, TARGETS, batch_size=2, size=(8, 12)) as batches:
+    with eval_batches(source, TARGETS, batch_size=2, size=(8, 12)) as batches:
         first, second = batches
     assert first["depth"].shape == (2, 8, 12, 1)
     assert np.all(second["depth"] == 0)  # c has no depth, and no fourth image exists
+    sizes = [source.size_of(index) for index in range(3)]
     (root / "images/b.jpg").write_bytes(b"")
+    with pytest.raises(loader.ExampleError, match=r"source folder train, item 1, file .*images/b.jpg: .*id 'b'"):
+        eval_batches(source, TARGETS, batch_size=2, size=(8, 12))  # which looks at all sizes first
     message = r"source folder train, item 1, file .*images/b.jpg: .*images/b.jpg, image of id 'b'"
     with (
-        loader.eval_batches(source, TARGETS, batch_size=2, size=(8, 12)) as batches,
+        eval_batches(source, TARGETS, batch_size=2, size=(8, 12), sizes=sizes) as batches,
         pytest.raises(loader.ExampleError, match=message),
     ):
         next(batches)

@@ -13,6 +13,7 @@ import pytest
 
 from sgw_jax.data_pipelines import loader, transforms
 from sgw_jax.data_pipelines.colour import ColourDistortion
+from sgw_jax.data_pipelines.evaluation import eval_batches
 from sgw_jax.data_pipelines.transforms import Augmentation, Target
 
 TARGETS = {
@@ -51,6 +52,9 @@ class Numbered:
 
     def file_of(self, index: int) -> str:
         return f"/data/{index}.png"
+
+    def size_of(self, index: int) -> transforms.Size:
+        return 16, 24
 
 
 def read(source, augmentation=AUGMENTATION, **arguments) -> list[transforms.Example]:
@@ -159,7 +163,7 @@ def test_workers_change_nothing():
 @pytest.mark.multiprocess
 def test_a_failing_example_in_a_worker_is_named():
     source, size = Numbered(10, broken=9), (16, 24)
-    with loader.eval_batches(source, TARGETS, batch_size=4, size=size, num_workers=1, num_threads=0) as batches:
+    with eval_batches(source, TARGETS, batch_size=4, size=size, num_workers=1, num_threads=0) as batches:
         assert items([next(batches), next(batches)]) == list(range(8))
         with pytest.raises(loader.ExampleError, match="item 9"):
             next(batches)
@@ -169,8 +173,9 @@ def test_a_failing_example_in_a_worker_is_named():
 
 
 def test_evaluation_reads_every_item_once_in_order_unaugmented():
-    with loader.eval_batches(Numbered(10), TARGETS, batch_size=5, size=(20, 24)) as batches:
+    with eval_batches(Numbered(10), TARGETS, batch_size=5, size=(20, 24)) as batches:
         read_back = list(batches)
+    assert [batch.pop("item").tolist() for batch in read_back] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
     rows = [{name: values[row] for name, values in batch.items()} for batch in read_back for row in range(5)]
     assert_same([transforms.eval_example(Numbered(10)[i], TARGETS, (20, 24)) for i in range(10)], rows)
 
@@ -179,7 +184,7 @@ def test_evaluation_reads_every_item_once_in_order_unaugmented():
 def test_evaluation_fills_up_the_last_batch_with_nothing(length, process_count):
     blocks = []
     for index in range(process_count):
-        with loader.eval_batches(
+        with eval_batches(
             Numbered(length), TARGETS, batch_size=8, size=(16, 24), process_index=index, process_count=process_count
         ) as batches:
             assert len(batches) == -(-length // 8)
@@ -190,6 +195,7 @@ def test_evaluation_fills_up_the_last_batch_with_nothing(length, process_count):
         for parts in zip(*blocks, strict=True)
     ]
     rows = [{name: values[row] for name, values in batch.items()} for batch in joined for row in range(8)]
+    assert [row.pop("item") for row in rows] == [*range(length), *[-1] * (len(rows) - length)]
     assert_same([transforms.eval_example(Numbered(length)[i], TARGETS, (16, 24)) for i in range(length)], rows[:length])
     for row in rows[length:]:
         assert np.all(row["image"] == 0)
@@ -221,7 +227,7 @@ def test_an_empty_source_is_refused():
     with pytest.raises(ValueError, match="source numbered train is empty"):
         read(Numbered(0))
     with pytest.raises(ValueError, match="source numbered train is empty"):
-        loader.eval_batches(Numbered(0), TARGETS, batch_size=4, size=(16, 24))
+        eval_batches(Numbered(0), TARGETS, batch_size=4, size=(16, 24))
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])
@@ -234,8 +240,8 @@ def test_a_failing_example_is_named(num_threads):
 
 def test_an_error_in_a_transform_names_the_example_too():
     with (
-        loader.eval_batches(Numbered(3), TARGETS, batch_size=1, size=(8, 8)) as batches,
-        pytest.raises(loader.ExampleError, match=r"item 0, .*larger than the size 8 x 8"),
+        eval_batches(Numbered(3), {"mask": Target("labels", 255)}, batch_size=1, size=(16, 24)) as batches,
+        pytest.raises(loader.ExampleError, match=r"item 0, .*target 'mask' of kind 'labels' is float32"),
     ):
         next(batches)
 

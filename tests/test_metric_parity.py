@@ -428,7 +428,7 @@ def test_a_split_equals_pysodmetrics():
     target = np.stack([g for _, g in pictures])
     batch = {"image": np.repeat(logit[..., None], 3, -1), "saliency": target[..., None].astype(np.float32)}
     mesh = make_mesh({"data": -1}, jax.devices()[:1])
-    found = saliency_scores(FirstChannel(), {}, [batch], mesh, length=number, published=True)
+    found = saliency_scores(FirstChannel(), {}, [batch], mesh, task=Saliency(protocol="published"))
 
     theirs = PySOD()
     levels = np.floor(np.float32(255) * np.asarray(jax.nn.sigmoid(logit))).astype(np.float64)  # as the field saves them

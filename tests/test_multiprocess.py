@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from test_any_size import write_folder
 from test_train_step import DEPTHS, MESHES, ROWS, SGD, assert_gradients_close, selecting_model, selecting_start
 
 from sgw_jax.__main__ import main
@@ -24,6 +25,7 @@ from sgw_jax.run.checkpoints import Checkpoints
 from sgw_jax.run.logs import read_metrics
 from sgw_jax.run.saved_run import open_run
 from sgw_jax.run.state import restored_state
+from sgw_jax.run.workdir import saved_steps
 from sgw_jax.sharding import global_batch, make_mesh, mesh_sizes, own_rows, replicated, state_sharding
 from sgw_jax.train import train
 from sgw_jax.train_step import make_train_step
@@ -119,6 +121,22 @@ def outcome(workdir):
     states = {step: [np.asarray(leaf).tobytes() for leaf in leaves] for step, leaves in states.items()}
     checkpoints.close()
     return (workdir / "metrics.jsonl").read_bytes(), best, last, states
+
+
+def test_two_processes_score_what_one_does_at_any_size(command, tmp_path):
+    """Metrics of the network and of the reference predictors, on images of mixed sizes."""
+    sizes = [(32, 64), (48, 96), (64, 32), (20, 30), (33, 65)]
+    write_folder(tmp_path / "data", {"train": sizes, "validation": sizes[2:], "test": sizes[::-1]})
+    options = (f"--config.data.root={tmp_path / 'data'}", "--config.data.source=folder", "--config.steps=4")
+    found = []
+    for program, workdir in ((ALONE, tmp_path / "one"), (FOURS, tmp_path / "two")):
+        command.run(program, workdir, *options)
+        found.append(json.loads((workdir / "results.json").read_text()))
+    one, two = found
+    # Images are scored one at a time in float32, and added in float64 in another order.
+    for reference, metrics in one["references"].items():
+        assert two["references"][reference]["depth"] == pytest.approx(metrics["depth"], rel=1e-6), reference
+    assert two["metrics"]["depth"] == pytest.approx(one["metrics"]["depth"], rel=1e-4)  # of networks trained apart
 
 
 def children(process):
@@ -290,6 +308,23 @@ def test_a_pair_that_is_told_to_stop_saves_one_step_and_goes_on_bit_by_bit(comma
     assert outcome(stopped) == undisturbed
 
 
+def test_a_second_pair_in_the_same_directory_is_refused_and_ends(command, tmp_path):
+    first = command.start(PAIR, tmp_path / "run", "--config.steps=100000")
+    try:
+        wait_for(first, saved(tmp_path / "run", 2))
+        output = command.finish(command.start(PAIR, tmp_path / "run", "--config.steps=100000"), code=1)
+        assert f"being trained in already, by process {children(first)[0]} on {socket.gethostname()}" in output
+    finally:
+        first.kill()
+        first.communicate()
+    # What was killed holds no lock; the directory goes on.
+    last = max(saved_steps(tmp_path / "run"))
+    third = command.start(ALONE, tmp_path / "run", "--config.steps=100000")
+    wait_for(third, lambda: max(saved_steps(tmp_path / "run")) > last)
+    third.send_signal(signal.SIGHUP)
+    command.finish(third, code=128 + signal.SIGHUP)
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_pair_ends_when_one_dies(command, tmp_path, victim):
     process = command.start(PAIR, tmp_path / "run", "--config.steps=100000")
@@ -405,6 +440,7 @@ def test_a_full_disk_fails_the_save_and_keeps_the_last(command, small_disk, left
             free -= filler.write(bytes(min(4096, free)))
     output = command.finish(process, code=1)
     assert f"error: The disk that holds {workdir} is full." in output
+    assert "Traceback" not in output  # of the threads that met it too
     kept = Checkpoints(workdir / "checkpoints", read_only=True).latest_step
     assert kept >= 40
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from sgw_jax.data_pipelines import loader
+from sgw_jax.data_pipelines.evaluation import eval_batches
 from sgw_jax.data_pipelines.nyud import ARCHIVES, Nyud
 from sgw_jax.data_pipelines.transforms import Target, check_example
 
@@ -284,7 +284,7 @@ def test_pickle_fingerprint_and_loader(tmp_path):
     }  # fmt: skip
     (tmp_path / "gt_sets/train.txt").write_text("b\na\n")
     assert Nyud(tmp_path, "train").fingerprint()["ids"] != first["ids"]
-    with loader.eval_batches(source, TARGETS, batch_size=2, size=(HEIGHT, WIDTH)) as batches:
+    with eval_batches(source, TARGETS, batch_size=2, size=(HEIGHT, WIDTH)) as batches:
         assert next(batches)["normals"].shape == (2, HEIGHT, WIDTH, 3)
 
 

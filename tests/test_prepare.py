@@ -109,6 +109,7 @@ def test_what_is_read_back_is_what_the_source_gave(archive, tmp_path, split):
     assert len(prepared) == len(source)
     assert prepared.fingerprint() == source.fingerprint()
     for index in range(len(source)):
+        assert prepared.size_of(index) == source[index]["image"].shape[:2]
         assert_equal_examples(prepared[index], source[index])
     assert_equal_examples(pickle.loads(pickle.dumps(prepared))[1], source[1])  # after files were opened, too
     assert str(directory) in prepared.file_of(2)

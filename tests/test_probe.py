@@ -84,12 +84,14 @@ def test_the_linear_probe_finds_a_linear_map_and_beats_the_constant_nowhere_else
 
 def test_the_features_of_colour_and_position():
     image = next(batches(1))["image"]
-    phi = probe.linear_features(image)
-    assert phi.shape == (*image.shape[:3], 6)
-    np.testing.assert_array_equal(phi[..., 1:4], image)
-    assert phi[0, 0, 0, [0, 4, 5]].tolist() == [1, -1, -1]
-    assert phi[1, -1, 0, [0, 4, 5]].tolist() == [1, -1, 1]  # x to the right, y down
-    assert phi[1, 0, -1, [0, 4, 5]].tolist() == [1, 1, -1]
+    phi = probe.linear_features(image[0], (HEIGHT, WIDTH))
+    assert phi.shape == (HEIGHT, WIDTH, 6)
+    np.testing.assert_array_equal(phi[..., 1:4], image[0])
+    assert phi[0, 0, [0, 4, 5]].tolist() == [1, -1, -1]
+    assert phi[-1, 0, [0, 4, 5]].tolist() == [1, -1, 1]  # x to the right, y down
+    assert phi[0, -1, [0, 4, 5]].tolist() == [1, 1, -1]
+    inside = probe.linear_features(image[0], (5, 7))  # of an image in the corner of a larger canvas
+    np.testing.assert_array_equal(inside[:5, :7], probe.linear_features(image[0, :5, :7], (5, 7)))
 
 
 def test_a_coarser_sample_gives_the_same_linear_map():

@@ -226,6 +226,32 @@ def test_a_signal_during_an_evaluation_stops_after_it(built, uninterrupted, tmp_
     assert outcome(built, tmp_path) == uninterrupted
 
 
+@pytest.mark.parametrize(("evaluation", "step"), [(1, 4), (2, STEPS)])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_failing_evaluation_loses_nothing(built, uninterrupted, tmp_path, monkeypatch, evaluation, step, recorded):
+    """Its checkpoint is there, and the next start evaluates it first: before its line was written, and after."""
+    calls = []
+
+    def failing(function):
+        def call(*arguments):
+            calls.append(arguments)
+            if len(calls) == evaluation:
+                raise Killed
+            return function(*arguments)
+
+        return call
+
+    owner, name = (Checkpoints, "record") if recorded else (train_module, "evaluate_split")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, failing(getattr(owner, name)))
+        with pytest.raises(Killed):
+            train(built, tmp_path, quiet())
+    with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert (checkpoints.latest_step, checkpoints.is_scored(step)) == (step, False)
+    train(built, tmp_path, quiet())
+    assert outcome(built, tmp_path) == uninterrupted
+
+
 def test_a_second_interrupt_stops_at_once(built, tmp_path):
     def twice():
         os.kill(os.getpid(), signal.SIGINT)

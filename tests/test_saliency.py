@@ -210,7 +210,8 @@ def split():
     for _ in range(-LENGTH % BATCH):
         images.append(np.ones((*SIZE, 3), np.float32))
         targets.append(np.ones((*SIZE, 1), np.float32))
-    arrays = {"image": np.stack(images), "saliency": np.stack(targets)}
+    item = np.where(np.arange(len(images)) < LENGTH, np.arange(len(images)), -1).astype(np.int32)
+    arrays = {"image": np.stack(images), "saliency": np.stack(targets), "item": item}
     batches = [{n: a[i : i + BATCH] for n, a in arrays.items()} for i in range(0, len(images), BATCH)]
     return batches, originals
 
@@ -220,7 +221,8 @@ def split():
 def test_scores_of_a_split_are_means_over_its_images(split, devices, published):
     batches, originals = split
     mesh = make_mesh({"data": -1}, jax.devices()[:devices])
-    found = saliency_scores(FirstChannel(), {}, batches, mesh, length=LENGTH, published=published)
+    task = Saliency(protocol="published" if published else "exact")
+    found = saliency_scores(FirstChannel(), {}, batches, mesh, task=task)
     each = [
         image_scores(np.floor(np.float32(255) * p.astype(np.float32)) / np.float64(255) if published else p, g, i)
         for p, g, i in originals
@@ -246,7 +248,7 @@ def test_scores_of_a_split_are_means_over_its_images(split, devices, published):
 def test_a_split_without_labels_has_no_scores(split):
     batches, _ = split
     bare = [{**batch, "saliency": np.full_like(batch["saliency"], -1)} for batch in batches]
-    found = saliency_scores(FirstChannel(), {}, bare, make_mesh({"data": -1}, jax.devices()[:1]), length=LENGTH)
+    found = saliency_scores(FirstChannel(), {}, bare, make_mesh({"data": -1}, jax.devices()[:1]), task=Saliency())
     assert all(math.isnan(value) for value in found.values())
 
 

@@ -229,10 +229,9 @@ def test_measures_on_the_host_are_those_of_an_evaluation():
                 yield {n: maps[n] for n in names}, {n: labels[n][row] for n in names}
 
         found = score(tasks, pairs, Boundary(**options)).metrics
-        given = {"length": 8, "published": published}
-        edges = edge_scores(Network(), {}, [batch], mesh, **options, **given)
+        edges = edge_scores(Network(), {}, [batch], mesh, task=tasks[0], **options)
         assert {name: found["edges"][name] for name in edges} == pytest.approx(edges)
-        saliency = saliency_scores(Network(), {}, [batch], mesh, **given)
+        saliency = saliency_scores(Network(), {}, [batch], mesh, task=tasks[1])
         # Sums of eight images in another order.
         assert {name: found["saliency"][name] for name in saliency} == pytest.approx(saliency, rel=1e-6)
 

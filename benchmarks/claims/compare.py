@@ -242,9 +242,8 @@ def run(experiment: Experiment, workdir: Path, trunk: Path | None, split: str = 
         found = evaluate_split(experiment, eval_step, variables, split)
     diagnostics = None
     if split == "test":
-        length = len(experiment.data.sources[split])
         with experiment.data.evaluation(split) as batches:
-            diagnostics = diagnose(model, variables, batches, experiment.mesh, tasks, length=length)
+            diagnostics = diagnose(model, variables, batches, experiment.mesh, tasks)
     result = {
         "made_by": made_by(experiment, trunk),
         "metrics": found.metrics,

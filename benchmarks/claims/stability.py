@@ -137,7 +137,7 @@ def measure(arguments: argparse.Namespace, overrides: list[str], name: str, seed
     trained = train(experiment, workdir, Console(file=io.StringIO()), init_from=arguments.out / "trunk")
     if trained.stopped_by is not None:
         raise SystemExit(f"Stopped by {trained.stopped_by.name}; the same command goes on.")
-    with experiment.data.evaluation("test") as batches:
+    with experiment.data.evaluation("test", "network") as batches:
         count = -(-IMAGES // experiment.settings.batch_size)
         found = list(itertools.islice(batches, count))
     images, labels = (

@@ -100,9 +100,8 @@ def _number(environment: Mapping[str, str], name: str, low: int, high: int | Non
     text = environment.get(name)
     if not text:
         return None
-    if not re.fullmatch(r"\d{1,9}", text, flags=re.ASCII) or not low <= int(text) <= (
-        int(text) if high is None else high
-    ):
+    whole = re.fullmatch(r"\d{1,9}", text, flags=re.ASCII)
+    if not whole or int(text) < low or (high is not None and int(text) > high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         raise InputError(f"{name}={text}: it must be a whole number {allowed}.")
     return int(text)

@@ -7,7 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from sgw_jax.commands import sources
-from sgw_jax.data_pipelines.errors import files_named
+from sgw_jax.data_pipelines.errors import MissingFileError, files_named
+from sgw_jax.data_pipelines.paths import user_path
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import UsageError, with_overrides
 from sgw_jax.experiment.experiment import EVALUATION_KEYS
@@ -20,11 +21,17 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], console: Consol
     which = arguments.step or arguments.checkpoint
     with open_run(arguments.workdir, which) as run:
         config = with_overrides(run.config, overrides, EVALUATION_KEYS)
+        root = config.data.root
+        if root and not Path(user_path(root)).exists():
+            raise MissingFileError(
+                f"config.data.root: {root} does not exist here; where the data lies is said by --config.data.root=DIR."
+            )
         mesh = make_mesh(mesh_sizes(arguments.mesh)) if arguments.mesh else None
-        experiment = build(config, arguments.cache_dir, run.tasks, mesh)
+        experiment = build(config, arguments.cache_dir, run.tasks, mesh, tuple(run.config.data.size))
     if arguments.split not in experiment.data.sources:
         raise UsageError(f"--split={arguments.split}: the data has the splits {sorted(experiment.data.sources)}.")
     with files_named(f"--cache_dir={arguments.cache_dir}"):
         sources.prepare(experiment.data, console)
+        sources.say_what_is_shrunk(experiment.data, console)
     finish(experiment, Path(arguments.workdir), arguments.split, which, {}, console)
     return 0

@@ -1,12 +1,15 @@
 """A command's process: joins the cluster, runs the command, and makes exit codes and sentences of what goes wrong."""
 
 import argparse
+import errno
 import importlib
 import os
 import re
 import signal
 import sys
+import threading
 import traceback
+import types
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +33,8 @@ LESS = (
     "What helps: a smaller config.batch_size or a larger config.accumulate, config.backbones.NAME.remat=full, chunks "
     "(config.backbones.NAME.attention_chunk or window_chunk); `sgw-jax plan` says what a configuration needs."
 )
+# What TensorStore's threads meet where the main thread has given up waiting for them.
+CALLED_LATE = ("Event loop is closed", "cannot schedule new futures after shutdown")
 AGAIN = "Start the same command again in all processes: it goes on from the last checkpoint."
 
 
@@ -39,6 +44,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     enough_threads()
     # Orbax reports every routine save as a warning, and an error in each of its threads before it raises it here.
     logging.set_verbosity(logging.ERROR if arguments.traceback else logging.FATAL)
+    if not arguments.traceback:
+        _quieten_threads()
     try:
         cluster.join(arguments.heartbeat_seconds)
         check_devices()
@@ -98,9 +105,27 @@ def _cache(given: str | None, console: Console) -> str:
         console.print(f"The cache is {place}, because {why}; --cache_dir=DIR gives another.", soft_wrap=True)
     if problem := obstacle(place):
         raise FileError(f"--cache_dir={place}: {problem}; give another.")
+    if why or obstacle(Path(os.path.expanduser("~"))):
+        os.environ.setdefault("MPLCONFIGDIR", str(place / "matplotlib"))  # which complains without a home
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache", UserWarning)  # at every program
     jax.config.update("jax_compilation_cache_dir", str(place / "xla"))
     return str(place)
+
+
+def _quieten_threads() -> None:
+    """Threads of Orbax, TensorStore and tensorboardX each print the trace of what a full disk or a damaged file does to
+    them, a thousand lines in all; the main thread gets the same error and says it once."""
+    print_trace, print_thread = sys.__excepthook__, threading.__excepthook__
+
+    def of_callback(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        if not isinstance(error, RuntimeError) or str(error) not in CALLED_LATE:
+            print_trace(kind, error, trace)
+
+    def of_thread(arguments: threading.ExceptHookArgs) -> None:
+        if getattr(arguments.exc_value, "errno", None) != errno.ENOSPC:
+            print_thread(arguments)
+
+    sys.excepthook, threading.excepthook = of_callback, of_thread
 
 
 def _leave(code: int, at_once: bool = False) -> int:

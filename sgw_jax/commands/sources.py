@@ -34,6 +34,12 @@ def look(subject: Look, console: Console, *, again: bool = False) -> Look | None
     return found
 
 
+def say_what_is_shrunk(data: Data, console: Console) -> None:
+    """A line for each split with images that evaluation must shrink although pixels keep their scale."""
+    for sentence in data.shrunk().values():
+        console.print(sentence, soft_wrap=True)
+
+
 def prepare(data: Data, console: Console) -> None:
     """Lets sources say what they found and render what they need: first on the first process, so that a shared disk
     gets it once."""

@@ -28,6 +28,7 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], console: Consol
     pages = {} if look is None else show(look, console)
     with files_named(f"--cache_dir={arguments.cache_dir}"):
         sources.prepare(experiment.data, console)
+        sources.say_what_is_shrunk(experiment.data, console)
     trained = train(experiment, arguments.workdir, console, arguments.init_from, step, changed)
     with files_named(f"--workdir={arguments.workdir}"):
         for name, content in pages.items():  # not before: a run that cannot begin leaves nothing

@@ -1,7 +1,7 @@
 """What a KEM does on a split: what its slots read, who uses them, and what the metrics lose without them."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +20,7 @@ from sgw_jax.functional.tokens import TokenLayout, concatenate_tasks
 from sgw_jax.interactions.knowledge_extraction import KEM
 from sgw_jax.sharding import global_batch, replicated
 from sgw_jax.tasks.base import Task
+from sgw_jax.tasks.own_size import real_rows
 from sgw_jax.train_step import make_eval_step
 
 ABLATIONS = ("zeroed", "swapped")
@@ -37,7 +38,6 @@ def diagnose(
     batches: Iterable[Batch],
     mesh: Mesh,
     tasks: Sequence[Task],
-    length: int | None = None,
 ) -> dict[str, Any] | None:
     """How the KEM of a `MultiTaskModel` works on a whole split; exact on any number of devices and processes.
 
@@ -45,8 +45,8 @@ def diagnose(
     over images, heads and rounds; T tasks, L slots, k kept tokens, n_s tokens of all tasks.
 
     Args:
-      batches: as `eval_batches` yields them, this process's rows.
-      length: of the split; rows beyond it are padding and do not count. None counts every row.
+      batches: as `eval_batches` yields them, this process's rows; those without an item, the last of a batch, do not
+        count.
 
     Returns: None where ``model.interaction`` is not a KEM, else plain data (None where a number is not defined):
       tasks: the names, the order of the matrices below.   images: how many counted.
@@ -74,18 +74,8 @@ def diagnose(
     if not isinstance(getattr(model, "interaction", None), KEM):
         return None
     step = make_step(model, tasks, mesh)
-
-    def sums() -> Iterator[Any]:
-        seen = 0
-        for batch in batches:
-            arrays = global_batch(batch, mesh)
-            rows = arrays["image"].shape[0]
-            real = rows if length is None else min(length - seen, rows)
-            seen += rows
-            yield step(variables, arrays, np.int32(real))
-
     with jax.set_mesh(mesh):
-        total = add_all(sums())
+        total = add_all(step(variables, global_batch(batch, mesh)) for batch in batches)
     if total is None:
         raise InputError("diagnose: there were no batches; the split is empty.")
     return {
@@ -101,18 +91,18 @@ def _task_gates(params: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, f
     return {task.name: float(jax.device_get(params[f"task_gate_{task.name}"])[0]) for task in tasks}
 
 
-def make_step(model: nn.Module, tasks: Sequence[Task], mesh: Mesh) -> Callable[[Any, Batch, Any], dict[str, Any]]:
-    """Jits ``step(variables, batch, real rows) -> sums``: of the module itself, and of the metrics under ablation."""
+def make_step(model: nn.Module, tasks: Sequence[Task], mesh: Mesh) -> Callable[[Any, Batch], dict[str, Any]]:
+    """Jits ``step(variables, batch) -> sums``: of the module itself, and of the metrics under ablation."""
     eval_step = make_eval_step(model, tasks)
 
-    def step(variables: Any, batch: Batch, real: Int[Array, ""]) -> dict[str, Any]:
+    def step(variables: Any, batch: Batch) -> dict[str, Any]:
         features: Features = {}
         with _intervene(features):
             _, sown = _apply(model, variables, batch["image"])
         noise = NOISE * jax.random.normal(jax.random.key(0), batch["image"].shape)
         _, perturbed = _apply(model, variables, batch["image"] + noise)
-        rows = jnp.arange(batch["image"].shape[0])
-        valid = rows < real
+        rows, valid = jnp.arange(batch["image"].shape[0]), real_rows(batch)
+        real = jnp.sum(valid, dtype=jnp.int32)
         another = jnp.where(valid, (rows - 1) % jnp.maximum(real, 1), rows)
         changes: Sequence[Intervention] = (jnp.zeros_like, lambda readout: readout[another])
         found = {}

@@ -7,12 +7,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh
 from rich.console import Console
 
 from sgw_jax.evaluation import boundary
 from sgw_jax.sharding import batch_sharding, from_all_processes, global_batch
+from sgw_jax.tasks.base import Task
 from sgw_jax.tasks.mask import labelled, positive
+from sgw_jax.tasks.own_size import at_labels, real_rows
 
 Batch = Mapping[str, Any]
 SCORES = ("ods", "ois", "ap")
@@ -25,46 +28,35 @@ def edge_scores(
     batches: Iterable[Batch],
     mesh: Mesh,
     *,
-    task: str = "edges",
-    length: int,
+    task: Task,
     max_dist: float,
     outline_targets: bool = False,
     suppress: bool = False,
-    published: bool = False,
     workers: int = 0,
     console: Console | None = None,
+    total: int | None = None,
 ) -> dict[str, float]:
-    """{"ods", "ois", "ap"} in percent, of the probabilities of an edge task (one logit).
+    """{"ods", "ois", "ap"} in percent, of the probabilities of an edge task (one logit), at the labels' size.
 
-    An image is cut to the frame of its labelled pixels, which undoes the padding, so that distances are shares of the
+    An image is cut to the frame of its labelled pixels, which undoes padding, so that distances are shares of the
     original's diagonal; unlabelled pixels inside it count neither as prediction nor as target. `MaskTask` says which
     pixels are labelled and which are edges. Images without any label are left out. Each process matches the images that
     its devices predicted.
 
     Args:
-      batches: as `eval_batches` yields them.   length: of the split; what follows is padding.
+      batches: as `eval_batches` yields them; rows without an item do not count.
+      task: its protocol "published" is as InvPT and SEISM compute them. Probabilities are cut down to 8 bits, as they
+        are saved there, and suppressed where they are no crest of a ridge; precision is 1 where nothing is predicted
+        (program "seism").
       max_dist, outline_targets, suppress: see `boundary.evaluate`.
-      published: as InvPT and SEISM compute them. Probabilities are cut down to 8 bits, as they are saved there, and
-        suppressed where they are no crest of a ridge; precision is 1 where nothing is predicted (program "seism").
+      total: images, for the progress bar.
     """
-
-    def run(variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        logit: Any = model.apply(variables, batch["image"])
-        probability = jax.nn.sigmoid(logit[task][..., 0].astype(jnp.float32))
-        if published:
-            probability = jnp.floor(LEVELS * probability).astype(jnp.uint8)
-        return probability, batch[task].reshape(probability.shape)
-
-    step = jax.jit(run, out_shardings=batch_sharding(mesh))
+    published = task.protocol == "published"
 
     def images() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        seen = 0
-        for batch in batches:
-            probability, target = step(variables, global_batch(batch, mesh))
-            for row, one, labels in own_rows(probability, target):
-                if seen + row < length and np.any(labelled(labels)):
-                    yield framed(one, labels)
-            seen += probability.shape[0]
+        for probability, labels in probabilities(model, variables, batches, mesh, task, eight_bits=published):
+            if np.any(labelled(labels)):
+                yield framed(probability, labels)
 
     with jax.set_mesh(mesh):
         counts = boundary.counts_of(
@@ -74,7 +66,7 @@ def edge_scores(
             suppressed=suppress or published,
             workers=workers,
             console=console,
-            total=length,
+            total=total,
         )
     if jax.process_count() > 1:
         counts = _from_all_processes(counts)
@@ -87,13 +79,34 @@ def scores_of(counts: np.ndarray, published: bool) -> dict[str, float]:
     return {name: 100 * found[name] for name in SCORES}
 
 
-def own_rows(*arrays: jax.Array) -> Iterator[tuple[Any, ...]]:
-    """(row of the global batch, that row of every array), for the rows that lie on this process; copies once."""
+def probabilities(
+    model: nn.Module, variables: Any, batches: Iterable[Batch], mesh: Mesh, task: Task, eight_bits: bool = False
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(probability, labels), both (height, width) at the labels' size, of the images that this process's devices have.
+
+    float32, or with `eight_bits` uint8 levels, rounded down.
+    """
+
+    def run(variables: Any, batch: Batch) -> tuple[Array, Array, Array]:
+        predictions: Any = model.apply(variables, batch["image"])
+        logit = at_labels([task], predictions, batch)[task.name][..., 0]
+        probability = jax.nn.sigmoid(logit.astype(jnp.float32))
+        if eight_bits:
+            probability = jnp.floor(LEVELS * probability).astype(jnp.uint8)
+        return probability, batch[task.name].reshape(probability.shape), real_rows(batch)
+
+    step = jax.jit(run, out_shardings=batch_sharding(mesh))
+    for batch in batches:
+        for probability, labels, real in _own_rows(*step(variables, global_batch(batch, mesh))):
+            if real:
+                yield probability, labels
+
+
+def _own_rows(*arrays: Array) -> Iterator[tuple[Any, ...]]:
+    """The rows of every array that lie on this process; copies once."""
     for shards in zip(*(array.addressable_shards for array in arrays), strict=True):
         if shards[0].replica_id == 0:
-            first = shards[0].index[0].start or 0
-            for place, rows in enumerate(zip(*(np.asarray(shard.data) for shard in shards), strict=True)):
-                yield first + place, *rows
+            yield from zip(*(np.asarray(shard.data) for shard in shards), strict=True)
 
 
 def framed(probability: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -5,13 +5,13 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sgw_jax.evaluation.edge_scores import framed, own_rows
+from sgw_jax.evaluation.edge_scores import framed, probabilities
 from sgw_jax.evaluation.saliency import LEVELS, ImageScores, image_scores
-from sgw_jax.sharding import batch_sharding, from_all_processes, global_batch
+from sgw_jax.sharding import over_processes
+from sgw_jax.tasks.base import Task
 from sgw_jax.tasks.mask import labelled
 
 Batch = Mapping[str, Any]
@@ -31,42 +31,22 @@ FIELDS = ImageScores._fields
 
 
 def saliency_scores(
-    model: nn.Module,
-    variables: Any,
-    batches: Iterable[Batch],
-    mesh: Mesh,
-    *,
-    task: str = "saliency",
-    length: int,
-    published: bool = False,
+    model: nn.Module, variables: Any, batches: Iterable[Batch], mesh: Mesh, *, task: Task
 ) -> dict[str, float]:
     """`SCORES`, in percent but for the error, as means over the images of what `image_scores` finds of each.
 
-    An image is cut to the frame of its labelled pixels, which undoes the padding; images without any label are left
-    out. Each process scores the images that its devices predicted.
+    An image is cut to the frame of its labelled pixels, which undoes padding; images without any label are left out.
+    Each process scores the images that its devices predicted, at the labels' size.
 
     Args:
-      batches: as `eval_batches` yields them.   length: of the split; what follows is padding.
-      published: probabilities are cut down to 8 bits first, as the field saves them.
+      batches: as `eval_batches` yields them; rows without an item do not count.
+      task: with its protocol "published" probabilities are cut down to 8 bits first, as the field saves them.
     """
-
-    def run(variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        logit: Any = model.apply(variables, batch["image"])
-        probability = jax.nn.sigmoid(logit[task][..., 0].astype(jnp.float32))
-        return probability, batch[task].reshape(probability.shape)
-
-    step = jax.jit(run, out_shardings=batch_sharding(mesh))
-    total, seen = no_sums(), 0
+    total = no_sums()
     with jax.set_mesh(mesh):
-        for batch in batches:
-            probability, target = step(variables, global_batch(batch, mesh))
-            for row, one, labels in own_rows(probability, target):
-                if seen + row < length:
-                    total += sums_of(one, labels, published)
-            seen += probability.shape[0]
-    if jax.process_count() > 1:  # float64 as pairs of the 32 bits that are sent
-        total = from_all_processes(total.view(np.int32)).view(np.float64).sum(axis=0)
-    return means_of(*total)
+        for probability, labels in probabilities(model, variables, batches, mesh, task):
+            total += sums_of(probability, labels, task.protocol == "published")
+    return means_of(*over_processes(total))
 
 
 WIDTHS = tuple(LEVELS + 1 if name.endswith("curve") else 1 for name in FIELDS)

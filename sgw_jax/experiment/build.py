@@ -20,7 +20,11 @@ from sgw_jax.tasks.base import Task
 
 
 def build(
-    config: ConfigDict, cache_dir: Path | str | None, tasks: Sequence[Task] | None = None, mesh: Mesh | None = None
+    config: ConfigDict,
+    cache_dir: Path | str | None,
+    tasks: Sequence[Task] | None = None,
+    mesh: Mesh | None = None,
+    trained_size: tuple[int, int] | None = None,
 ) -> Experiment:
     """Builds all objects, checking the whole configuration before anything is rendered, compiled or written.
 
@@ -29,6 +33,8 @@ def build(
       cache_dir: where rendered scenes are kept; None leaves the data out (`plan` needs none).
       tasks: task instances in place of those the configuration names, for a user's own.
       mesh: in place of the one the configuration names, over all devices.
+      trained_size: of a saved run, if `config.data.size` is another (height, width) than it was trained at; what of the
+        network depends on the size, a table of positions, is then that run's, interpolated.
 
     Returns:
       The `Experiment`: tasks, model, optimiser, mesh, data and the loop's numbers.
@@ -52,9 +58,10 @@ def build(
         config.optimizer.learning_rate, config.steps, config.schedule.warmup_steps, config.schedule.name
     )
     options = {key: value for key, value in config.optimizer.items() if key != "learning_rate"}
-    model = build_model(config, tasks)
+    model = build_model(config, tasks, trained_size)
     optimizer = make_optimizer(schedule, **options)
-    data = build_data(config, tasks, cache_dir, own_rows(mesh))  # the first that looks at files
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    data = build_data(config, tasks, cache_dir, own_rows(mesh), parts)  # the first that looks at files
     return Experiment(
         config=config,
         tasks=tasks,

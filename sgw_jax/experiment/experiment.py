@@ -1,6 +1,7 @@
 """Everything a configuration describes, as objects, and what must be equal for a run to go on."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +10,10 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sgw_jax.data_pipelines.loader import Batches, Source, eval_batches, train_batches
+from sgw_jax.data_pipelines.evaluation import View, eval_batches, image_sizes
+from sgw_jax.data_pipelines.loader import Batches, Source, train_batches
 from sgw_jax.data_pipelines.predictions import Predictions
-from sgw_jax.data_pipelines.transforms import Augmentation, Target
+from sgw_jax.data_pipelines.transforms import Augmentation, Size, Target
 from sgw_jax.differentiate import Objective
 from sgw_jax.experiment.ranges import PROPER_SHARE, optional, whole
 from sgw_jax.model import MultiTaskModel
@@ -28,6 +30,7 @@ FREE_KEYS = (
 
 # What `evaluate` may be told otherwise than the run was.
 EVALUATION_KEYS = (*FREE_KEYS, "data.size", "data.fit")
+BEFORE_FIT = "pad"  # what runs of before config.data.fit was a key did
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,8 @@ class Data:
     block: tuple[int, int]  # this process's, of how many blocks of the batch's rows
     workers: int
     threads: int
+    parts: int = 1  # of the mesh: the number of a batch's rows is a multiple of it
+    exact_frames: bool = False  # whether metrics look at the images' frames
 
     def train(self, start_step: int, steps: int) -> Batches:
         """Augmented batches of this process's rows for steps start_step .. steps - 1."""
@@ -87,15 +92,46 @@ class Data:
             **self._reading(),
         )
 
-    def evaluation(self, split: str) -> Batches:
-        """Every example of the split once; the last batch is padded with ignored rows."""
+    def evaluation(self, split: str, view: View = "scored") -> Batches:
+        """Every example of the split once; batches are filled up with ignored rows (data_pipelines/evaluation.py).
+
+        view: "scored", images as the network sees them, and their labels at their own size; "network", labels as it
+        sees them too; "own", images too at their own size.
+        """
         return eval_batches(
             self.sources[split],
             self.targets,
             batch_size=self.batch_size,
             size=self.augmentation.size,
+            fit=self.augmentation.fit,
+            view=view,
+            sizes=self.sizes(split),
+            parts=self.parts,
+            exact_frames=self.exact_frames,
             **self._reading(),
         )
+
+    def sizes(self, split: str) -> tuple[Size, ...]:
+        """(height, width) of every image of the split; looked up once."""
+        if split not in self._sizes:
+            self._sizes[split] = image_sizes(self.sources[split], self.threads)
+        return self._sizes[split]
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, tuple[Size, ...]]:
+        return {}
+
+    def shrunk(self) -> dict[str, str]:
+        """Split -> a sentence on its images that evaluation shrinks although pixels keep their scale (fit "pad")."""
+        size, found = self.augmentation.size, {}
+        for split in self.sources if self.augmentation.fit == "pad" else ():
+            larger = sum(own[0] > size[0] or own[1] > size[1] for own in self.sizes(split)) if split != "train" else 0
+            if larger:
+                found[split] = (
+                    f"{larger} of {len(self.sizes(split))} images of {split} are larger than config.data.size, "
+                    f"{size[0]} x {size[1]} (height x width), and are shrunk to fit (config.data.fit is 'pad')."
+                )
+        return found
 
     def predictions(self, split: str, directory: Path | str, channels: Mapping[str, int]) -> Predictions:
         """Anybody's predictions of the split, beside its labels; channels: of each task's raw prediction."""

@@ -14,6 +14,7 @@ from sgw_jax.backbones.swin import SIZES as SWINS
 from sgw_jax.backbones.vit import SIZES as VITS
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.inspection.look import LEVELS
+from sgw_jax.data_pipelines.transforms import FITS
 from sgw_jax.differentiate import GRADIENTS
 from sgw_jax.etf.projections import PROJECTIONS
 from sgw_jax.experiment.data_sets import DATA_SETS, FORMATS
@@ -101,6 +102,7 @@ ALLOWED: Table = {
         "num_classes": CLASSES,
         "num_parts": CLASSES,
         "size": Pair(whole(1, 16384)),
+        "fit": OneOf(FITS),
         "seed": SEED,
         "lengths": {"train": COUNT, "validation": whole(0), "test": whole(0)},
         "check": OneOf(LEVELS),

@@ -17,8 +17,10 @@ from sgw_jax.sharding import BATCH, CONTEXT
 from sgw_jax.tasks.base import Task
 
 
-def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
-    """The network for images of `config.data.size`."""
+def build_model(
+    config: ConfigDict, tasks: Sequence[Task], trained_size: tuple[int, int] | None = None
+) -> MultiTaskModel:
+    """The network for images of `config.data.size`, or with the parameters of one that was trained at another size."""
     check_config(config)
     dtype = getattr(jnp, config.dtype)
     overrides = {key: value for key, value in config.backbones[config.backbone].items() if value is not None}
@@ -26,7 +28,7 @@ def build_model(config: ConfigDict, tasks: Sequence[Task]) -> MultiTaskModel:
     # An interaction with a `placement` works shard by shard where the mesh has such axes; the others are left to the
     # partitioner. Not strict: under somebody's own mesh a trained network is an ordinary one.
     placed = taken(interaction, {"placement": Placement(BATCH, CONTEXT, strict=False)})
-    height, width = config.data.size
+    height, width = config.data.size if trained_size is None else trained_size
     seen = round(height * config.input_scale), round(width * config.input_scale)
     backbone = BACKBONES[config.backbone](image_size=seen, dtype=dtype, **overrides)
     _check_fits(config, backbone, seen)

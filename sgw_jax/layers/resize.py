@@ -1,9 +1,11 @@
 """Resizing of feature maps."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 CUBIC = -0.75  # the free coefficient of the cubic kernel: torch's; jax.image's is -0.5
 
@@ -16,6 +18,59 @@ def resize(
         return features
     shape = (features.shape[0], *size, features.shape[3])
     return jax.image.resize(features, shape, "bilinear", antialias=False).astype(features.dtype)
+
+
+def places(inner: Any, length: Any, count: int, xp: Any = jnp) -> tuple[Any, Any]:
+    """Where the centres of an axis' first ``count`` of ``length`` pixels lie among ``inner`` pixels of the same extent.
+
+    s = (i + 1/2) inner / length - 1/2, kept within [0, inner - 1] so that the border is repeated. It is reckoned in
+    integers: at any length s is right to the last bit, and a whole number where inner = length.
+
+    Args:
+      inner, length: numbers of pixels, at least 1; inner * length below 2^29.
+      count: of pixels asked for; those from ``length`` on lie where the last one does.
+      xp: jax.numpy, or NumPy for numbers on the host.
+
+    Returns:
+      (floor s, int (count,); s - floor s, float32 (count,)): the lower neighbour and the weight of the next one.
+    """
+    pixel = xp.minimum(xp.arange(count), length - 1)
+    doubled = xp.clip((2 * pixel + 1) * inner - length, 0, 2 * length * (inner - 1))  # 2 length s
+    first = doubled // (2 * length)
+    share = (doubled - 2 * length * first).astype(np.float32) / xp.asarray(2 * length).astype(np.float32)
+    return first, share
+
+
+def sample(
+    values: Float[Array, "height width channels"],
+    rectangle: Int[Array, "4"],
+    own: Int[Array, "2"],
+    canvas: tuple[int, int],
+) -> Float[Array, "rows columns channels"]:
+    """A rectangle of a map, interpolated bilinearly at the pixels of an image of the size ``own`` that fills it.
+
+    Centres of pixels are aligned (`places`). Nothing outside the rectangle enters, and a map that already has the
+    image's size keeps every bit.
+
+    Args:
+      values: the map.
+      rectangle: top, left, height, width of the part of it that shows the image.
+      own: the image's height and width.
+      canvas: (rows, columns) of what is returned, at least ``own``; the image lies in its upper left corner, beyond it
+        its border is repeated.
+
+    Returns:
+      The values at the image's pixels.
+    """
+    top, left, height, width = rectangle
+    y, below = places(height, own[0], canvas[0])
+    x, beside = places(width, own[1], canvas[1])
+    # Without weight there is no neighbour: what lies beyond the rectangle is not read.
+    y, lower = top + y, top + y + (below > 0)
+    x, right = left + x, left + x + (beside > 0)
+    beside, below = beside[:, None], below[:, None, None]
+    rows = values[:, x] * (1 - beside) + values[:, right] * beside
+    return rows[y] * (1 - below) + rows[lower] * below
 
 
 def depth_to_space(

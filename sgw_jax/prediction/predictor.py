@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.transforms import normalise, pad, resize_to_fit
+from sgw_jax.layers.resize import places
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.run.saved_run import open_run, saved_model
 from sgw_jax.tasks.base import Task
@@ -230,13 +231,9 @@ def check_image(image: Any, name: str) -> np.ndarray:
 
 
 def _sampling(outer: int, inner: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where centres of `length` pixels lie in the centred `inner` of `outer` pixels: (neighbour, weight of the next).
-
-    s = (i + 1/2) inner / length - 1/2, kept within [0, inner - 1] so that the border is repeated.
-    """
-    source = np.clip((np.arange(length) + 0.5) * inner / length - 0.5, 0, inner - 1)
-    first = np.floor(source).astype(np.int32)
-    return first + (outer - inner) // 2, (source - first).astype(np.float32)
+    """`places` of an image's pixels in the centred `inner` of `outer` pixels."""
+    first, share = places(inner, length, length, np)
+    return first.astype(np.int32) + (outer - inner) // 2, share
 
 
 def _grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

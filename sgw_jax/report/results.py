@@ -111,9 +111,8 @@ def boundary_scores(
             state.variables,
             batches,
             experiment.mesh,
-            task=task.name,
-            length=len(experiment.data.sources[split]),
-            published=task.protocol == "published",
+            task=task,
+            total=len(experiment.data.sources[split]),
             console=console,
             **dataclasses.asdict(experiment.boundary),
         )
@@ -127,34 +126,32 @@ def scores_by_image(experiment: Experiment, state: TrainState, task: Task, split
             state.variables,
             batches,
             experiment.mesh,
-            task=task.name,
-            length=len(experiment.data.sources[split]),
-            published=task.protocol == "published",
+            task=task,
         )
 
 
 def reference_predictors(experiment: Experiment, split: str, console: Console) -> dict[str, Metrics]:
     """The constant predictor and the linear probe on colour and position, fitted on the training split."""
-    found = {}
+    found, data = {}, experiment.data
     for features in counted(REFERENCES, "reference predictors", len(REFERENCES), console):
-        with experiment.data.evaluation("train") as batches:
-            fitted = probe.fit(batches, experiment.tasks, features)
-        with experiment.data.evaluation(split) as batches:
-            found[features] = probe.evaluate(fitted, batches, experiment.tasks)
+        with data.evaluation("train", "own") as batches:
+            fitted = probe.fit(batches, experiment.tasks, features, block=data.block[0])
+        with data.evaluation(split, "own") as batches:
+            found[features] = probe.evaluate(fitted, batches, experiment.tasks, block=data.block[0])
     return found
 
 
 def diagnosis(experiment: Experiment, state: TrainState, split: str) -> Diagnostics | None:
     """What the interaction does on the split; None where it is not a KEM."""
-    length = len(experiment.data.sources[split])
     with experiment.data.evaluation(split) as batches:
-        found = diagnose(experiment.model, state.variables, batches, experiment.mesh, experiment.tasks, length=length)
+        found = diagnose(experiment.model, state.variables, batches, experiment.mesh, experiment.tasks)
     return read_value(Diagnostics | None, found, "diagnose")
 
 
 def examples(experiment: Experiment, state: TrainState, split: str) -> dict[str, Any]:
-    """Pictures for the report: the split's first images, predictions, truth and what the slots read."""
-    with experiment.data.evaluation(split) as batches:
+    """Pictures for the report: the split's first images as the network sees them, predictions, truth and what the slots
+    read."""
+    with experiment.data.evaluation(split, "network") as batches:
         batch = next(iter(batches))
     count = min(EXAMPLES, len(experiment.data.sources[split]))
     return collect_examples(experiment.model, state.variables, batch, experiment.mesh, experiment.tasks, count)

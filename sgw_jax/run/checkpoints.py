@@ -5,26 +5,47 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import UserError
+from sgw_jax.data_pipelines.json_files import json_object
 from sgw_jax.run.digests import digests
 from sgw_jax.sharding import path_name
 
-SCORE = "score"  # the metric that ranks checkpoints; higher is better
+SCORES = "scores.json"  # step -> score, which ranks checkpoints: higher is better; beside them, for it comes later
+SCORE = "score"  # in a checkpoint itself: of runs of before there was such a file
 DIGESTS, SEAL = "digests", "sha256"  # beside the metadata: of every array, and of all that
 PATTERN = re.compile(r"[*?[]")  # Orbax's glob reads these in a path as a pattern
 
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that is not there, cannot be read, or does not fit."""
+
+
+class LastAndBest:
+    """Orbax's policy: the last few steps are kept, and the one with the highest score, of equals the latest."""
+
+    def __init__(self, keep: int, scores: Mapping[int, float]):
+        self.keep, self.scores = keep, scores  # a view: scores are found while the policy is in use
+
+    def best(self, steps: Sequence[int]) -> int | None:
+        """The step of the highest score; None if none has one."""
+        scored = [(self.scores[step], step) for step in steps if step in self.scores]
+        return max(scored)[1] if scored else None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        """Of each checkpoint, whether it stays."""
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self.keep :], self.best(steps)}
+        return [step in kept for step in steps]
 
 
 class Checkpoints:
@@ -37,7 +58,7 @@ class Checkpoints:
 
     Args:
       directory: of the checkpoints; made if missing.
-      keep: how many of the last to keep; the best by SCORE is kept besides.
+      keep: how many of the last to keep; the best by its score is kept besides.
       read_only: never writes or cleans anything.
 
     Raises:
@@ -49,10 +70,11 @@ class Checkpoints:
         if read_only and not directory.is_dir():
             raise CheckpointError(f"There are no checkpoints in {directory}: the directory does not exist.")
         check_path(directory)
-        best = preservation_policy.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)
+        self._scores: dict[int, float] = {}
+        self._policy = LastAndBest(keep, self._scores)
+        self._read_only = read_only
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy([preservation_policy.LatestN(n=keep), best]),
-            best_fn=_score,  # the policy alone would rank in memory and write no score down for the next start
+            preservation_policy=self._policy,
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
@@ -68,6 +90,23 @@ class Checkpoints:
                 f"The checkpoints in {directory} cannot be listed: {_first_line(error)}. One of them is damaged; "
                 "`train --step=N` goes on from that of step N and sets aside what comes after."
             ) from error
+        self._scores |= self._saved_scores()
+
+    def _saved_scores(self) -> dict[int, float]:
+        scores = {}
+        for step in self._steps:
+            with self._reading(step):
+                if (found := self._manager.metrics(step)) is not None:
+                    scores[step] = _score(found)
+        path = self.directory / SCORES
+        if path.exists():
+            why = "Delete it: the last checkpoint then counts as the best until there is another score."
+            saved = json_object(path.read_bytes(), path, why, CheckpointError)
+            try:
+                scores |= {int(step): float(score) for step, score in saved.items()}
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(f"{path} is damaged ({_first_line(error)}). {why}") from error
+        return scores
 
     @property
     def latest_step(self) -> int | None:
@@ -77,23 +116,37 @@ class Checkpoints:
     @property
     def best_step(self) -> int | None:
         """The step of the checkpoint with the highest score, of equals the latest; None if none was ever scored."""
-        scored = [(_score(found), step) for step in self._steps if (found := self._manager.metrics(step)) is not None]
-        return max(scored)[1] if scored else None
+        return self._policy.best(self._steps)
+
+    def is_scored(self, step: int) -> bool:
+        """Whether a score was recorded for the step."""
+        return step in self._scores
 
     @property
     def _steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: Any, metadata: dict[str, Any], score: float | None = None) -> None:
+    def record(self, step: int, score: float) -> None:
+        """Notes the score of a step that was saved; what it makes needless goes with the next save, or at the end."""
+        self._scores[step] = float(score)
+        self._write_scores()
+
+    def _write_scores(self) -> None:
+        if jax.process_index() == 0:
+            there = {step: self._scores[step] for step in self._steps if step in self._scores}
+            write_atomically(self.directory / SCORES, json.dumps(there))
+
+    def save(self, step: int, state: Any, metadata: dict[str, Any]) -> None:
         """Starts an asynchronous save, after the one before is complete.
 
         What is saved are the arrays as they are now: a step that donates them cannot change it (test_checkpoints.py).
         """
+        if self._scores.pop(step, None) is not None:  # of a checkpoint that was there before, and was deleted
+            self._write_scores()
         described = {**metadata, DIGESTS: digests(state)}
         described[SEAL] = _seal(described)
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), metadata=ocp.args.JsonSave(described))
-        metrics = None if score is None else {SCORE: float(score)}
-        self._manager.save(step, args=items, metrics=metrics, force=True)
+        self._manager.save(step, args=items, force=True)
 
     def restore(self, abstract: Any, step: int) -> Any:
         """The state at ``step`` in the structure, dtypes and shardings of ``abstract`` (ShapeDtypeStructs).
@@ -187,15 +240,25 @@ class Checkpoints:
         return self._manager.reached_preemption(step)
 
     def close(self) -> None:
-        """Waits, then frees the manager's threads."""
+        """Waits, deletes what a score since the last save made needless, then frees the manager's threads."""
         self._manager.wait_until_finished()
+        if not self._read_only:
+            steps = self._steps
+            best = self._policy.best(steps)
+            for step in steps[: -self._policy.keep]:
+                if step != best:
+                    self._manager.delete(step)
         self._manager.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *error: object) -> None:
+        if kind is None:
+            self.close()
+        else:  # perhaps of this process alone, and deleting waits for all
+            self._manager.wait_until_finished()
+            self._manager.close()
 
 
 def _silence_echoes() -> None:

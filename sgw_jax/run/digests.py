@@ -72,10 +72,7 @@ def sums_on_host(leaves: Sequence[Any]) -> UInt32[np.ndarray, "arrays 2"]:
 
 
 def _in_memory(leaf: Any) -> bool:
-    if not isinstance(leaf, jax.Array):
-        return True
-    devices: set[Any] = leaf.sharding.device_set  # jax's own annotation lacks their attributes
-    return all(device.platform == "cpu" for device in devices)
+    return not isinstance(leaf, jax.Array) or next(iter(leaf.devices())).platform == "cpu"
 
 
 def _parts(leaf: Any) -> list[tuple[tuple[slice, ...], np.ndarray]]:

@@ -21,16 +21,17 @@ class MetricsWriter:
     """Appends lines to metrics.jsonl and scalars to TensorBoard, on the first process alone.
 
     Lines of steps after `resume_step`, which will be computed again, and a half-written last line are dropped, so that
-    no step is missing or doubled, provided that `flush` is called before the checkpoint of a step is written.
-    Lines hold nothing that depends on time: those of a resumed run equal those of an uninterrupted one.
+    no step is missing or doubled, provided that `flush` is called before the checkpoint of a step is written, and again
+    before its score is. Where `resume_step` is to be evaluated again, its line of the validation is dropped too. Lines
+    hold nothing that depends on time: those of a resumed run equal those of an uninterrupted one.
     """
 
-    def __init__(self, workdir: Path, resume_step: int = 0):
+    def __init__(self, workdir: Path, resume_step: int = 0, evaluate_again: bool = False):
         self.path = workdir / "metrics.jsonl"
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        _keep_until(self.path, resume_step)
+        _keep_until(self.path, resume_step, evaluate_again)
         self._file = self.path.open("a", encoding="utf-8")
         self._board = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".{resume_step}"
@@ -95,6 +96,8 @@ def _line(values: dict[str, Any]) -> str:
     return json.dumps(without_nan(values), allow_nan=False) + "\n"
 
 
-def _keep_until(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path) if line["step"] <= step]
+def _keep_until(path: Path, step: int, evaluate_again: bool) -> None:
+    again = (step, "validation") if evaluate_again else None
+    lines = [line for line in read_metrics(path) if line["step"] <= step]
+    kept = [line for line in lines if (line["step"], line["split"]) != again]
     write_atomically(path, "".join(map(_line, kept)))

@@ -60,7 +60,7 @@ def open_run(workdir: Path | str, which: str | int = "best", kinds: dict[str, ty
       CheckpointError: no complete checkpoint there, or none of that step.
     """
     if which not in ("best", "last") and not isinstance(which, int):
-        raise InputError(f"checkpoint {which!r}: it must be 'best', 'last' or a step.")
+        raise InputError(f"checkpoint {which!r}: it must be 'best' or 'last', or a step.")
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(Path(workdir) / CHECKPOINTS, read_only=True))
         step = which if isinstance(which, int) else None

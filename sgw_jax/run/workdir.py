@@ -18,7 +18,7 @@ from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import FileError, UserError
 from sgw_jax.data_pipelines.json_files import json_object
 from sgw_jax.data_pipelines.paths import obstacle
-from sgw_jax.experiment.experiment import Experiment, differences
+from sgw_jax.experiment.experiment import BEFORE_FIT, Experiment, differences
 from sgw_jax.run.checkpoints import check_path
 from sgw_jax.run.data_changes import CHANGES, changed_data, changed_files, keep_files, record_change
 from sgw_jax.sharding import from_all_processes
@@ -132,7 +132,8 @@ def _record(workdir: Path) -> dict[str, Any] | None:
     path = workdir / IDENTITY
     if not path.exists():
         return None
-    return json_object(path.read_bytes(), path, "Use another --workdir.", WorkdirError)
+    found = json_object(path.read_bytes(), path, "Use another --workdir.", WorkdirError)
+    return {"data.fit": BEFORE_FIT, **found}
 
 
 def _holds(path: Path) -> bool:

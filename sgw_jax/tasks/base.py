@@ -115,6 +115,21 @@ class Task(abc.ABC):
     def valid(self, target: Array) -> Bool[Array, "batch height width"]:
         """Which pixels carry a label."""
 
+    @property
+    def sees_frame(self) -> bool:
+        """Whether a metric looks at the image's frame, so that padding beside an image would change it."""
+        return False
+
+    def from_afar(self, prediction: Array, zoom: Array) -> Array:
+        """The raw prediction of a view, from that of the view shrunk by ``zoom``, at most 1 and of any shape that
+        broadcasts: by the rule of augmentation a shrunk view is one from 1 / zoom as far. A distance is multiplied by
+        it, a disparity divided, all else is the same. A task of distances whose raw prediction is not the distance
+        itself (a logarithm, say) overrides it."""
+        kind = self.target["kind"]
+        if kind == "depth":
+            return prediction * zoom
+        return prediction / zoom if kind == "disparity" else prediction
+
     def batch_statistics(self, target: Array) -> Sums:
         """What the loss needs to know of the whole batch, as sums that add over micro-batches: at least the count."""
         return {"count": count(self.valid(target))}

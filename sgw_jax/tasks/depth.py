@@ -42,9 +42,9 @@ class Depth(Task):
     of its inverse.
 
     They count the valid pixels with `min_depth` < g < `max_depth`, where these are given (the peers use 80), and inside
-    `crop`, one of `CROPS`, as shares of the frame as it is, padding included. `clip` clips p to [min_depth, max_depth].
-    `by_image` takes each metric of each image, and its mean over the images with a counted pixel (KITTI's way). The
-    loss looks at none of these five.
+    `crop`, one of `CROPS`, as shares of the frame as it is (`sees_frame`: an evaluation pads none). `clip` clips p to
+    [min_depth, max_depth]. `by_image` takes each metric of each image, and its mean over the images with a counted
+    pixel (KITTI's way). The loss looks at none of these five.
 
     "published" departs in two lines: pixels with g = 0 are left out of rmse and abs_err too (the field evaluates
     0 < g), and p <= 0 becomes 1e-9, which makes log_rmse charge such a pixel about 20; "exact" has the customary floor
@@ -86,6 +86,10 @@ class Depth(Task):
     def target(self) -> dict[str, Any]:
         kind = "depth" if self.quantity == "depth" else "disparity"
         return {"kind": kind, "fill": -1.0 if self.zero_is_valid else 0.0, "resample": "nearest"}
+
+    @property
+    def sees_frame(self) -> bool:
+        return self.crop is not None
 
     @property
     def metric(self) -> str:

@@ -102,6 +102,10 @@ class SemSeg(Task):
         return {"kind": "labels", "fill": float(IGNORE), "resample": "nearest"}
 
     @property
+    def sees_frame(self) -> bool:
+        return self.boundary_iou
+
+    @property
     def metric(self) -> str:
         return "miou"
 
