@@ -111,7 +111,8 @@ def world(tmp_path_factory):
         run = root / "run"
         claim_workdir(run, experiment)
         with Checkpoints(run / "checkpoints") as checkpoints:
-            checkpoints.save(1, zeros(experiment), experiment.metadata(), 0.5)
+            checkpoints.save(1, zeros(experiment), experiment.metadata())
+            checkpoints.record(1, 0.5)
         with contextlib.closing(MetricsWriter(run)) as writer:
             writer.write(1, "train", {"loss": 1.0})
             writer.flush()
