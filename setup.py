@@ -60,6 +60,7 @@ EXTRAS = {
         "torchjd[quadprog-projector,cagrad,nash-mtl]>=0.18",
         "kubernetes-validate>=1.29",  # schemas for launch/gke.py
         "torchmetrics>=1.9",
+        "peft>=0.18",  # LoRA
         "scikit-learn>=1.5",  # pysodmetrics imports it
         "pyquaternion>=0.9.9",  # cityscapesscripts imports it
     ],

@@ -19,6 +19,7 @@ from benchmarks.measure import Results
 from benchmarks.speed import (
     backbone_speed,
     chunked_attention,
+    finetuning,
     full_size,
     interaction_cost,
     kem_products,
@@ -48,6 +49,7 @@ def render() -> str:
         chunked_attention,
         backbone_speed,
         comparison,
+        finetuning,
         full_size,
         interaction_cost,
         kem_products,

@@ -181,6 +181,12 @@ def get_config() -> ConfigDict:
                     "window_chunk": optional(int),  # windows x heads of an image at a time, at least 1; None = all
                 },
             },
+            # Low-rank updates of the backbone's matrices, which are frozen themselves (docs/backbones.md).
+            "lora": {
+                "rank": optional(int),  # at least 1, at most the smaller side of every matrix; None = no LoRA
+                "alpha": 16.0,  # positive: W + (alpha / rank) A B
+                "targets": ("attention", "mlp"),  # attention, mlp: whose matrices
+            },
             "interaction": "kem",  # none | cross_attention | kem | skem | shared_workspace | within_tasks
             "interactions": {
                 "none": {
@@ -249,6 +255,7 @@ def get_config() -> ConfigDict:
                 # The pretrained layers' learning rate relative to the rest, at least 0; 0 freezes them.
                 "backbone_scale": 1.0,
                 "layer_decay": 1.0,  # ... times this, in (0, 1], to the power of the number of layers above
+                "frozen_layers": 0,  # how many of the lowest blocks are frozen, with what is below them; at least 0
             },
             "schedule": {
                 "name": "poly",  # poly | cosine | constant | step

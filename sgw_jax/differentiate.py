@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.layers.parameter_names import in_backbone
 from sgw_jax.multi_objective import (
     Scalarizer,
@@ -114,8 +115,17 @@ def by_scalar(asked: Question, scalarizer: Scalarizer) -> Found:
 
 
 def by_parameters(asked: Question, aggregator: WeightedAggregator) -> Found:
-    """Weights from the Jacobian of the shared parameters: one forward pass, a backward pass for each task."""
+    """Weights from the Jacobian of the shared parameters: one forward pass, a backward pass for each task.
+
+    Raises:
+      ValueError: no parameter that learns is shared.
+    """
     shared, private = _split(asked.params, asked.own)
+    if not shared:
+        raise InputError(
+            "objective: it weighs the tasks by their gradients of shared parameters, but all that learns belongs to "
+            "one task or another; take gradients='representation', or a scalariser."
+        )
 
     def rows(part: Any, key: Array) -> tuple[Array, Any, Any]:
         losses, pull = jax.vjp(lambda s, p: asked.program.losses({**s, **p}, part, key), shared, private)
@@ -191,8 +201,16 @@ def flat(params: Any) -> dict[str, Array]:
 
 
 def unflat(leaves: Mapping[str, Array], params: Any) -> Any:
-    """A tree like ``params``, with these of its leaves by their paths and the others as they are: `flat` undone."""
-    whole = {**flat(params), **leaves}
+    """A tree like ``params``, with these of its leaves by their paths and the others as they are: `flat` undone.
+
+    A leaf with fewer rows (entries of its first axis) takes the place of the last ones: of a stack of which the lowest
+    blocks are frozen.
+    """
+    whole = flat(params)
+    for name, leaf in leaves.items():
+        kept = whole[name].shape[0] - leaf.shape[0] if leaf.ndim else 0
+        # What takes a part of it again meets the part itself: the compiler sees through a concatenation.
+        whole[name] = jnp.concatenate([whole[name][:kept], leaf]) if kept else leaf
     return jax.tree.unflatten(jax.tree.structure(params), list(whole.values()))
 
 

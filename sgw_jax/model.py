@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.heads import PredictionHead, TaskStem
 from sgw_jax.layers import parameter_names as names
+from sgw_jax.layers.lora import LoRA, adapting
 from sgw_jax.layers.resize import resize
 from sgw_jax.sharding import constrain_activations
 from sgw_jax.tasks.base import Task
@@ -37,6 +38,7 @@ class MultiTaskModel(nn.Module):
       upsample: how heads reach the image's size, see `PredictionHead`.
       preliminary: also predict from the stems, before the interaction, in training (deep supervision as in InvPT).
       dtype: of the computation; parameters and predictions are float32.
+      lora: low-rank updates of the backbone's matrices, see layers/lora.py; None is none.
 
     Call:
       image: (batch, H, W, 3), normalised.
@@ -77,6 +79,7 @@ class MultiTaskModel(nn.Module):
     upsample: Literal["bilinear", "subpixel"] = "bilinear"
     preliminary: bool = False
     dtype: jnp.dtype = jnp.float32
+    lora: LoRA | None = None
 
     def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[str, Array]:
         return self.decode(self.encode(image, train), (image.shape[1], image.shape[2]), train)
@@ -84,7 +87,8 @@ class MultiTaskModel(nn.Module):
     def encode(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[int, Array]:
         """The backbone's pyramid {stride: (batch, h, w, width)}: all that tasks have in common."""
         size = (round(image.shape[1] * self.input_scale), round(image.shape[2] * self.input_scale))
-        return self.backbone(constrain_activations(resize(image, size)), train=train)
+        with adapting(self.lora):
+            return self.backbone(constrain_activations(resize(image, size)), train=train)
 
     @nn.compact
     def decode(self, pyramid: dict[int, Array], size: tuple[int, int], train: bool = False) -> dict[str, Array]:

@@ -75,8 +75,9 @@ def make_optimizer(
     0.2, about what Adam's do, so that one learning rate serves both).
 
     Weight decay is decoupled and applies to kernels alone. Updates of the backbone's pretrained layers are multiplied
-    by ``backbone_scale`` (0 freezes them) and by ``layer_decay`` to the power of the number of layers above, see
-    layer_rates.py, which equals learning rates of their own; what a model adds to a backbone learns at the full rate.
+    by ``backbone_scale`` (0 keeps them as they are; `make_train_step(..., trained=...)` spares their gradients too) and
+    by ``layer_decay`` to the power of the number of layers above, see layer_rates.py, which equals learning rates of
+    their own; what a model adds to a backbone learns at the full rate.
 
     Raises:
       ValueError: an unknown name; ``clip_norm`` or ``muon_rms`` that is not positive (None is no clipping); a learning

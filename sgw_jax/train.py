@@ -17,7 +17,7 @@ from sgw_jax.run.late_log import LateLog
 from sgw_jax.run.lock import check_free, held
 from sgw_jax.run.logs import MetricsWriter, read_metrics
 from sgw_jax.run.progress import TrainProgress
-from sgw_jax.run.state import abstract_state, new_state, restored_state, warm_state
+from sgw_jax.run.state import abstract_state, first_state, restored_state
 from sgw_jax.run.step_profile import StepProfile
 from sgw_jax.run.steps import compiled_steps, evaluate_split
 from sgw_jax.run.stop_signal import StopSignal
@@ -86,10 +86,8 @@ def train(
         if start:
             console.print(f"Resuming {workdir.absolute()} at step {start}.", soft_wrap=True, markup=False)
             state = restored_state(experiment, checkpoints, start)
-        elif init_from is not None or experiment.backbone_weights:
-            state = warm_state(experiment, init_from, console)
         else:
-            state = new_state(experiment)
+            state = first_state(experiment, init_from, console)
         missed = bool(start) and _evaluates(experiment, start) and not checkpoints.is_scored(start)
         with files_named(f"--workdir={workdir}"):
             metrics_writer = MetricsWriter(workdir, resume_step=start, evaluate_again=missed)

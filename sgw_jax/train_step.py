@@ -37,6 +37,9 @@ Batch = Mapping[str, Array]
 
 DROP_PATH = "drop_path"  # the stream that has always been
 
+# Parameters -> a tree of those that learn, each at its path; of a stack of blocks it may hold the last rows alone.
+Trained = Callable[[Any], Any]
+
 
 class Apply(Protocol):
     """How a model is called: (variables {"params", "constants"}, image, train=, rngs={stream: key}) -> predictions."""
@@ -53,10 +56,10 @@ class TrainState(flax.struct.PyTreeNode):
       step: how many updates have been made (int32).
       seed: of all randomness in training (uint32); part of the state and no constant of the program, so that another
         seed needs no other program.
-      params: the model's collection of that name.
+      params: the model's collection of that name, the frozen ones too.
       constants: likewise; they (the ETF) never change.
-      opt_state: the optimiser's.
-      ema: exponential moving average of params, or None.
+      opt_state: the optimiser's, of the trained parameters.
+      ema: exponential moving average of the trained parameters, or None.
       objective: the state of the scalariser or aggregator.
 
     >>> import flax.linen as nn
@@ -85,7 +88,8 @@ class TrainState(flax.struct.PyTreeNode):
     @property
     def variables(self) -> dict[str, Any]:
         """The model's variables for evaluation: the averaged parameters where there are any."""
-        return {"params": self.params if self.ema is None else self.ema, "constants": self.constants}
+        averaged = self.params if self.ema is None else _overlaid(self.ema, self.params)
+        return {"params": averaged, "constants": self.constants}
 
 
 def init_state(
@@ -97,6 +101,7 @@ def init_state(
     ema: bool = False,
     objective: Objective | None = None,
     init: Callable[[Array, Array], Mapping[str, Any]] | None = None,
+    trained: Trained | None = None,
 ) -> TrainState:
     """The state at step 0. Call it under `jax.jit` with out_shardings, so that parameters are born where they live.
 
@@ -108,6 +113,7 @@ def init_state(
       ema: whether the state keeps an average of the parameters.
       objective: as of `make_train_step`.
       init: (key, image) -> {"params": any pytree of arrays, "constants": likewise, or absent}, in place of the model's.
+      trained: as of `make_train_step`.
 
     Returns:
       The state; the parameters are as the model makes them.
@@ -142,14 +148,15 @@ def init_state(
             "layers without running state (LayerNorm or GroupNorm, not BatchNorm)."
         )
     params = variables["params"]
+    part = params if trained is None else trained(params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         seed=jnp.array(seed, jnp.uint32),  # a copy: donated buffers must not be shared
         params=params,
         constants=variables.get("constants", {}),
-        opt_state=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params) if ema else None,  # likewise
-        objective=initial_objective_state(objective, params),
+        opt_state=optimizer.init(part),
+        ema=jax.tree.map(jnp.copy, part) if ema else None,  # likewise
+        objective=initial_objective_state(objective, part),
     )
 
 
@@ -164,6 +171,7 @@ def make_train_step(
     ema_decay: float | None = None,
     rngs: Sequence[str] = (DROP_PATH,),
     apply: Apply | None = None,
+    trained: Trained | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds ``step(state, batch) -> (state, metrics)``; jit it with the state donated.
 
@@ -188,6 +196,9 @@ def make_train_step(
         random start is forgotten; None keeps no average.
       rngs: the streams that the model draws from in training, such as "dropout".
       apply: how the model is called, see `Apply`; None is ``model.apply(variables, image, train=train, rngs=rngs)``.
+      trained: the part of the parameters that learns, see `Trained`; None is all. The rest is frozen: no gradient is
+        taken of it (of what lies below all that learns there is no backward pass), and it has no moments, no average,
+        no decay and no share in any norm.
 
     Returns:
       (state, {"image": (batch, H, W, 3), task: target}) -> (state, metrics), float32 scalars: "loss" (the weighted sum,
@@ -274,7 +285,8 @@ def make_train_step(
         program = Program(*(_naming_streams(function, rngs) for function in (losses, encode, decode)))
         first = jax.random.fold_in(jax.random.key(state.seed), state.step)
         keys = jax.vmap(lambda micro: jax.random.fold_in(first, micro))(jnp.arange(accumulate))
-        params = flat(state.params)
+        part = state.params if trained is None else trained(state.params)
+        params = flat(part)
         own = frozenset(path for path in params if owner(path, names, mixes))
         parts = micro_batches(batch, accumulate)
         asked = Question(program, params, state.objective, parts, keys, mask, names, own)
@@ -282,17 +294,17 @@ def make_train_step(
             found = by_scalar(asked, objective)
         else:
             found = (by_parameters if gradients == "parameters" else by_representation)(asked, objective)
-        grads = unflat({name: found.gradients[name] for name in params}, state.params)
+        grads = unflat({name: found.gradients[name] for name in params}, part)
 
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new_params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, part)
+        new_part = optax.apply_updates(part, updates)
         metrics = {"loss": jnp.sum(found.losses), "grad_norm": optax.tree.norm(grads), **found.metrics}
         metrics |= {f"loss/{name}": found.losses[i] / (scale[i] or 1.0) for i, name in enumerate(names)}
         new_state = state.replace(
             step=state.step + 1,
-            params=new_params,
+            params=unflat(flat(new_part), state.params),
             opt_state=opt_state,
-            ema=None if ema_decay is None else _averaged(state.ema, new_params, ema_decay, state.step),
+            ema=None if ema_decay is None else _averaged(state.ema, new_part, ema_decay, state.step),
             objective=found.state,
         )
         return new_state, metrics
@@ -327,6 +339,17 @@ def micro_batches(batch: Batch, parts: int) -> dict[str, Array]:
         if value.shape[0] % parts:
             raise InputError(f"accumulate: {name} has {value.shape[0]} rows, not a multiple of {parts} micro-batches.")
     return {k: jnp.swapaxes(v.reshape(v.shape[0] // parts, parts, *v.shape[1:]), 0, 1) for k, v in batch.items()}
+
+
+def _overlaid(part: Any, params: Any) -> Any:
+    """The parameters, with those of a part in their place; of a whole no copy is made."""
+    whole = [leaf.shape for leaf in jax.tree.leaves(part)] == [leaf.shape for leaf in jax.tree.leaves(params)]
+    return part if whole else _joined(part, params)
+
+
+@jax.jit
+def _joined(part: Any, params: Any) -> Any:
+    return unflat(flat(part), params)
 
 
 def _averaged(ema: Any, params: Any, decay: float, step: Array) -> Any:

@@ -134,7 +134,7 @@ def test_a_score_dies_with_its_checkpoint(checkpoints):
     assert (reader.is_scored(1), reader.is_scored(2)) == (True, False)
     reader.close()
     (checkpoints.directory / "scores.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"scores.json is damaged .* Delete it"):
+    with pytest.raises(CheckpointError, match=r"scores.json is damaged: .* Delete it"):
         Checkpoints(checkpoints.directory, read_only=True)
 
 

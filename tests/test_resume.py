@@ -25,7 +25,7 @@ from sgw_jax.optimizers import learning_rates
 from sgw_jax.run.checkpoints import CheckpointError, Checkpoints
 from sgw_jax.run.finite import NonFiniteError, check_finite, check_finite_losses
 from sgw_jax.run.logs import read_metrics
-from sgw_jax.run.state import abstract_state, new_state, restored_state, warm_state
+from sgw_jax.run.state import abstract_state, first_state, new_state, restored_state
 from sgw_jax.run.steps import compiled_steps
 from sgw_jax.run.workdir import WorkdirError, claim_workdir
 from sgw_jax.sharding import make_mesh, mesh_sizes
@@ -398,7 +398,7 @@ def test_fine_tuning_takes_what_fits_and_lists_the_rest(built, finished, tmp_pat
     wider = experiment(model=Wide(), seed=3)
     console = quiet()
     fresh = jax.tree.map(np.array, new_state(wider).params)
-    tuned = warm_state(wider, finished, console)
+    tuned = first_state(wider, finished, console)
     checkpoints = Checkpoints(finished / "checkpoints", read_only=True)
     source = restored_state(built, checkpoints, checkpoints.best_step)
     checkpoints.close()

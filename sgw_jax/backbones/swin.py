@@ -11,6 +11,7 @@ from sgw_jax.layers.drop_path import DropPath
 from sgw_jax.layers.mlp import MLP
 from sgw_jax.layers.patch_embed import PatchEmbed
 from sgw_jax.layers.remat import rematerialised
+from sgw_jax.layers.stack import check_frozen, drop_rates, scan_blocks
 from sgw_jax.layers.window_attention import WindowAttention, pad_to_multiple
 from sgw_jax.sharding import constrain_activations
 
@@ -120,6 +121,8 @@ class Swin(nn.Module):
       window_chunk: windows x heads of an image at a time, see `WindowAttention`; None is all.
       output_norms: a layer norm per map (`norm_stage1` to `norm_stage4`).
       remat: what a block keeps for the backward pass, see layers/remat.py.
+      frozen_layers: the lowest blocks, in whole pairs, through which no gradient goes and in which no path is dropped,
+        see layers/stack.py.
 
     Call: (image (batch, H, W, 3), train) -> {stride: (batch, h, w, width stride / 4)} with strides 4, 8, 16 and 32,
     h = ceil(H / stride), w = ceil(W / stride).
@@ -139,8 +142,14 @@ class Swin(nn.Module):
     window_chunk: int | None = None
     remat: str = "none"
     dtype: jnp.dtype = jnp.float32
+    frozen_layers: int = 0
 
     strides = (4, 8, 16, 32)
+
+    @property
+    def num_layers(self) -> int:
+        """Of which ``frozen_layers`` counts: blocks, not pairs of them."""
+        return sum(self.depths)
 
     @nn.compact
     def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[int, Array]:
@@ -150,20 +159,15 @@ class Swin(nn.Module):
         grid, _ = PatchEmbed(patch, self.width, dtype=self.dtype, name="patch_embed")(image)
         grid = constrain_activations(self._norm("patch_norm")(grid))
 
-        dropping = train and self.drop_path > 0  # known when traced: at rate 0 no random number is drawn
-        rates = jnp.linspace(0.0, self.drop_path, sum(self.depths))
+        # Known when traced: at rate 0 no random number is drawn.
+        dropping = train and self.drop_path > 0 and self.frozen_layers < self.num_layers
+        rates = drop_rates(self.drop_path, self.num_layers, self.frozen_layers)
         maps = {}
         for stage, stride in enumerate(self.strides):
             if stage:
                 grid = constrain_activations(PatchMerging(dtype=self.dtype, name=f"merge{stage}")(grid))
             first, depth = sum(self.depths[:stage]), self.depths[stage]
-            stack = nn.scan(
-                BlockPair,
-                variable_axes={"params": 0},
-                split_rngs={"params": True, "drop_path": True},
-                length=depth // 2,
-            )
-            pairs = stack(
+            pairs = BlockPair(
                 self.num_heads[stage],
                 window_size=self.window_size,
                 always_partition=self.always_partition,
@@ -174,7 +178,8 @@ class Swin(nn.Module):
                 dtype=self.dtype,
                 name=f"stage{stage + 1}",
             )
-            grid, _ = pairs(grid, rates[first : first + depth].reshape(-1, 2))
+            own, frozen = rates[first : first + depth].reshape(-1, 2), min(max(self.frozen_layers - first, 0), depth)
+            grid, _ = scan_blocks(pairs, grid, own, length=depth // 2, frozen=frozen // 2)
             normed = self._norm(f"norm_stage{stage + 1}")(grid) if self.output_norms else grid
             maps[stride] = constrain_activations(normed)
         return maps
@@ -197,6 +202,7 @@ class Swin(nn.Module):
                     f"Swin: the width of stage {stage + 1}, {self.width << stage}, does not divide into its "
                     f"{heads} heads; num_heads is {self.num_heads}."
                 )
+        check_frozen("Swin", self.frozen_layers, self.num_layers, unit=2)
         if self.window_size < 1:
             raise InputError(f"Swin: window_size {self.window_size} must be at least 1.")
         if self.window_chunk is not None and self.window_chunk < 1:

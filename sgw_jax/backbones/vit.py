@@ -14,6 +14,7 @@ from sgw_jax.layers.mlp import MLP
 from sgw_jax.layers.patch_embed import PATCH_EMBEDS
 from sgw_jax.layers.remat import rematerialised
 from sgw_jax.layers.resize import depth_to_space, resize, resize_bicubic
+from sgw_jax.layers.stack import check_frozen, drop_rates, scan_blocks
 from sgw_jax.sharding import constrain_activations
 
 OUTPUTS = ("pyramid", "taps")
@@ -83,6 +84,8 @@ class ViT(nn.Module):
       drop_path: rate of the last layer, in [0, 1), linear from 0 at the first.
       remat: what a block keeps for the backward pass, see layers/remat.py.
       attention_chunk: queries at a time, see `attention`; None is all.
+      frozen_layers: the lowest blocks, through which no gradient goes and in which no path is dropped, see
+        layers/stack.py.
 
     Call: (image (batch, H, W, 3), train) -> {stride: (batch, H / stride, W / stride, width)}; with ``output="taps"``
     {layer: (batch, floor(H / patch_size), floor(W / patch_size), width)}. A pyramid from patches whose size is no power
@@ -110,8 +113,14 @@ class ViT(nn.Module):
     remat: str = "none"
     attention_chunk: int | None = None
     dtype: jnp.dtype = jnp.float32
+    frozen_layers: int = 0
 
     strides = (4, 8, 16, 32)
+
+    @property
+    def num_layers(self) -> int:
+        """Of which ``frozen_layers`` counts."""
+        return self.depth
 
     @nn.compact
     def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[int, Array]:
@@ -126,16 +135,12 @@ class ViT(nn.Module):
             tokens = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, channels)), tokens], axis=1)
         tokens = constrain_activations(tokens)
 
-        stack = nn.scan(
-            rematerialised(Block, self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "drop_path": True},
-            length=self.depth,
-        )
-        dropping = train and self.drop_path > 0  # known when traced: at rate 0 no random number is drawn
+        # Known when traced: at rate 0 no random number is drawn.
+        dropping = train and self.drop_path > 0 and self.frozen_layers < self.depth
         options = (self.mlp_ratio, self.layer_scale, self.approximate_gelu, self.epsilon, self.attention_chunk)
-        blocks = stack(self.num_heads, *options, dropping, self.dtype, name="blocks")
-        _, outputs = blocks(tokens, jnp.linspace(0.0, self.drop_path, self.depth))
+        block = rematerialised(Block, self.remat)(self.num_heads, *options, dropping, self.dtype, name="blocks")
+        rates = drop_rates(self.drop_path, self.depth, self.frozen_layers)
+        _, outputs = scan_blocks(block, tokens, rates, length=self.depth, frozen=self.frozen_layers)
 
         taps = {}
         for layer in self._layers():
@@ -201,6 +206,7 @@ class ViT(nn.Module):
             raise InputError(f"ViT: tapped {layers} must be layers from 1 to {self.depth}, in ascending order.")
         if not 0 <= self.drop_path < 1:
             raise InputError(f"ViT: drop_path {self.drop_path} must be in [0, 1).")
+        check_frozen("ViT", self.frozen_layers, self.depth)
         if self.patch_embed not in PATCH_EMBEDS:
             raise InputError(f"ViT: patch_embed {self.patch_embed!r}; it must be one of {sorted(PATCH_EMBEDS)}.")
         if self.output == "taps":

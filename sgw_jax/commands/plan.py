@@ -11,7 +11,7 @@ from rich.console import Console
 from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.consoles import results
 from sgw_jax.data_pipelines.errors import files_named
-from sgw_jax.experiment.build import build, build_model, build_tasks
+from sgw_jax.experiment.build import build, build_freezing, build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.plan.network import plan, print_plan
 from sgw_jax.plan.pod import pod_plan, print_pod_plan, topology_devices
@@ -20,7 +20,7 @@ from sgw_jax.sharding import make_mesh, mesh_sizes
 
 def run(arguments: argparse.Namespace, overrides: Sequence[str], console: Console) -> int:
     config, console = read_config(arguments.config, overrides), results(console)
-    found = plan(build_model(config, build_tasks(config)), tuple(config.data.size))
+    found = plan(build_model(config, build_tasks(config)), tuple(config.data.size), build_freezing(config))
     print_plan(found, console)
     numbers = found.to_dict()
     if arguments.topology:

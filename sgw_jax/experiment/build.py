@@ -11,7 +11,7 @@ from sgw_jax.experiment.checks import check_config, check_tasks
 from sgw_jax.experiment.config_files import with_whole_paths
 from sgw_jax.experiment.data import build_data
 from sgw_jax.experiment.experiment import Boundary, Experiment, Protocol, Settings
-from sgw_jax.experiment.network import build_model
+from sgw_jax.experiment.network import build_freezing, build_model
 from sgw_jax.experiment.objective import build_objective
 from sgw_jax.experiment.tasks import build_tasks
 from sgw_jax.optimizers import learning_rate_schedule, make_optimizer
@@ -57,7 +57,7 @@ def build(
     schedule = learning_rate_schedule(
         config.optimizer.learning_rate, config.steps, config.schedule.warmup_steps, config.schedule.name
     )
-    options = {key: value for key, value in config.optimizer.items() if key != "learning_rate"}
+    options = {key: value for key, value in config.optimizer.items() if key not in ("learning_rate", "frozen_layers")}
     model = build_model(config, tasks, trained_size)
     optimizer = make_optimizer(schedule, **options)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -73,6 +73,7 @@ def build(
         settings=Settings(**{field.name: config[field.name] for field in dataclasses.fields(Settings)}),
         boundary=Boundary(**config.boundary),
         optimizer=optimizer,
+        trained=build_freezing(config),
         schedule=schedule,
         objective=build_objective(config, len(tasks), data),
         gradients=config.gradients,

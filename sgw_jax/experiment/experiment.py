@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from sgw_jax.backbones.freezing import Freezing
 from sgw_jax.data_pipelines.evaluation import View, eval_batches, image_sizes
 from sgw_jax.data_pipelines.loader import Batches, Source, train_batches
 from sgw_jax.data_pipelines.predictions import Predictions
@@ -174,6 +175,7 @@ class Experiment:
     settings: Settings
     boundary: Boundary
     optimizer: optax.GradientTransformation
+    trained: Freezing | None  # which parameters learn; None is all
     schedule: optax.Schedule
     objective: Objective
     gradients: Literal["parameters", "representation"]

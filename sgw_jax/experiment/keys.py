@@ -163,6 +163,7 @@ ALLOWED: Table = {
             "window_chunk": optional(COUNT),
         },
     },
+    "lora": {"rank": optional(COUNT), "alpha": POSITIVE, "targets": Names()},
     "interaction": OneOf(INTERACTIONS),
     "interactions": {
         "none": {"mlp_width": optional(WIDTH)},
@@ -219,6 +220,7 @@ ALLOWED: Table = {
         "clip_norm": optional(POSITIVE),
         "backbone_scale": NOT_NEGATIVE,
         "layer_decay": SHARE,
+        "frozen_layers": whole(0),
     },
     "schedule": {"name": OneOf(SCHEDULES), "warmup_steps": whole(0)},
     "ema_decay": optional(PROPER_SHARE),

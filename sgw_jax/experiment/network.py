@@ -7,10 +7,12 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sgw_jax.backbones import BACKBONES
+from sgw_jax.backbones.freezing import Freezing
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.experiment.checks import check_config
 from sgw_jax.experiment.choice import taken
 from sgw_jax.interactions import INTERACTIONS
+from sgw_jax.layers.lora import LoRA
 from sgw_jax.layers.placement import Placement
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.sharding import BATCH, CONTEXT
@@ -32,9 +34,10 @@ def build_model(
     seen = round(height * config.input_scale), round(width * config.input_scale)
     backbone = BACKBONES[config.backbone](image_size=seen, dtype=dtype, **overrides)
     _check_fits(config, backbone, seen)
+    lora = build_lora(config)
     return MultiTaskModel(
         tasks=tuple(tasks),
-        backbone=backbone,
+        backbone=_frozen(config, backbone, lora),
         interaction=interaction(dtype=dtype, **placed, **config.interactions[config.interaction]),
         channels=config.channels,
         input_scale=config.input_scale,
@@ -44,7 +47,45 @@ def build_model(
         upsample=config.upsample,
         preliminary=config.preliminary,
         dtype=dtype,
+        lora=lora,
     )
+
+
+def _frozen(config: ConfigDict, backbone: Any, lora: LoRA | None) -> Any:
+    """The backbone, told of how many of its lowest blocks no gradient is asked."""
+    layers = config.optimizer.get("frozen_layers", 0)  # no key in checkpoints of earlier releases
+    if config.optimizer.backbone_scale == 0 and lora is None:  # with LoRA gradients go down to the lowest factors
+        layers = getattr(backbone, "num_layers", 0)
+    if not layers:
+        return backbone
+    if not hasattr(backbone, "frozen_layers"):
+        raise InputError(
+            f"config.optimizer.frozen_layers is {layers}; it must be 0, as {config.backbone} has no such attribute."
+        )
+    return backbone.clone(frozen_layers=layers)
+
+
+def build_lora(config: ConfigDict) -> LoRA | None:
+    """The low-rank updates of the backbone; None without `config.lora.rank`."""
+    options = config.get("lora")  # no key in checkpoints of earlier releases
+    if options is None or options.rank is None:
+        return None
+    if config.optimizer.backbone_scale not in (0, 1) or config.optimizer.layer_decay != 1:
+        raise InputError(
+            f"config.lora freezes the pretrained layers, so that config.optimizer.backbone_scale "
+            f"({config.optimizer.backbone_scale}) and layer_decay ({config.optimizer.layer_decay}) have nothing to "
+            "scale; leave them at 1, or set config.lora.rank=None."
+        )
+    return LoRA(options.rank, options.alpha, tuple(options.targets))
+
+
+def build_freezing(config: ConfigDict) -> Freezing | None:
+    """Which parameters learn; None is all of them."""
+    found = Freezing(
+        config.optimizer.get("frozen_layers", 0),
+        pretrained=config.optimizer.backbone_scale == 0 or build_lora(config) is not None,
+    )
+    return None if found == Freezing() else found
 
 
 def _check_fits(config: ConfigDict, backbone: Any, seen: tuple[int, int]) -> None:

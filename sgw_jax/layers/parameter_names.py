@@ -13,8 +13,11 @@ BACKBONE, STEM, INTERACTION, HEAD, PRELIMINARY = "backbone", "stem", "interactio
 KERNEL = "kernel"
 
 _PART = re.compile(rf"(?:^|/)({BACKBONE}|{STEM}|{INTERACTION}|{HEAD}|{PRELIMINARY})\d*(?:_[^/]*)?(?:/|$)")
+# The low-rank factors of a matrix, below the module that holds its kernel (layers/lora.py).
+LORA = "lora"
+
 # What a model adds to a backbone: at its initial values even where the rest is pretrained.
-_ADDED = re.compile(r"(pyramid|lateral|norm_stage)")
+_ADDED = re.compile(rf"(pyramid|lateral|norm_stage)|.*/{LORA}/")
 _STAGE, _PAIRS, _MERGE = (re.compile(x) for x in (r"stage(\d)/", r"stage(\d)/(regular|shifted)/", r"merge(\d)/"))
 
 
@@ -47,6 +50,11 @@ def owner(path: str, tasks: Sequence[str], mixes: bool) -> str | None:
 def is_kernel(path: str) -> bool:
     """Whether the path ends at a kernel."""
     return path.rpartition("/")[2] == KERNEL
+
+
+def is_lora(path: str) -> bool:
+    """Whether it is a low-rank factor."""
+    return f"/{LORA}/" in path
 
 
 def evaluated(paths: Iterable[str]) -> str:

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
+from sgw_jax.differentiate import flat, unflat
 from sgw_jax.layers import parameter_names as names
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.plan.cost import by_part, largest_arrays, multiply_accumulates, residual_bytes
 from sgw_jax.tasks.base import Task
-from sgw_jax.train_step import task_losses
+from sgw_jax.train_step import Trained, task_losses
 
 HEADINGS = {
     names.BACKBONE: "backbone",
@@ -32,7 +33,8 @@ GIB, GIGA = 2**30, 1e9
 class Plan:
     """The cost of one image.
 
-    parameters, macs: by part of the network, of one prediction. training_macs: of the forward and backward pass of one
+    parameters, macs: by part of the network, of one prediction. trained: how many of the parameters learn.
+    training_macs: of the forward and backward pass of one
     image, predictions before the interaction included. kept_bytes: what the forward pass keeps for the backward pass
     of one image, see `residual_bytes`. largest: the largest arrays of a prediction, (module, shape, bytes).
     """
@@ -42,6 +44,7 @@ class Plan:
     interaction: str
     dtype: str
     parameters: dict[str, int]
+    trained: int
     macs: dict[str, int]
     training_macs: int
     kept_bytes: int
@@ -58,8 +61,11 @@ class Plan:
         return dataclasses.asdict(self) | totals | {"interaction_share": self.interaction_share}
 
 
-def plan(model: MultiTaskModel, size: tuple[int, int]) -> Plan:
-    """Traces a network for images of a size (height, width); nothing is computed and no data is read."""
+def plan(model: MultiTaskModel, size: tuple[int, int], trained: Trained | None = None) -> Plan:
+    """Traces a network for images of a size (height, width); nothing is computed and no data is read.
+
+    ``trained``: the part of the parameters that learns, as of `make_train_step`.
+    """
     tasks = model.tasks
     image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros(image.shape), train=True))
@@ -69,19 +75,21 @@ def plan(model: MultiTaskModel, size: tuple[int, int]) -> Plan:
     def predict(params: Any, constants: Any, image: Any) -> Any:
         return model.apply({"params": params, "constants": constants}, image)
 
-    def loss(params: Any, constants: Any, image: Any, targets: Any, key: Any) -> Any:
-        variables = {"params": params, "constants": constants}
+    def loss(part: Any, params: Any, constants: Any, image: Any, targets: Any, key: Any) -> Any:
+        variables = {"params": unflat(flat(part), params), "constants": constants}
         found: Any = model.apply(variables, image, train=True, rngs={"drop_path": key})
         known = {task.name: task.batch_statistics(targets[task.name]) for task in tasks}
         return sum(task_losses(tasks, found, targets, known))
 
-    training = (params, constants, image, targets, jax.eval_shape(lambda: jax.random.key(0)))
+    part = params if trained is None else jax.eval_shape(trained, params)
+    training = (part, params, constants, image, targets, jax.eval_shape(lambda: jax.random.key(0)))
     return Plan(
         size=size,
         tasks=tuple(task.name for task in tasks),
         interaction=_name(model.interaction),
         dtype=jnp.dtype(model.dtype).name,
         parameters=_sums({name: _count(tree) for name, tree in params.items()}),
+        trained=_count(part),
         macs=_sums(multiply_accumulates(predict, params, constants, image)),
         training_macs=sum(multiply_accumulates(jax.grad(loss), *training).values()),
         kept_bytes=residual_bytes(loss, *training),
@@ -119,8 +127,11 @@ def print_plan(found: Plan, console: Console) -> None:
     console.print(
         f"Kept for the backward pass ({found.dtype}): {found.kept_bytes / GIB:.2f} GiB an image, before the compiler."
     )
-    state = 4 * sum(found.parameters.values())
-    console.print(f"Parameters, gradients and two moments in float32: {4 * state / GIB:.2f} GiB.")
+    total_parameters = sum(found.parameters.values())
+    if found.trained < total_parameters:
+        console.print(f"Trained: {found.trained / 1e6:,.2f} M of the parameters; the rest is frozen.")
+    state = 4 * (total_parameters + 3 * found.trained)
+    console.print(f"Parameters, gradients and two moments in float32: {state / GIB:.2f} GiB.")
     for path, shape, size in found.largest[:1]:
         console.print(f"Largest array of a prediction: {list(shape)}, {size / GIB:.3f} GiB, in {path}.")
 

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from sgw_jax.data_pipelines.errors import InputError, UserError
+from sgw_jax.differentiate import flat, unflat
 from sgw_jax.experiment.build import build_model
-from sgw_jax.layers.parameter_names import evaluated
+from sgw_jax.layers.parameter_names import CONSTANTS, PARAMS
 from sgw_jax.model import MultiTaskModel
+from sgw_jax.run.averages import evaluated_parameters
 from sgw_jax.run.checkpoints import CheckpointError, Checkpoints
 from sgw_jax.tasks import TASKS, task_from_dict
 from sgw_jax.tasks.base import Task
@@ -41,12 +43,13 @@ class SavedRun:
         size = tuple(self.config.data.size)
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        saved = self.checkpoints.shapes(self.step)
-        name = evaluated(saved)
-        wanted = {name: shapes["params"], "constants": shapes.get("constants", {})}
-        abstract = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), wanted)
-        found = self.checkpoints.restore_variables(abstract, self.step)
-        return {"params": found[name], "constants": found["constants"]}
+        wanted = {PARAMS: shapes[PARAMS], CONSTANTS: shapes.get(CONSTANTS, {})}
+        abstract: Any = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), wanted)
+        params, constants = (abstract[name] for name in (PARAMS, CONSTANTS))
+        if constants:
+            constants = self.checkpoints.restore_variables({CONSTANTS: constants}, self.step)[CONSTANTS]
+        found = evaluated_parameters(self.checkpoints, self.step, flat(params))
+        return {PARAMS: unflat(found, params), CONSTANTS: constants}
 
 
 def open_run(workdir: Path | str, which: str | int = "best", kinds: dict[str, type[Task]] | None = None) -> SavedRun:

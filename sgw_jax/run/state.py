@@ -28,12 +28,20 @@ def restored_state(experiment: Experiment, checkpoints: Checkpoints, step: int) 
     return checkpoints.restore(abstract_state(experiment), step)
 
 
-def warm_state(experiment: Experiment, init_from: Path | str | None, console: Console) -> TrainState:
-    """The state at step 0 with another run's parameters, or else with the pretrained backbone's."""
+def first_state(experiment: Experiment, init_from: Path | str | None, console: Console) -> TrainState:
+    """The state at step 0: with another run's parameters, or the pretrained backbone's, or as the model draws them."""
     state = new_state(experiment)
     if init_from is not None:
         return warm_from_run(state, Path(init_from), console)
-    return warm_from_backbone(state, experiment, console)
+    if experiment.backbone_weights:
+        return warm_from_backbone(state, experiment, console)
+    if experiment.trained is not None:
+        console.print(
+            "The frozen part of the backbone is random: config.optimizer or config.lora freezes it, but there is "
+            "neither config.backbone_weights nor --init_from.",
+            soft_wrap=True,
+        )
+    return state
 
 
 def abstract_state(experiment: Experiment) -> TrainState:
@@ -56,4 +64,5 @@ def _init(experiment: Experiment) -> Callable[[Any], TrainState]:
         seed=seed,
         ema=experiment.settings.ema_decay is not None,
         objective=experiment.objective,
+        trained=experiment.trained,
     )

@@ -22,6 +22,7 @@ def compiled_steps(experiment: Experiment, state: TrainState) -> tuple[Any, Any]
         gradients=experiment.gradients,
         accumulate=settings.accumulate,
         ema_decay=settings.ema_decay,
+        trained=experiment.trained,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return (

@@ -11,8 +11,10 @@ from rich.console import Console
 
 from sgw_jax.backbones.pretrained import Pretrained, fit, read_pretrained
 from sgw_jax.data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
+from sgw_jax.differentiate import flat, unflat
 from sgw_jax.experiment.experiment import Experiment
-from sgw_jax.layers.parameter_names import BACKBONE, evaluated, in_backbone, is_added
+from sgw_jax.layers.parameter_names import BACKBONE, PARAMS, evaluated, in_backbone, is_added
+from sgw_jax.run.averages import evaluated_parameters
 from sgw_jax.run.checkpoints import Checkpoints
 from sgw_jax.run.workdir import WorkdirError
 from sgw_jax.sharding import path_name
@@ -31,26 +33,20 @@ def warm_source(source: Path) -> Iterator[tuple[Checkpoints, int]]:
 
 def warm_from_run(state: TrainState, source: Path, console: Console) -> TrainState:
     """Parameters of another run where name and shape agree; everything else starts fresh, and is listed."""
-    flat, structure = jax.tree_util.tree_flatten_with_path(state.params)
-    names = [path_name(path) for path, _ in flat]
+    leaves = flat(state.params)
+    names = list(leaves)
     with warm_source(source) as (checkpoints, step):
         found = checkpoints.shapes(step)
         collection = evaluated(found)
         fits = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for name, (_, leaf) in zip(names, flat, strict=True)
-            if found.get(f"{collection}/{name}") == leaf.shape
+            for name, leaf in leaves.items()
+            if found.get(f"{PARAMS}/{name}") == leaf.shape
         }
         if not fits:
             raise WorkdirError(f"--init_from: no parameter of {source} (step {step}) has name and shape of one here.")
-        restored = checkpoints.restore_variables({collection: nested(fits)}, step)[collection]
-    loaded = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
-    fresh = jax.tree.leaves(state.params)
-    leaves = [loaded.get(name, leaf) for name, leaf in zip(names, fresh, strict=True)]
-    params = jax.tree.unflatten(structure, leaves)
-    there = {
-        name.removeprefix(f"{collection}/"): shape for name, shape in found.items() if name.startswith(f"{collection}/")
-    }
+        params = unflat(evaluated_parameters(checkpoints, step, fits), state.params)
+    there = {name.removeprefix(f"{PARAMS}/"): shape for name, shape in found.items() if name.startswith(f"{PARAMS}/")}
     lines = [f"Initialised {len(fits)} of {len(names)} parameters from {source}, step {step} ({collection})."]
     lines += grouped("fresh", [name for name in names if name not in there], "absent there")
     other = [name for name in names if name in there and name not in fits]
@@ -58,8 +54,7 @@ def warm_from_run(state: TrainState, source: Path, console: Console) -> TrainSta
     lines += grouped("unused", [name for name in there if name not in names], "absent here")
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-    return state.replace(params=params, ema=ema)
+    return state.replace(params=params, ema=_averages(state.ema, params))
 
 
 def grouped(what: str, names: Sequence[str], why: str, shown: Mapping[str, str] | None = None) -> list[str]:
@@ -94,7 +89,20 @@ def warm_from_backbone(state: TrainState, experiment: Experiment, console: Conso
     console.print(f"Backbone from {found.summary()}", soft_wrap=True, markup=False)
     for line in grouped("fresh", [name for name in fresh if name not in values], "absent there"):
         console.print(line, soft_wrap=True, markup=False)
-    return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+    return state.replace(params=params, ema=_averages(state.ema, params))
+
+
+def _averages(ema: Any, params: Any) -> Any:
+    """Averages that start at these parameters, of those that have one: of a partly frozen stack the last rows."""
+    if ema is None:
+        return None
+    rows = {name: leaf.shape[:1] for name, leaf in flat(ema).items()}
+
+    def copied(whole: dict[str, Any]) -> dict[str, Any]:
+        return {name: jnp.copy(whole[name][-count[0] :] if count else whole[name]) for name, count in rows.items()}
+
+    places = {name: leaf.sharding for name, leaf in flat(ema).items()}
+    return unflat(jax.jit(copied, out_shardings=places)({name: flat(params)[name] for name in rows}), ema)
 
 
 def pretrained_parameters(experiment: Experiment, params: Any) -> tuple[Pretrained, dict[str, Any]]:
@@ -105,15 +113,3 @@ def pretrained_parameters(experiment: Experiment, params: Any) -> tuple[Pretrain
     """
     found = read_pretrained(experiment.backbone_weights)
     return found, fit(found, experiment.model.backbone, params[BACKBONE], IMAGE_MEAN, IMAGE_STD)
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} as {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
