@@ -149,7 +149,6 @@ def reading(monkeypatch):
         list(images)
         raise ReadToTheEnd
 
-    monkeypatch.setattr("sgw_jax.train.new_state", batches)
     monkeypatch.setattr("sgw_jax.run.state.new_state", zeros)
     monkeypatch.setattr("sgw_jax.train.compiled_steps", batches)
     monkeypatch.setattr("sgw_jax.report.results.evaluate", split)
