@@ -1,9 +1,29 @@
 """JSON that people and other programs can reach: read with an error that names the file."""
 
+import errno
 import json
+from pathlib import Path
 from typing import Any
 
 from sgw_jax.data_pipelines.errors import InputError, UserError
+
+
+def file_bytes(path: Path) -> bytes:
+    """The bytes of a regular file; an OSError for all else: a pipe would wait for a writer for ever."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return path.read_bytes()
+
+
+def read_object(
+    path: Path, remedy: str, kind: type[UserError] = InputError, keys: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The JSON object in a file; as `json_object`, and with an error of that kind for what cannot be read."""
+    try:
+        content = file_bytes(path)
+    except OSError as error:
+        raise kind(f"{path} cannot be read: {error.strerror or error}. {remedy}") from error
+    return json_object(content, path, remedy, kind, keys)
 
 
 def json_object(

@@ -30,7 +30,7 @@ from sgw_jax.data_pipelines.atomic import publish, replacing, write_atomically
 from sgw_jax.data_pipelines.cityscapes import Cityscapes
 from sgw_jax.data_pipelines.consoles import messages, print_error, results
 from sgw_jax.data_pipelines.errors import InputError, UserError, files_named
-from sgw_jax.data_pipelines.json_files import json_object
+from sgw_jax.data_pipelines.json_files import read_object
 from sgw_jax.data_pipelines.mtan import MtanCityscapes, MtanNYUv2
 from sgw_jax.data_pipelines.nyud import Nyud
 from sgw_jax.data_pipelines.pascal_context import PascalContext
@@ -169,7 +169,7 @@ def _check_same(place: Path, plan: Mapping[str, Any]) -> None:
         return
     record = place / RECORD
     remedy = "Move the directory away, or give another --out."
-    there = json_object(record.read_bytes(), record, remedy, PrepareError) if record.exists() else {}
+    there = read_object(record, remedy, PrepareError) if record.exists() else {}
     if there != plan:
         keys = {key for key, _ in _leaves(there).items() ^ _leaves(plan).items()}
         raise PrepareError(

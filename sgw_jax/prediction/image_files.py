@@ -1,6 +1,7 @@
 """Prediction over image files: files and folders in, panels (PNG) and arrays (npz) out, few of them in memory."""
 
 import contextlib
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -149,10 +150,15 @@ def find_images(inputs: Sequence[Path | str]) -> list[Path]:
             found = [path]
         else:
             raise MissingFileError(f"{path} does not exist; give image files or directories of images.")
-        files |= {file.resolve(): file for file in found if file.resolve() not in files}
+        files |= {_real(file): file for file in found if _real(file) not in files}
     if not files:
         raise InputError("predict: no input; give image files or directories of images.")
     return list(files.values())
+
+
+def _real(path: Path) -> Path:
+    """Where a path leads; unlike Path.resolve no error for links in a circle, which reading the file names."""
+    return Path(os.path.realpath(path))
 
 
 def output_names(files: Sequence[Path]) -> list[str]:
@@ -164,7 +170,7 @@ def output_names(files: Sequence[Path]) -> list[str]:
     names: list[str] = []
     taken: set[str] = set()
     for file in files:
-        folder = file.resolve().parent.name
+        folder = _real(file).parent.name
         wanted = file.stem if shared[file.stem.casefold()] == 1 or not folder else f"{folder}_{file.stem}"
         name, number = wanted, 2
         while name.casefold() in taken:
@@ -178,11 +184,11 @@ def check_output(output: Path, inputs: Sequence[Path | str], files: Sequence[Pat
     """Raises where a panel would replace an image that is an input, or be taken for an input the next time."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output: {output} is a file; give a directory.")
-    if output.resolve() in {Path(path).resolve() for path in inputs if Path(path).is_dir()}:
+    if _real(output) in {_real(Path(path)) for path in inputs if Path(path).is_dir()}:
         raise InputError(f"--output: {output} is also an input, whose images the panels would join; give another.")
-    images = {file.resolve() for file in files}
+    images = {_real(file) for file in files}
     for name in names:
-        target = (output / f"{name}.png").resolve()
+        target = _real(output / f"{name}.png")
         if target in images:
             raise InputError(f"--output: the panel {target.name} would replace the input {target}; give another.")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
 from sgw_jax.data_pipelines.errors import InputError
-from sgw_jax.data_pipelines.json_files import json_object
+from sgw_jax.data_pipelines.json_files import read_object
 from sgw_jax.run.logs import without_nan
 
 Metrics = dict[str, dict[str, float]]  # {task: {metric: value}}
@@ -115,7 +115,7 @@ class Results:
 
 def read_results(path: Path) -> Results:
     """The record in a results.json."""
-    return Results.from_dict(json_object(path.read_bytes(), path, REMEDY, ResultsError), path)
+    return Results.from_dict(read_object(path, REMEDY, ResultsError), path)
 
 
 def read_value(kind: Any, value: Any, source: str, key: str = "") -> Any:

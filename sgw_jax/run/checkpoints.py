@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 
 from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import UserError
-from sgw_jax.data_pipelines.json_files import json_object
+from sgw_jax.data_pipelines.json_files import read_object
 from sgw_jax.run.digests import digests
 from sgw_jax.sharding import path_name
 
@@ -101,7 +101,7 @@ class Checkpoints:
         path = self.directory / SCORES
         if path.exists():
             why = "Delete it: the last checkpoint then counts as the best until there is another score."
-            saved = json_object(path.read_bytes(), path, why, CheckpointError)
+            saved = read_object(path, why, CheckpointError)
             try:
                 scores |= {int(step): float(score) for step, score in saved.items()}
             except (TypeError, ValueError) as error:

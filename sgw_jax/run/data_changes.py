@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sgw_jax.data_pipelines.atomic import write_atomically
+from sgw_jax.data_pipelines.json_files import file_bytes
 from sgw_jax.experiment.data_sets import SPLITS
 from sgw_jax.experiment.experiment import Data, differences
 
@@ -33,9 +34,11 @@ def changed_data(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def changed_files(workdir: Path, data: Data) -> list[str]:
     """A line for each file that came, went or has another size; empty where the run kept no list of them."""
     try:
-        before: Sizes = json.loads(gzip.decompress((workdir / FILES).read_bytes()))
-    except (OSError, EOFError, ValueError, zlib.error):  # a run of an earlier release, or of data without files
-        return []
+        before: Sizes = json.loads(gzip.decompress(file_bytes(workdir / FILES)))
+        if not all(isinstance(size, int) for sizes in before.values() for size in sizes.values()):
+            raise ValueError("no sizes")
+    except (OSError, EOFError, ValueError, AttributeError, zlib.error):
+        return []  # a run of an earlier release, or of data without files; or a damaged list, which is a help alone
     now = _sizes(data)
     return [line for split in sorted({*before, *now}) for line in _of_split(split, before, now)]
 
@@ -69,9 +72,10 @@ def record_change(workdir: Path, lines: list[str]) -> None:
     """Notes in the run what changed, and when it was gone on with."""
     path = workdir / CHANGES
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(file_bytes(path))
     except (OSError, ValueError):
         records = []
+    records = records if isinstance(records, list) else []
     records.append({"accepted": datetime.now(UTC).isoformat(timespec="seconds"), "changed": lines})
     write_atomically(path, json.dumps(records, indent=1))
 

@@ -11,8 +11,8 @@ import jax
 from tensorboardX import SummaryWriter
 
 from sgw_jax.data_pipelines.atomic import write_atomically
-from sgw_jax.data_pipelines.errors import InputError
-from sgw_jax.data_pipelines.json_files import json_object
+from sgw_jax.data_pipelines.errors import InputError, files_named
+from sgw_jax.data_pipelines.json_files import file_bytes, json_object
 
 REMEDY = "Remove the line, or the file if a run of this package did not write it."
 
@@ -69,7 +69,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    *lines, _ = path.read_bytes().split(b"\n")  # what follows the last newline was cut off in the writing
+    with files_named("The lines of metrics cannot be read"):
+        *lines, _ = file_bytes(path).split(b"\n")  # what follows the last newline was cut off in the writing
     return [_read_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 

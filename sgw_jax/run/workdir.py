@@ -16,7 +16,7 @@ from rich.console import Console
 
 from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import FileError, UserError
-from sgw_jax.data_pipelines.json_files import json_object
+from sgw_jax.data_pipelines.json_files import read_object
 from sgw_jax.data_pipelines.paths import obstacle
 from sgw_jax.experiment.experiment import BEFORE_FIT, Experiment, differences
 from sgw_jax.run.checkpoints import check_path
@@ -132,7 +132,7 @@ def _record(workdir: Path) -> dict[str, Any] | None:
     path = workdir / IDENTITY
     if not path.exists():
         return None
-    found = json_object(path.read_bytes(), path, "Use another --workdir.", WorkdirError)
+    found = read_object(path, "Use another --workdir.", WorkdirError)
     return {"data.fit": BEFORE_FIT, **found}
 
 
