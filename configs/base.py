@@ -117,9 +117,9 @@ def get_config() -> ConfigDict:
             "edge_weight": optional(float, 0.95),  # of edge pixels in the edge loss; None = balanced per batch
             "dot_regression": 0.0,  # weight of the loss that pulls semseg's features to the vertices of an ETF
             # --- model ------------------------------------------------------------------------------------------
-            "backbone": "vit",  # vit | dinov2 | swin
-            # Pretrained: a folder with config.json and model.safetensors (as the hub has them), or an AugReg .npz; read
-            # when a run starts.
+            "backbone": "vit",  # vit | dinov2 | dinov3 | swin | convnext
+            # Pretrained: a folder with config.json and model.safetensors, or its shards and their index (as the hub has
+            # them), or an AugReg .npz; read when a run starts.
             "backbone_weights": "",
             "backbones": {
                 "vit": {
@@ -142,7 +142,17 @@ def get_config() -> ConfigDict:
                     "attention_chunk": optional(int),
                 },
                 "dinov2": {
-                    "size": "small",  # small | base | large
+                    "size": "small",  # small | base | large | giant
+                    "registers": 0,  # 4 for the weights with registers
+                    "width": optional(int),
+                    "depth": optional(int),
+                    "num_heads": optional(int),
+                    "drop_path": 0.0,
+                    "remat": "none",
+                    "attention_chunk": optional(int),
+                },
+                "dinov3": {
+                    "size": "small",  # small | small_plus | base | large | huge_plus | 7b
                     "width": optional(int),
                     "depth": optional(int),
                     "num_heads": optional(int),
@@ -158,6 +168,12 @@ def get_config() -> ConfigDict:
                     "drop_path": 0.0,
                     "remat": "none",
                     "window_chunk": optional(int),  # windows x heads of an image at a time; None = all
+                },
+                "convnext": {  # DINOv3's
+                    "size": "tiny",  # tiny | small | base | large; width overrides it
+                    "width": optional(int),  # of the first stage
+                    "drop_path": 0.0,
+                    "remat": "none",
                 },
             },
             "interaction": "kem",  # none | cross_attention | kem | skem | shared_workspace | within_tasks
@@ -247,6 +263,9 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_b": ("vit", {"size": "base", "class_token": True, "approximate_gelu": True, "drop_path": 0.15, **CHUNKED}),
     "vit_l": ("vit", {"size": "large", "class_token": True, "approximate_gelu": True, "drop_path": 0.15, **CHUNKED}),
     "dinov2_l": ("dinov2", {"size": "large", "drop_path": 0.15, **CHUNKED}),
+    "dinov3_l": ("dinov3", {"size": "large", "drop_path": 0.15, **CHUNKED}),
+    "dinov3_hplus": ("dinov3", {"size": "huge_plus", "drop_path": 0.15, **CHUNKED}),
+    "convnext_l": ("convnext", {"size": "large", "drop_path": 0.2}),
 }
 
 

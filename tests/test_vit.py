@@ -72,8 +72,14 @@ def test_parameter_counts(size):
 @pytest.mark.parametrize(
     ("changes", "shape", "message"),
     [
-        ({}, (1, 32, 40, 3), "32 x 40; both must be multiples of 32"),
-        ({"patch_size": 64}, (1, 96, 128, 3), "multiples of 64"),
+        ({"output": "taps"}, (1, 32, 15, 3), "32 x 15; a patch has 16 pixels a side"),
+        ({"registers": -1}, (1, 32, 32, 3), "registers is -1; it must not be negative"),
+        (
+            {"rope_theta": 100.0, "num_heads": 4},
+            (1, 32, 32, 3),
+            "rotary positions need heads whose width is a multiple",
+        ),
+        ({"qkv_bias": "key"}, (1, 32, 32, 3), r"'key'; it must be one of \('all', 'query_value', 'none'\)"),
         ({"patch_size": 0}, (1, 96, 96, 3), "patch_size 0 must be at least 1"),
         ({"tapped": (1, 2, 3)}, (1, 32, 32, 3), r"made of 4 taps; tapped is \(1, 2, 3\)"),
         ({"tapped": (1, 2, 4, 3)}, (1, 32, 32, 3), "must be layers from 1 to 4, in ascending order"),
