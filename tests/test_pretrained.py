@@ -229,7 +229,7 @@ def test_every_tensor_is_accounted_for(tmp_path, caplog, kind):
     found = read_pretrained(folder)
     unused = {
         "vit": {"classifier.weight", "classifier.bias"},
-        **dict.fromkeys(("dinov2", "dinov2_with_registers", "dinov3_vit"), {"embeddings.mask_token"}),
+        **{name: {"embeddings.mask_token"} for name in ("dinov2", "dinov2_with_registers", "dinov3_vit")},
         "dinov3_convnext": set(),
         "swin": {"classifier.weight", "classifier.bias", "layernorm.weight", "layernorm.bias"}
         | {name.removeprefix("swin.") for name in tensors if name.endswith("relative_position_index")},
@@ -656,6 +656,13 @@ def test_the_cubic_kernel():
     ]
     np.testing.assert_allclose(row[1:5], expected, atol=8 * EPS32)
     assert not row[[0, 5, 6, 7]].any()
+
+
+def test_the_cubic_kernel_with_antialiasing_is_pillows():
+    """Enlarging by its a = -0.5, and reducing over as many samples as a new one covers; `jax.image` has the same."""
+    for old, new in ((4, 4), (4, 9), (7, 3), (14, 5)):
+        expected = jax.image.resize(jnp.eye(old), (new, old), "cubic", antialias=True)
+        np.testing.assert_allclose(cubic_matrix(old, new, antialias=True), expected, atol=32 * EPS32)
 
 
 def test_a_run_starts_from_the_file_and_goes_on_without_it(tmp_path, capsys):

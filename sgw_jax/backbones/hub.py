@@ -28,7 +28,7 @@ def vit_family(where: str, config: Mapping[str, Any], names: set[str]) -> tuple[
         if gated:  # two thirds of the plain MLP's hidden units, in multiples of 8
             width = _number(where, config, "hidden_size")
             ratio = (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8 / width
-        special = {"mlp_ratio": ratio, "gated": gated, "layer_scale": 1.0}
+        special: dict[str, Any] = {"mlp_ratio": ratio, "gated": gated, "layer_scale": 1.0}
     else:
         special = {"mlp_ratio": _number(where, config, "intermediate_size") / _number(where, config, "hidden_size")}
     if config["model_type"] == "dinov2_with_registers":
@@ -140,7 +140,7 @@ def _dinov3_params(take: "Tensors", module: ViT) -> dict[str, Any]:
     def block(index: int) -> dict[str, Any]:
         at = f"layer.{index}."
         kernels = [take(f"{at}attention.{name}_proj.weight", (width, width)).T for name in "qkv"]
-        attention = {
+        attention: dict[str, Any] = {
             "query_key_value": {"kernel": np.concatenate(kernels, -1)},
             "output": take.dense(f"{at}attention.o_proj", width, width),
         }

@@ -56,8 +56,9 @@ class Block(nn.Module):
     ) -> tuple[Array, Array]:
         drop_path = DropPath(name="drop_path")
         normed = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm1")(tokens)
-        options = {"dtype": self.dtype, "chunk": self.attention_chunk, "qkv_bias": self.qkv_bias}
-        attention = SelfAttention(self.num_heads, **options, name="attention")
+        attention = SelfAttention(
+            self.num_heads, dtype=self.dtype, chunk=self.attention_chunk, qkv_bias=self.qkv_bias, name="attention"
+        )
         branch = self._scaled("scale1", attention(normed, rotation))
         tokens = constrain_activations(tokens + drop_path(branch, rate, self.train))
         normed = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm2")(tokens)

@@ -32,8 +32,8 @@ def resize_to_stride(
     """
     multiple = new_stride // math.gcd(stride, new_stride)
     features = pad_to_multiple(features, multiple, mode="edge")
-    whole = tuple(length * stride // new_stride for length in features.shape[1:3])
-    resized = resize(features, whole)[:, : size[0], : size[1]]
+    rows, columns = (length * stride // new_stride for length in features.shape[1:3])
+    resized = resize(features, (rows, columns))[:, : size[0], : size[1]]
     below, right = (wanted - found for wanted, found in zip(size, resized.shape[1:3], strict=True))
     return jnp.pad(resized, ((0, 0), (0, below), (0, right), (0, 0)), mode="edge") if below or right else resized
 
