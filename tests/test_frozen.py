@@ -1,6 +1,9 @@
 """Frozen parts of a backbone: what they cost, that the rest learns as before, and what they leave out."""
 
 import functools
+import re
+from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,6 +18,7 @@ from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.vit import ViT
 from sgw_jax.differentiate import flat
 from sgw_jax.interactions import KEM
+from sgw_jax.layers.lora import LoRA
 from sgw_jax.layers.stack import drop_rates, scan_blocks
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.multi_objective import upgrad
@@ -375,12 +379,12 @@ RUN = [
 
 
 @pytest.mark.slow
-def test_runs_begin_go_on_and_are_read_back(tmp_path, capsys):
+def test_runs_begin_go_on_and_are_read_back(tmp_path, capsys, monkeypatch):
     """The lowest two layers frozen, then LoRA from there: what is not pretrained is named, a checkpoint holds all."""
-    first, second = tmp_path / "first", tmp_path / "second"
+    first, second = tmp_path / "first", tmp_path / "runs" / "lora"
     frozen = [*RUN, f"--workdir={first}", "--config.optimizer.frozen_layers=2", "--config.steps=2"]
     assert main(frozen) == 0
-    assert "The frozen part of the backbone is random" in " ".join(capsys.readouterr().out.split())
+    assert "The frozen part of the backbone is random" in " ".join("".join(capsys.readouterr()).split())
     with open_run(first) as run:
         variables = run.variables(saved_model(run))
         saved = run.checkpoints.shapes(run.step)
@@ -391,11 +395,19 @@ def test_runs_begin_go_on_and_are_read_back(tmp_path, capsys):
     assert main(frozen) == 0  # finished before: it is read, evaluated and reported again
     adapted = [*RUN, f"--workdir={second}", "--config.lora.rank=1", f"--init_from={first}", "--config.steps=1"]
     assert main(adapted) == 0
-    assert "lora" in capsys.readouterr().out
+    assert "lora" in "".join(capsys.readouterr())
     with open_run(second) as run:
         later = flat(run.variables(saved_model(run))["params"])
     np.testing.assert_array_equal(later[blocks], flat(variables["params"])[blocks])
     assert any("lora" in name for name in later)
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parent.parent / "docs" / "backbones.md").read_text(encoding="utf-8")
+    _, snippet = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert names["lora"] == LoRA(1, 16.0)
+    jax.tree.map(np.testing.assert_array_equal, flat(names["again"]), later)
+    assert not any("lora" in name for name in flat(names["plain"]))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@ from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.layers.lora import LoRA
 from sgw_jax.layers.parameter_names import KERNEL, LORA, is_lora
 
+__all__ = ["factors_of", "load_factors", "merged", "save_factors"]
+
 
 def merged(params: Mapping[str, Any], lora: LoRA) -> dict[str, Any]:
     """The parameters of the network without LoRA that computes the same: W + (alpha / rank) A B in place of W, A and B.

@@ -20,6 +20,8 @@ from sgw_jax.run.checkpoints import CheckpointError, Checkpoints
 from sgw_jax.tasks import TASKS, task_from_dict
 from sgw_jax.tasks.base import Task
 
+__all__ = ["SavedRun", "open_run", "saved_model"]
+
 CHECKPOINTS = "checkpoints"
 
 
