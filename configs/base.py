@@ -138,9 +138,9 @@ def get_config() -> ConfigDict:
             # Weight of the loss that pulls semseg's features to the vertices of an ETF, at least 0.
             "dot_regression": 0.0,
             # --- model ------------------------------------------------------------------------------------------
-            "backbone": "vit",  # vit | dinov2 | swin
-            # Pretrained: a folder with config.json and model.safetensors (as the hub has them), or an AugReg .npz; read
-            # when a run starts.
+            "backbone": "vit",  # vit | dinov2 | dinov3 | swin | convnext
+            # Pretrained: a folder with config.json and model.safetensors, or its shards and their index (as the hub has
+            # them), or an AugReg .npz; read when a run starts.
             "backbone_weights": "",
             "backbones": {
                 "vit": {
@@ -163,7 +163,17 @@ def get_config() -> ConfigDict:
                     "attention_chunk": optional(int),
                 },
                 "dinov2": {
-                    "size": "small",  # small | base | large
+                    "size": "small",  # small | base | large | giant
+                    "registers": 0,  # in [0, 64]; 4 for the weights with registers
+                    "width": optional(int),  # these as of vit: in [1, 8192]
+                    "depth": optional(int),  # in [4, 1024]
+                    "num_heads": optional(int),  # in [1, 8192]
+                    "drop_path": 0.0,  # in [0, 1)
+                    "remat": "none",  # none | dots | full
+                    "attention_chunk": optional(int),  # at least 1
+                },
+                "dinov3": {
+                    "size": "small",  # small | small_plus | base | large | huge_plus | 7b
                     "width": optional(int),  # these as of vit: in [1, 8192]
                     "depth": optional(int),  # in [4, 1024]
                     "num_heads": optional(int),  # in [1, 8192]
@@ -179,6 +189,12 @@ def get_config() -> ConfigDict:
                     "drop_path": 0.0,  # of the last block, in [0, 1), linear from 0
                     "remat": "none",  # none | dots | full
                     "window_chunk": optional(int),  # windows x heads of an image at a time, at least 1; None = all
+                },
+                "convnext": {  # DINOv3's
+                    "size": "tiny",  # tiny | small | base | large; width overrides it
+                    "width": optional(int),  # of the first stage, in [1, 8192]
+                    "drop_path": 0.0,  # of the last block, in [0, 1), linear from 0
+                    "remat": "none",  # none | dots | full
                 },
             },
             # Low-rank updates of the backbone's matrices, which are frozen themselves (docs/backbones.md).
@@ -287,6 +303,9 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_b": ("vit", {"size": "base", "class_token": True, "approximate_gelu": True, "drop_path": 0.15, **CHUNKED}),
     "vit_l": ("vit", {"size": "large", "class_token": True, "approximate_gelu": True, "drop_path": 0.15, **CHUNKED}),
     "dinov2_l": ("dinov2", {"size": "large", "drop_path": 0.15, **CHUNKED}),
+    "dinov3_l": ("dinov3", {"size": "large", "drop_path": 0.15, **CHUNKED}),
+    "dinov3_hplus": ("dinov3", {"size": "huge_plus", "drop_path": 0.15, **CHUNKED}),
+    "convnext_l": ("convnext", {"size": "large", "drop_path": 0.2}),
 }
 
 

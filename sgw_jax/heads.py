@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sgw_jax.data_pipelines.errors import InputError
-from sgw_jax.layers.resize import depth_to_space, resize
+from sgw_jax.layers.resize import depth_to_space, resize, resize_to_stride
 
 UPSAMPLES = ("bilinear", "subpixel")
 
@@ -16,8 +16,9 @@ UPSAMPLES = ("bilinear", "subpixel")
 class TaskStem(nn.Module):
     """One task's encoder: fuses the pyramid to one map of stride ``stride``.
 
-    Every level is projected to ``channels`` by a 1x1 convolution, resized, summed, normalised, and passed through one
-    3x3 convolution with a residual. LayerNorm over channels: no running state (see backbones/vit.py).
+    Every level is projected to ``channels`` by a 1x1 convolution, resized by the ratio of the strides, summed,
+    normalised, and passed through one 3x3 convolution with a residual. LayerNorm over channels: no running state (see
+    backbones/vit.py).
     """
 
     channels: int
@@ -30,10 +31,10 @@ class TaskStem(nn.Module):
             raise InputError(f"TaskStem: stride {self.stride} is not in the pyramid, which has {sorted(pyramid)}.")
         _, height, width, _ = pyramid[self.stride].shape
         # Projecting before resizing keeps the large maps narrow.
-        levels = [
-            resize(nn.Dense(self.channels, dtype=self.dtype, name=f"level{stride}")(level), (height, width))
-            for stride, level in pyramid.items()
-        ]
+        levels = []
+        for stride, level in pyramid.items():
+            narrow = nn.Dense(self.channels, dtype=self.dtype, name=f"level{stride}")(level)
+            levels.append(resize_to_stride(narrow, stride, self.stride, (height, width)))
         fused = sum(levels[1:], start=levels[0])
         normed = nn.LayerNorm(dtype=self.dtype, name="norm")(fused)
         return fused + nn.relu(nn.Conv(self.channels, (3, 3), dtype=self.dtype, name="conv")(normed))

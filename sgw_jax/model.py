@@ -11,7 +11,7 @@ from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.heads import PredictionHead, TaskStem
 from sgw_jax.layers import parameter_names as names
 from sgw_jax.layers.lora import LoRA, adapting
-from sgw_jax.layers.resize import resize
+from sgw_jax.layers.resize import resize, resize_to_stride
 from sgw_jax.sharding import constrain_activations
 from sgw_jax.tasks.base import Task
 
@@ -41,7 +41,8 @@ class MultiTaskModel(nn.Module):
       lora: low-rank updates of the backbone's matrices, see layers/lora.py; None is none.
 
     Call:
-      image: (batch, H, W, 3), normalised.
+      image: (batch, H, W, 3), normalised, of any size. Features have ceil(H / stride) rows and ceil(W / stride)
+        columns, each cell over the pixels that the stride says; predictions beyond the image are cropped.
       train: whether it is training, which drops paths and adds outputs.
 
     Returns:
@@ -86,18 +87,19 @@ class MultiTaskModel(nn.Module):
 
     def encode(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[int, Array]:
         """The backbone's pyramid {stride: (batch, h, w, width)}: all that tasks have in common."""
-        size = (round(image.shape[1] * self.input_scale), round(image.shape[2] * self.input_scale))
+        image = constrain_activations(resize(image, self._seen((image.shape[1], image.shape[2]))))
         with adapting(self.lora):
-            return self.backbone(constrain_activations(resize(image, size)), train=train)
+            return self.backbone(image, train=train)
 
     @nn.compact
     def decode(self, pyramid: dict[int, Array], size: tuple[int, int], train: bool = False) -> dict[str, Array]:
         """Predictions of an image of ``size`` (height, width) from its pyramid; with `encode`, the call."""
         self._check()
         mixed: dict[str, Array] = {}
-        slots = None
+        slots, before = None, self.stride
         for stride in (*sorted(self.scales, reverse=True), self.stride):
-            features = self._stems(pyramid, stride, mixed)
+            features = self._stems(pyramid, stride, mixed, before)
+            before = stride
             interaction = self._interaction(stride)
             if self.persist:
                 mixed, slots = interaction(features, slots, True)
@@ -112,15 +114,17 @@ class MultiTaskModel(nn.Module):
             predictions |= {FEATURES + task.name: features[task.name] for task in self.tasks if task.uses_features}
         return predictions
 
-    def _stems(self, pyramid: dict[int, Array], stride: int, coarser: dict[str, Array]) -> dict[str, Array]:
-        """Every task's features at a stride, with what left the scale before."""
+    def _stems(
+        self, pyramid: dict[int, Array], stride: int, coarser: dict[str, Array], before: int
+    ) -> dict[str, Array]:
+        """Every task's features at a stride, with what left the scale before, of stride ``before``."""
         features = {}
         for task in self.tasks:
             name = names.of_task(names.STEM, task.name, self._coarser(stride))
             stem = TaskStem(self.channels, stride, dtype=self.dtype, name=name)
             own = stem(pyramid)
             if coarser:
-                own += resize(coarser[task.name], (own.shape[1], own.shape[2]))
+                own += resize_to_stride(coarser[task.name], before, stride, (own.shape[1], own.shape[2]))
             features[task.name] = constrain_activations(own)
         return features
 
@@ -135,10 +139,22 @@ class MultiTaskModel(nn.Module):
     def _predict(self, part: str, features: dict[str, Array], size: tuple[int, int]) -> dict[str, Array]:
         predictions = {}
         for task in self.tasks:
-            name = names.of_task(part, task.name)
-            head = PredictionHead(task.channels, size, self.upsample, dtype=self.dtype, name=name)
-            predictions[task.name] = constrain_activations(head(features[task.name]))
+            name, own = names.of_task(part, task.name), features[task.name]
+            head = PredictionHead(task.channels, self._covered(own, size), self.upsample, dtype=self.dtype, name=name)
+            predictions[task.name] = constrain_activations(head(own)[:, : size[0], : size[1]])
         return predictions
+
+    def _seen(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size in which the backbone sees an image of ``size``."""
+        return round(size[0] * self.input_scale), round(size[1] * self.input_scale)
+
+    def _covered(self, features: Array, size: tuple[int, int]) -> tuple[int, int]:
+        """What the cells of the features cover of an image of ``size``: more, where it is no multiple of the stride."""
+        height, width = (
+            max(length, round(length * cells * self.stride / seen))
+            for length, cells, seen in zip(size, features.shape[1:3], self._seen(size), strict=True)
+        )
+        return height, width
 
     def _check(self) -> None:
         given = [task.name for task in self.tasks]

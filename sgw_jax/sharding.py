@@ -237,7 +237,7 @@ def check_batch(batch_size: int, mesh: Mesh, accumulate: int = 1) -> None:
 def check_rows(height: int, strides: Sequence[int], mesh: Mesh) -> None:
     """Raises a ValueError unless the rows of the task features, at every stride, divide by the mesh's context."""
     context = mesh.shape[CONTEXT]
-    rows = {stride: height // stride for stride in strides}
+    rows = {stride: -(-height // stride) for stride in strides}
     if any(count % context for count in rows.values()):
         fitting = [size for size in _divisors(mesh.size) if all(count % size == 0 for count in rows.values())]
         raise InputError(

@@ -19,14 +19,13 @@ def made(name, size, dtype=jnp.float32):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_contract(name, dtype):
     """A map for each stride, in the dtype asked for; parameters are float32, and there is nothing else to carry."""
-    # ViTs of 14-pixel patches see the image resized: sizes are multiples of 32 for all.
-    size = (64, 96)
+    size = (70, 121)  # a multiple of no patch, window or stride
     maps, variables = jax.eval_shape(
         made(name, size, dtype).init_with_output, jax.random.key(0), jnp.zeros((2, *size, 3))
     )
     assert set(STRIDES) <= set(maps)
     for stride in STRIDES:
-        assert maps[stride].shape[:3] == (2, size[0] // stride, size[1] // stride)
+        assert maps[stride].shape[:3] == (2, -(-size[0] // stride), -(-size[1] // stride))
         assert maps[stride].dtype == dtype
     assert set(variables) == {"params"}
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}

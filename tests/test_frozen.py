@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sgw_jax.__main__ import main
+from sgw_jax.backbones.convnext import ConvNeXt
 from sgw_jax.backbones.freezing import Freezing
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.vit import ViT
@@ -36,6 +37,8 @@ TASKS, SIZE, ROWS = (Depth(), Saliency()), (32, 32), 8
 SGD = make_optimizer(0.02, name="sgd", momentum=0.9)  # after one step its state is the first gradient itself
 VIT = ViT(8, 8, 4, 2, 2.0, SIZE, class_token=True)
 SWIN = Swin(4, (2, 2, 2, 2), (1, 1, 1, 1), window_size=2)
+CONVNEXT = ConvNeXt(4, (1, 1, 2, 1))
+DINOV3 = VIT.clone(registers=2, rope_theta=100.0, gated=True, qkv_bias="query_value", layer_scale=0.1)
 
 
 def model_of(backbone, frozen=0, **options):
@@ -87,8 +90,16 @@ def assert_close(found, expected):
         (VIT, Freezing(4), {"patch_embed", "class_token", "position_embedding", "blocks"}, {}),
         (VIT, Freezing(0, True), {"patch_embed", "class_token", "position_embedding", "blocks", "norm"}, {}),
         (SWIN, Freezing(4), {"patch_embed", "patch_norm", "stage1", "stage2", "merge1", "merge2"}, {"stage3": 1}),
+        (CONVNEXT, Freezing(1), {"patch_embed", "patch_norm", "stage1"}, {"stage2": 1}),
+        (
+            CONVNEXT,
+            Freezing(3),
+            {"patch_embed", "patch_norm", "stage1", "stage2", "downsample1", "downsample2"},
+            {"stage3": 1},
+        ),
+        (DINOV3, Freezing(1), {"patch_embed", "class_token", "register_tokens"}, {"blocks": 3}),
     ],
-    ids=["vit-3", "vit-4", "vit-all", "swin-4"],
+    ids=["vit-3", "vit-4", "vit-all", "swin-4", "convnext-1", "convnext-3", "dinov3-1"],
 )
 def test_the_part_that_learns(backbone, freezing, gone, rows):
     shapes = jax.eval_shape(model_of(backbone).init, jax.random.key(0), batch()["image"])["params"]
@@ -106,9 +117,9 @@ def test_nothing_frozen_is_the_whole():
     assert jax.tree.all(jax.tree.map(jnp.array_equal, Freezing()(params), params))
 
 
-@pytest.mark.parametrize(("backbone", "frozen"), [(VIT, 5), (VIT, -1), (SWIN, 3), (SWIN, 10)])
+@pytest.mark.parametrize(("backbone", "frozen"), [(VIT, 5), (VIT, -1), (SWIN, 3), (SWIN, 10), (CONVNEXT, 6)])
 def test_layers_that_cannot_be_frozen(backbone, frozen):
-    with pytest.raises(ValueError, match=rf"frozen_layers is {frozen}; it has [48] blocks.*config.optimizer.frozen"):
+    with pytest.raises(ValueError, match=rf"frozen_layers is {frozen}; it has [458] blocks.*config.optimizer.frozen"):
         jax.eval_shape(model_of(backbone, frozen).init, jax.random.key(0), batch()["image"])
 
 
@@ -212,13 +223,27 @@ def test_an_aggregator_sees_the_trained_parameters_alone():
 
 
 @pytest.mark.slow
-def test_swins_lowest_pairs():
-    before, after, _ = one_step(model_of(SWIN, 4), Freezing(4))
-    _, whole, _ = one_step(model_of(SWIN))
+@pytest.mark.parametrize(
+    ("backbone", "frozen", "kernel"),
+    [
+        (SWIN, 4, "stage2/regular/mlp/hidden/kernel"),
+        (CONVNEXT, 2, "downsample1/projection/kernel"),
+        (CONVNEXT, 3, "stage2/mlp/hidden/kernel"),
+    ],
+    ids=["swin", "convnext-at-a-stage", "convnext-within"],
+)
+def test_the_lowest_blocks_of_stages(backbone, frozen, kernel):
+    before, after, _ = one_step(model_of(backbone, frozen), Freezing(frozen))
+    _, whole, _ = one_step(model_of(backbone))
     assert_close(gradient(after), rows_like(gradient(whole), gradient(after)))
-    np.testing.assert_array_equal(
-        *(state.params["backbone"]["stage2"]["regular"]["mlp"]["hidden"]["kernel"] for state in (before, after))
-    )
+    np.testing.assert_array_equal(*(flat(state.params)[f"backbone/{kernel}"] for state in (before, after)))
+
+
+@pytest.mark.slow
+def test_the_lowest_blocks_that_share_a_rotation():
+    _, after, _ = one_step(model_of(DINOV3, 2), Freezing(2))
+    _, whole, _ = one_step(model_of(DINOV3))
+    assert_close(gradient(after), rows_like(gradient(whole), gradient(after)))
 
 
 @pytest.mark.parametrize("frozen", [2, 4])

@@ -226,10 +226,13 @@ def test_the_shipped_defaults_go_together():
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"data.size": (60, 90)}, "config.data.size is 60 x 90; .* vit sees must be multiples of 32"),
         (
-            {"data.size": (64, 96), "input_scale": 0.1},
-            "is 64 x 96, by config.input_scale 0.1 6 x 10; .* multiples of 32",
+            {"data.size": (4, 96), "input_scale": 0.1},
+            "input_scale 0.1 0 x 10; vit must see a pixel",
+        ),
+        (
+            {"backbone": "dinov3", "backbones.dinov3.num_heads": 192},
+            "the width of a head, 384 / 192, must be a multiple of 4",
         ),
         ({"stride": 5}, r"config.stride is 5; it must be one of vit's, \[4, 8, 16, 32\]"),
         ({"scales": (8, 8)}, r"config.scales are \(8, 8\); they must be different strides above"),

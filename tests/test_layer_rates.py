@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sgw_jax.backbones.convnext import ConvNeXt
+from sgw_jax.backbones.dinov3 import dinov3
 from sgw_jax.backbones.layer_rates import scale_by_layer
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.vit import ViT
@@ -14,7 +16,9 @@ from sgw_jax.sharding import path_name
 EPS32 = float(np.finfo(np.float32).eps)
 BACKBONES = {
     "vit": ViT(32, 8, 4, 2, image_size=(32, 32), class_token=True, layer_scale=0.1),
+    "dinov3": dinov3(width=8, depth=4, num_heads=2),
     "swin": Swin(width=4, depths=(2, 4, 2, 2), num_heads=(1, 1, 1, 1), window_size=2),
+    "convnext": ConvNeXt(width=4, depths=(1, 3, 2, 1)),
 }
 # Layer of every parameter by the beginning of its path; a list for a stack's slices.
 LAYERS = {
@@ -22,6 +26,22 @@ LAYERS = {
         **dict.fromkeys(("patch_embed", "class_token", "position_embedding"), 0),
         "blocks": [1, 2, 3, 4],
         "norm": 5,
+    },
+    "dinov3": {
+        **dict.fromkeys(("patch_embed", "class_token", "register_tokens"), 0),
+        "blocks": [1, 2, 3, 4],
+        "norm": 5,
+    },
+    "convnext": {
+        **dict.fromkeys(("patch_embed", "patch_norm"), 0),
+        "stage1": [1],
+        "stage2": [2, 3, 4],
+        "stage3": [5, 6],
+        "stage4": [7],
+        "downsample1": 2,
+        "downsample2": 5,
+        "downsample3": 7,
+        "norm": 8,
     },
     "swin": {
         **dict.fromkeys(("patch_embed", "patch_norm"), 0),
@@ -38,7 +58,7 @@ LAYERS = {
         "merge3": 8,
     },
 }
-LAST = {"vit": 5, "swin": 11}
+LAST = {"vit": 5, "dinov3": 5, "swin": 11, "convnext": 8}
 
 
 def ones(name):

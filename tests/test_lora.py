@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sgw_jax.backbones.adapters import factors_of, load_factors, merged, save_factors
+from sgw_jax.backbones.convnext import ConvNeXt
 from sgw_jax.backbones.freezing import Freezing
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.vit import ViT
@@ -23,13 +24,23 @@ from sgw_jax.train_step import init_state, make_train_step
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
 EPS32 = float(np.finfo(np.float32).eps)
 SIZE = (32, 32)
-MATRICES = ("attention/output", "attention/query_key_value", "mlp/hidden", "mlp/output")
+MLP = ("mlp/hidden", "mlp/output")
+MATRICES = ("attention/output", "attention/query_key_value", *MLP)
+VIT = ViT(8, 8, 4, 2, 2.0, SIZE, class_token=True, layer_scale=0.1, remat="full")
+# Backbone, its stacks of blocks, the matrices of a block.
 BACKBONES = {
-    "vit": (ViT(8, 8, 4, 2, 2.0, SIZE, class_token=True, layer_scale=0.1, remat="full"), ("blocks",)),
+    "vit": (VIT, ("blocks",), MATRICES),
+    "dinov3": (
+        VIT.clone(registers=2, rope_theta=100.0, gated=True, qkv_bias="query_value"),
+        ("blocks",),
+        (*MATRICES, "mlp/gate"),
+    ),
     "swin": (
         Swin(4, (2, 2, 2, 2), (1, 1, 1, 1), window_size=2),
         [f"stage{stage}/{kind}" for stage in (1, 2, 3, 4) for kind in ("regular", "shifted")],
+        MATRICES,
     ),
+    "convnext": (ConvNeXt(4, (1, 1, 2, 1), remat="full"), [f"stage{stage}" for stage in (1, 2, 3, 4)], MLP),
 }
 
 
@@ -113,10 +124,12 @@ def test_merging_stacks():
         np.testing.assert_allclose(whole[i], one, rtol=0, atol=32 * EPS32)
 
 
-@pytest.mark.parametrize("name", ["vit", pytest.param("swin", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dinov3", "swin", "convnext"))]
+)
 def test_the_start_is_the_network_itself(name):
     """Bit for bit, with the parameters that it has without LoRA; the matrices of the targets are adapted, no other."""
-    (backbone, blocks), lora = BACKBONES[name], LoRA(1, 4.0)
+    (backbone, blocks, matrices), lora = BACKBONES[name], LoRA(1, 4.0)
     image = np.random.default_rng(0).normal(size=(1, *SIZE, 3)).astype(np.float32)
     plain = jit(backbone.init)(jax.random.key(0), image)["params"]
     with lora.adapting():
@@ -125,7 +138,7 @@ def test_the_start_is_the_network_itself(name):
     jax.tree.map(np.testing.assert_array_equal, merged(adapted, lora), plain)
     jax.tree.map(np.testing.assert_array_equal, found, jit(backbone.apply)({"params": plain}, image))
     factors = factors_of(adapted)
-    assert set(factors) == {f"{block}/{matrix}/lora/{side}" for block in blocks for matrix in MATRICES for side in "ab"}
+    assert set(factors) == {f"{block}/{matrix}/lora/{side}" for block in blocks for matrix in matrices for side in "ab"}
     for path, leaf in factors.items():
         bound = leaf.shape[-2] ** -0.5 if path.endswith("/a") else 0.0
         assert 0.5 * bound <= np.abs(leaf).max() <= bound, path

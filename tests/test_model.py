@@ -47,6 +47,18 @@ def test_one_float32_map_per_task(upsample, stride, dtype):
     assert set(variables["params"]) == {"backbone", "interaction"} | stems | heads
 
 
+def test_an_image_of_any_size_is_that_image_padded():
+    """Predictions have the image's size and lie where the pixels are: those of the image in zeros, cropped."""
+    model = make_model((Depth(),), NoInteraction(), scales=(16,))
+    image = np.random.default_rng(0).normal(size=(1, 30, 45, 3)).astype(np.float32)
+    variables = jit(model.init)(jax.random.key(0), image)
+    padded = np.pad(image, ((0, 0), (0, 2), (0, 3), (0, 0)))
+    found, expected = (jit(model.apply)(variables, pixels)["depth"] for pixels in (image, padded))
+    assert found.shape == (1, 30, 45, 1)
+    np.testing.assert_array_equal(found, expected[:, :30, :45])
+    assert shapes_of(model.clone(upsample="subpixel"), (1, 29, 41, 3))[0]["depth"].shape == (1, 29, 41, 1)
+
+
 def test_every_parameter_lies_in_a_part():
     """And a task's own are found by its name, at every scale."""
     _, variables = shapes_of(make_model(scales=(16,), preliminary=True), train=True)

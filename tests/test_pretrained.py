@@ -49,6 +49,37 @@ CONFIGS = {
         "layer_norm_eps": 1e-6,
         "layerscale_value": 1.0,
     },
+    "dinov2_with_registers": {
+        "model_type": "dinov2_with_registers",
+        "hidden_size": 8,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "mlp_ratio": 2,
+        "image_size": 56,
+        "patch_size": 14,
+        "num_register_tokens": 3,
+        "use_swiglu_ffn": True,
+    },
+    "dinov3_vit": {
+        "model_type": "dinov3_vit",
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "hidden_act": "silu",
+        "use_gated_mlp": True,
+        "image_size": 64,
+        "patch_size": 16,
+        "num_register_tokens": 3,
+        "pos_embed_rescale": 2.0,
+    },
+    "dinov3_convnext": {
+        "model_type": "dinov3_convnext",
+        "hidden_sizes": [4, 8, 16, 32],
+        "depths": [1, 1, 2, 1],
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+    },
     "swin": {
         "model_type": "swin",
         "embed_dim": 4,
@@ -61,6 +92,9 @@ CONFIGS = {
         "layer_norm_eps": 1e-5,
     },
 }
+
+
+TOKENS = {"cls_token": 1, "mask_token": 1, "register_tokens": 3}
 
 
 def names_and_shapes(kind):
@@ -94,6 +128,38 @@ def names_and_shapes(kind):
             "classifier.weight": (5, 32),
             "classifier.bias": (5,),
         }
+    if kind == "dinov3_convnext":
+        found = norm("layer_norm", 32)
+        for stage, depth in enumerate(CONFIGS[kind]["depths"]):
+            width, at = 4 << stage, f"stages.{stage}"
+            first, second = f"{at}.downsample_layers.0", f"{at}.downsample_layers.1"
+            if stage:
+                found |= norm(first, width // 2) | dense(second, width // 2, width)
+                found |= {f"{second}.weight": (width, width // 2, 2, 2)}
+            else:
+                found |= norm(second, width) | {f"{first}.weight": (width, 3, 4, 4), f"{first}.bias": (width,)}
+            for index in range(depth):
+                layer = f"{at}.layers.{index}"
+                found |= norm(f"{layer}.layer_norm", width) | {f"{layer}.gamma": (width,)}
+                found |= {f"{layer}.depthwise_conv.weight": (width, 1, 7, 7), f"{layer}.depthwise_conv.bias": (width,)}
+                found |= dense(f"{layer}.pointwise_conv1", width, 4 * width)
+                found |= dense(f"{layer}.pointwise_conv2", 4 * width, width)
+        return found
+    if kind == "dinov3_vit":
+        patches = "embeddings.patch_embeddings"
+        found = {f"{patches}.weight": (8, 3, 16, 16), f"{patches}.bias": (8,), **norm("norm", 8)}
+        found |= {f"embeddings.{name}": (1, n, 8) for name, n in TOKENS.items()}
+        for index in range(4):
+            at = f"layer.{index}"
+            found |= norm(f"{at}.norm1", 8) | norm(f"{at}.norm2", 8)
+            found |= {f"{at}.layer_scale{i}.lambda1": (8,) for i in (1, 2)}
+            found |= {f"{at}.attention.k_proj.weight": (8, 8)}
+            for name in "qvo":
+                found |= dense(f"{at}.attention.{name}_proj", 8, 8)
+            for name in ("gate", "up"):
+                found |= dense(f"{at}.mlp.{name}_proj", 8, 16)
+            found |= dense(f"{at}.mlp.down_proj", 16, 8)
+        return found
     patch = CONFIGS[kind]["patch_size"]
     found = {f"{projection}.weight": (8, 3, patch, patch), f"{projection}.bias": (8,), **norm("layernorm", 8)}
     found |= {"embeddings.cls_token": (1, 1, 8), "embeddings.position_embeddings": (1, 17, 8)}
@@ -102,14 +168,19 @@ def names_and_shapes(kind):
         for part in ("query", "key", "value"):
             found |= dense(f"{at}.attention.attention.{part}", 8, 8)
         found |= dense(f"{at}.attention.output.dense", 8, 8)
-        if kind == "dinov2":
+        if kind.startswith("dinov2"):
             found |= norm(f"{at}.norm1", 8) | norm(f"{at}.norm2", 8)
-            found |= dense(f"{at}.mlp.fc1", 8, 16) | dense(f"{at}.mlp.fc2", 16, 8)
+            if kind == "dinov2":
+                found |= dense(f"{at}.mlp.fc1", 8, 16) | dense(f"{at}.mlp.fc2", 16, 8)
+            else:  # two thirds of 16, in multiples of 8
+                found |= dense(f"{at}.mlp.weights_in", 8, 2 * 16) | dense(f"{at}.mlp.weights_out", 16, 8)
             found |= {f"{at}.layer_scale{i}.lambda1": (8,) for i in (1, 2)}
         else:
             found |= norm(f"{at}.layernorm_before", 8) | norm(f"{at}.layernorm_after", 8)
             found |= dense(f"{at}.intermediate.dense", 8, 16) | dense(f"{at}.output.dense", 16, 8)
-    if kind == "dinov2":
+    if kind == "dinov2_with_registers":
+        found |= {"embeddings.register_tokens": (1, 3, 8)}
+    if kind.startswith("dinov2"):
         return found | {"embeddings.mask_token": (1, 8)}
     return {f"vit.{name}": shape for name, shape in found.items()} | {
         "classifier.weight": (5, 8),
@@ -161,7 +232,8 @@ def test_every_tensor_is_accounted_for(tmp_path, caplog, kind):
     found = read_pretrained(folder)
     unused = {
         "vit": {"classifier.weight", "classifier.bias"},
-        "dinov2": {"embeddings.mask_token"},
+        **{name: {"embeddings.mask_token"} for name in ("dinov2", "dinov2_with_registers", "dinov3_vit")},
+        "dinov3_convnext": set(),
         "swin": {"classifier.weight", "classifier.bias", "layernorm.weight", "layernorm.bias"}
         | {name.removeprefix("swin.") for name in tensors if name.endswith("relative_position_index")},
     }[kind]
@@ -243,6 +315,17 @@ def test_half_precision_files_are_read(tmp_path):
         np.testing.assert_array_equal(params["norm"]["scale"], half["vit.layernorm.weight"].astype(np.float32))
 
 
+def test_shards_are_read_as_one_file(tmp_path):
+    folder = write(tmp_path / "dinov3", "dinov3_vit")
+    whole = read_pretrained(folder)
+    shard(folder)
+    found = read_pretrained(folder)
+    jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
+    assert (found.tensors, found.unused) == (whole.tensors, whole.unused)
+    content = b"".join((folder / f"{index}.safetensors").read_bytes() for index in range(2))
+    assert found.sha256 == hashlib.sha256(content).hexdigest()
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -267,6 +350,33 @@ def rewrite(edit):
 def cut(folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def sharded(change, cut=False):
+    """A ViT in two files and their index, which ``change`` (folder, index) spoils."""
+
+    def make(tmp_path):
+        folder = write(tmp_path / "vit", "vit")
+        shard(folder)
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        change(folder, index)
+        text = json.dumps(index)
+        path.write_text(text[: len(text) // 2] if cut else text)
+        return folder
+
+    return make
+
+
+def shard(folder):
+    """The folder's tensors in two files, every second in each, as the hub lays out large models."""
+    tensors = load_file(folder / "model.safetensors")
+    files = {name: f"{index % 2}.safetensors" for index, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {"total_size": sum(value.nbytes for value in tensors.values())}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def pickled(folder):
@@ -344,16 +454,52 @@ REFUSED = {
     "no_bias": (configured(qkv_bias=False), "qkv_bias is False; only True is supported"),
     "odd": (configured(model_type="swin", depths=[1, 2, 2, 2]), r"depths \(1, 2, 2, 2\) must be 4 even numbers"),
     "window": (configured(model_type="swin", window_size=7), "relative_position_bias_table"),
+<<<<<<< HEAD
     "no_object": (damaged(lambda folder: (folder / "config.json").write_text("[]")), "holds a list; it must be a JSON"),
+=======
+    "no_object": (
+        damaged(lambda folder: (folder / "config.json").write_text("[]")),
+        "it holds a list where a JSON object belongs",
+    ),
+>>>>>>> 0602b9f (Lines of tests)
     "kind": (configured_text('{"model_type": ["vit"]}'), r"model_type is \['vit'\]; it must be one of"),
     "heads": (configured(num_attention_heads=3), "hidden_size 8 does not divide into num_attention_heads = 3"),
     "epsilon": (configured(layer_norm_eps="1e-6"), "layer_norm_eps is '1e-6'; it must be a positive number"),
     "ratio": (configured(model_type="dinov2", mlp_ratio=None), "mlp_ratio is None; it must be a positive number"),
     "stages": (configured(model_type="swin", depths=2), "depths is 2; it must be a list of positive whole numbers"),
     "one_file": (lambda tmp_path: write(tmp_path / "m", "vit") / "model.safetensors", "is one file; give the folder"),
-    "sharded": (
-        damaged(lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.index.json")),
-        "model.safetensors.index.json is not read: convert it",
+    "index_cut": (sharded(lambda folder, index: None, cut=True), "index.json is damaged: it is no JSON"),
+    "index_empty": (sharded(lambda folder, index: index.clear()), "weight_map must name a .safetensors file"),
+    "index_outside": (
+        sharded(lambda folder, index: index["weight_map"].update({"vit.layernorm.bias": "../1.safetensors"})),
+        "weight_map must name a .safetensors file of the same folder",
+    ),
+    "shard_missing": (
+        sharded(lambda folder, index: (folder / "1.safetensors").unlink()),
+        "lists 2 files, of which 1 are missing: 1.safetensors",
+    ),
+    "shard_cut": (
+        sharded(lambda folder, index: (folder / "1.safetensors").write_bytes(b"1")),
+        "1.safetensors is truncated or no safetensors file",
+    ),
+    "shard_disagrees": (
+        sharded(lambda folder, index: index["weight_map"].update({"vit.layernorm.bias": "1.safetensors"})),
+        "index.json and 0.safetensors disagree: nothing is in the index alone, vit.layernorm.bias in the file alone",
+    ),
+    "shard_lacks": (
+        sharded(lambda folder, index: index["weight_map"].update({"other": "0.safetensors"})),
+        "index.json and 0.safetensors disagree: other is in the index alone, nothing in the file alone",
+    ),
+    "key_bias": (configured(model_type="dinov3_vit", key_bias=True), "key_bias is True; only False is supported"),
+    "gate": (configured(model_type="dinov3_vit", hidden_act="gelu"), "hidden_act is 'gelu'; only 'silu' is supported"),
+    "switch": (configured(model_type="dinov3_vit", use_gated_mlp=1), "use_gated_mlp is 1; it must be true or false"),
+    "registers": (
+        configured(model_type="dinov3_vit", num_register_tokens=4),
+        r"by num_register_tokens embeddings.register_tokens is \(1, 4, 8\), but in the file it is \(1, 3, 8\)",
+    ),
+    "convnext_widths": (
+        configured(model_type="dinov3_convnext", hidden_sizes=[4, 8, 16, 16]),
+        "must be of four stages, each twice as wide as the one before",
     ),
     "other_models": (
         lambda tmp_path: (write(tmp_path / "m", "swin"), write_config(tmp_path / "m", "dinov2"))[0],
@@ -467,7 +613,7 @@ def shapes_of(backbone, size):
     return jax.eval_shape(backbone.init, jax.random.key(0), jnp.zeros((1, *size, 3)))["params"]
 
 
-@pytest.mark.parametrize("kind", ["vit", "dinov2", "augreg"])
+@pytest.mark.parametrize("kind", ["vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "augreg"])
 def test_fitted_to_another_size_and_normalisation(tmp_path, kind):
     """The pretrained function on a larger image that is normalised in another way, to the accuracy of a kernel whose
     entries were rounded once more: 3 x 16 x 16 terms of an embedding, through four layers."""
@@ -481,7 +627,8 @@ def test_fitted_to_another_size_and_normalisation(tmp_path, kind):
     target = found.module.clone(image_size=size)
     flat = fit(found, target, shapes_of(target, size), *IMAGENET)
     params = nested(flat)
-    assert params["position_embedding"].shape == (1, 6, 10, 8)
+    if kind != "dinov3_vit":
+        assert params["position_embedding"].shape == (1, 6, 10, 8)
     for level, other in zip(jax.jit(target.apply)({"params": params}, ours).values(), expected.values(), strict=True):
         np.testing.assert_allclose(level, other, rtol=0, atol=4 * 28 * 16 * EPS32 * float(np.abs(other).max()))
 
@@ -547,12 +694,35 @@ PUBLISHED = {
     "vit_b": {"model_type": "vit", "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "vit_l": {"model_type": "vit", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
     "dinov2_l": {"model_type": "dinov2", "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "dinov3_l": {
+        "model_type": "dinov3_vit",
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+    "dinov3_hplus": {
+        "model_type": "dinov3_vit",
+        "hidden_size": 1280,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "intermediate_size": 5120,
+        "use_gated_mlp": True,
+        "hidden_act": "silu",
+    },
+    "convnext_l": {
+        "model_type": "dinov3_convnext",
+        "hidden_sizes": [192, 384, 768, 1536],
+        "depths": [3, 3, 27, 3],
+    },
 }
 MORE = {
     "swin_t": {"window_size": 7, "mlp_ratio": 4.0},
     "swin": {"window_size": 12, "mlp_ratio": 4.0},
     "vit": {"patch_size": 16, "image_size": 384, "layer_norm_eps": 1e-6, "hidden_act": "gelu_new"},
     "dinov2": {"patch_size": 14, "image_size": 518, "mlp_ratio": 4},
+    "dinov3": {"patch_size": 16, "num_register_tokens": 4},
+    "convnext": {},
 }
 
 
@@ -589,6 +759,13 @@ def test_the_cubic_kernel():
     ]
     np.testing.assert_allclose(row[1:5], expected, atol=8 * EPS32)
     assert not row[[0, 5, 6, 7]].any()
+
+
+def test_the_cubic_kernel_with_antialiasing_is_pillows():
+    """Enlarging by its a = -0.5, and reducing over as many samples as a new one covers; `jax.image` has the same."""
+    for old, new in ((4, 4), (4, 9), (7, 3), (14, 5)):
+        expected = jax.image.resize(jnp.eye(old), (new, old), "cubic", antialias=True)
+        np.testing.assert_allclose(cubic_matrix(old, new, antialias=True), expected, atol=32 * EPS32)
 
 
 def test_a_run_starts_from_the_file_and_goes_on_without_it(tmp_path, capsys):

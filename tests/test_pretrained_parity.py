@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from sgw_jax.backbones.pretrained import load_pretrained
 
@@ -26,12 +26,38 @@ KINDS = {
     ),
     "dinov2": ("Dinov2Model", "Dinov2Config", {"patch_size": 14, "layerscale_value": 0.7}),
     "dinov2_backbone": ("Dinov2Backbone", "Dinov2Config", {"patch_size": 7}),
+    "dinov2_giant": ("Dinov2Model", "Dinov2Config", {"patch_size": 14, "use_swiglu_ffn": True}),
+    "dinov2_registers": ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", {"patch_size": 14}),
+    "dinov2_registers_giant": (
+        "Dinov2WithRegistersForImageClassification",
+        "Dinov2WithRegistersConfig",
+        {"patch_size": 7, "use_swiglu_ffn": True, "num_register_tokens": 3},
+    ),
+    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {"patch_size": 16}),
+    "dinov3_plus": (
+        "DINOv3ViTModel",
+        "DINOv3ViTConfig",
+        {"patch_size": 8, "use_gated_mlp": True, "hidden_act": "silu", "rope_theta": 50.0},
+    ),
+    "dinov3_7b": (
+        "DINOv3ViTBackbone",
+        "DINOv3ViTConfig",
+        {"use_gated_mlp": True, "hidden_act": "silu", "query_bias": False, "value_bias": False},
+    ),
+    "convnext": ("DINOv3ConvNextModel", "DINOv3ConvNextConfig", {"depths": [1, 2, 3, 1]}),
+    "convnext_backbone": (
+        "DINOv3ConvNextBackbone",
+        "DINOv3ConvNextConfig",
+        {"depths": [2, 1, 1, 1], "out_features": STAGES},
+    ),
 }
 SIZES = {
     # the training size, larger, smaller, not square, not divisible by patch or window, less than a window
     "swin": [(64, 64), (64, 96), (70, 121), (285, 259), (13, 9)],
     "vit": [(56, 56), (112, 112), (28, 28), (64, 96), (70, 121)],
+    "convnext": [(64, 64), (64, 96), (70, 121), (33, 190)],
 }
+SHARDED = ("dinov2_giant", "dinov3_7b")  # read from several files
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -43,11 +69,15 @@ def pair(request, tmp_path_factory):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     kind, config, options = KINDS[request.param]
-    family = "swin" if "swin" in request.param else "vit"
-    if family == "swin":
+    family = next(name for name in ("swin", "convnext", "vit") if name in request.param or name == "vit")
+    if family == "convnext":
+        options = {"hidden_sizes": [8, 16, 32, 64], **options}
+    elif family == "swin":
         options = {"embed_dim": 16, "num_heads": (1, 2, 4, 8), "image_size": 64, "drop_path_rate": 0.0, **options}
     else:
         options = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 56, **options}
+        if "dinov3" in request.param:
+            options = {"intermediate_size": 80, "num_register_tokens": 4, **options}
     config = getattr(transformers, config)(**options)
     config._attn_implementation = "eager"
     model = getattr(transformers, kind)(config).eval()
@@ -59,8 +89,13 @@ def pair(request, tmp_path_factory):
             centre = 1.0 if parameter.ndim == 1 and not name.endswith("bias") else 0.0
             parameter.copy_(centre + scale * torch.randn(parameter.shape, generator=generator))
     folder = tmp_path_factory.mktemp(request.param)
-    model.save_pretrained(folder)
+    save(model, folder, request.param in SHARDED)
     return family, model, folder, request.param == "augreg"
+
+
+def save(model, folder, sharded=False):
+    model.save_pretrained(folder, **({"max_shard_size": "20KB"} if sharded else {}))
+    assert (folder / "model.safetensors.index.json").exists() == sharded
 
 
 def load(folder, as_augreg):
@@ -124,19 +159,29 @@ def expected_maps(family, model, pixels):
             always_partition=True,
         )
         return [level.permute(0, 2, 3, 1) for level in found.reshaped_hidden_states[1:]]
-    body = getattr(model, "vit", model)
-    if type(body).__name__ == "Dinov2Backbone":  # gives its last layer alone
+    if family == "convnext":
+        hidden, levels = pixels, []
+        for stage in model.model.stages:
+            hidden = stage(hidden)
+            levels.append(hidden.permute(0, 2, 3, 1))
+        return [*levels[:-1], model.layer_norm(levels[-1])] if hasattr(model, "layer_norm") else levels
+    body = getattr(model, model.base_model_prefix, model)
+    body = model if type(model).__name__.startswith("DINOv3") else body
+    if type(body).__name__ in ("Dinov2Backbone", "DINOv3ViTBackbone"):  # give their last layer alone
         tokens, hidden = body.embeddings(pixels), []
-        for layer in body.encoder.layer:
-            tokens = layer(tokens)
+        rotary = type(body).__name__.startswith("DINOv3")
+        options = {"position_embeddings": body.rope_embeddings(pixels)} if rotary else {}
+        for layer in body.model.layer if rotary else body.encoder.layer:
+            tokens = layer(tokens, **options)
             hidden.append(tokens)
     else:
         options = {"interpolate_pos_encoding": True} if type(body).__name__ == "ViTModel" else {}
         hidden = list(body(pixels, output_hidden_states=True, **options).hidden_states)[1:]
     patch = body.config.patch_size
     rows, columns = pixels.shape[2] // patch, pixels.shape[3] // patch
-    hidden[-1] = body.layernorm(hidden[-1])
-    return [level[:, 1:].reshape(len(pixels), rows, columns, -1) for level in hidden]
+    hidden[-1] = (body.norm if hasattr(body, "norm") else body.layernorm)(hidden[-1])
+    first = 1 + getattr(body.config, "num_register_tokens", 0)
+    return [level[:, first:].reshape(len(pixels), rows, columns, -1) for level in hidden]
 
 
 def close(found, expected, name=""):
@@ -187,11 +232,11 @@ def test_gradients(pair, tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-    model.save_pretrained(tmp_path)
+    save(model, tmp_path)
     model.load_state_dict(type(model).from_pretrained(folder).state_dict())
-    save_file(load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors")
     expected = load(tmp_path, as_augreg)[1]["params"]
-    if "class_token" in expected:  # the sum of two parameters with the same gradient
+    # The sum of two parameters with the same gradient.
+    if "position_embedding" in expected:
         expected["class_token"] = expected["class_token"] / 2
     flat = jax.tree_util.tree_leaves_with_path(grads)
     for (path, found), theirs in zip(flat, jax.tree.leaves(expected), strict=True):

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from sgw_jax.backbones import BACKBONES
+from sgw_jax.backbones.dinov2 import dinov2
+from sgw_jax.backbones.dinov3 import dinov3
 from sgw_jax.backbones.vit import SIZES, Block, ViT, vit
 from sgw_jax.layers.drop_path import DropPath
 from sgw_jax.layers.patch_embed import PatchEmbed
-from sgw_jax.layers.resize import depth_to_space, resize
+from sgw_jax.layers.resize import depth_to_space, resize, resize_to_stride
 
 EPS32 = float(np.finfo(np.float32).eps)
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": "0"})
@@ -72,8 +74,14 @@ def test_parameter_counts(size):
 @pytest.mark.parametrize(
     ("changes", "shape", "message"),
     [
-        ({}, (1, 32, 40, 3), "32 x 40; both must be multiples of 32"),
-        ({"patch_size": 64}, (1, 96, 128, 3), "multiples of 64"),
+        ({"output": "taps"}, (1, 32, 15, 3), "32 x 15; a patch has 16 pixels a side"),
+        ({"registers": -1}, (1, 32, 32, 3), "registers is -1; it must not be negative"),
+        (
+            {"rope_theta": 100.0, "num_heads": 4},
+            (1, 32, 32, 3),
+            "rotary positions need heads whose width is a multiple",
+        ),
+        ({"qkv_bias": "key"}, (1, 32, 32, 3), r"'key'; it must be one of \('all', 'query_value', 'none'\)"),
         ({"patch_size": 0}, (1, 96, 96, 3), "patch_size 0 must be at least 1"),
         ({"tapped": (1, 2, 3)}, (1, 32, 32, 3), r"made of 4 taps; tapped is \(1, 2, 3\)"),
         ({"tapped": (1, 2, 4, 3)}, (1, 32, 32, 3), "must be layers from 1 to 4, in ascending order"),
@@ -93,9 +101,29 @@ def test_what_does_not_fit_is_refused(changes, shape, message):
         jax.eval_shape(TINY.clone(**changes).init, jax.random.key(0), jnp.zeros(shape))
 
 
-def test_unknown_size_is_refused():
+@pytest.mark.parametrize("make", [vit, dinov2, dinov3])
+def test_unknown_size_is_refused(make):
     with pytest.raises(ValueError, match="'huge'; it must be one of"):
-        vit("huge")
+        make("huge")
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "published"),
+    [
+        (dinov2, "small", 22.06e6),
+        (dinov2, "giant", 1136e6),
+        (dinov3, "small", 21.6e6),
+        (dinov3, "small_plus", 28.7e6),
+        (dinov3, "base", 85.7e6),
+        (dinov3, "large", 303.1e6),
+        (dinov3, "huge_plus", 840.5e6),
+        (dinov3, "7b", 6716e6),
+    ],
+)
+def test_parameters_of_the_dinos(make, size, published):
+    """As their authors and the hub count them, which round to thousandths."""
+    shapes = jax.eval_shape(make(size, output="taps").init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert count(shapes) == pytest.approx(published, rel=1e-3)
 
 
 # ---- the stack -----------------------------------------------------------------------------------------------------
@@ -244,6 +272,26 @@ def test_other_image_sizes_interpolate_the_position_embedding(variables):
     expected = jit(TINY.clone(image_size=(64, 96)).apply)({"params": made_for_it}, large)
     for stride in ViT.strides:
         np.testing.assert_allclose(found[stride], expected[stride], rtol=0, atol=8 * ROUNDING)
+
+
+def test_an_image_of_any_size_is_that_image_padded(variables):
+    """To whole patches with zeros, where the maps have as many cells."""
+    image = np.random.default_rng(2).normal(size=(1, 30, 45, 3)).astype(np.float32)
+    padded = np.pad(image, ((0, 0), (0, 2), (0, 3), (0, 0)))
+    found, expected = (jit(TINY.apply)(variables, pixels) for pixels in (image, padded))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_another_stride_is_aligned_at_the_top_left():
+    """A ramp stays that ramp: cell i of stride s has its centre at (i + 1/2) s pixels."""
+    centres = {stride: (np.arange(-(-42 // stride)) + 0.5) * stride for stride in (4, 8, 16)}
+    ramps = {stride: np.broadcast_to(c[None, :, None, None], (1, len(c), 3, 1)) for stride, c in centres.items()}
+    for old, new in ((16, 4), (8, 4), (4, 8), (4, 16)):
+        found = resize_to_stride(jnp.asarray(ramps[old], jnp.float32), old, new, (len(centres[new]), 3))
+        inside = (centres[new] >= centres[old][0]) & (centres[new] <= centres[old][-1] - new)
+        np.testing.assert_allclose(found[0, inside, 0, 0], centres[new][inside], rtol=16 * EPS32)
+    short = resize_to_stride(jnp.ones((1, 2, 2, 1)), 8, 4, (5, 3))  # continued
+    np.testing.assert_array_equal(short, np.ones((1, 5, 3, 1)))
 
 
 def test_resize_is_torchs_interpolate():

@@ -20,8 +20,8 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
 from benchmarks.measure import Results
+from sgw_jax.backbones.dinov2 import dinov2
 from sgw_jax.backbones.freezing import Freezing
-from sgw_jax.backbones.vit import dinov2
 from sgw_jax.interactions import KEM
 from sgw_jax.layers.lora import LoRA
 from sgw_jax.model import MultiTaskModel

@@ -86,11 +86,18 @@ def table(results: dict) -> str:
     return "\n".join(lines)
 
 
+def compiled(results: dict) -> list[str]:
+    """The systems whose steps were compiled."""
+    return [name for name, found in results["systems"].items() if "compiled" in found]
+
+
 def memory_table(results: dict) -> str:
     """Markdown: what the compiler reserves for the training step of one image, and what each interaction adds to it."""
     lines = [f"| NYUD system | temporaries of the step, none | {' | '.join(f'{x} adds' for x in INTERACTIONS[1:])} |"]
     lines.append("|---" * (len(INTERACTIONS) + 1) + "|")
     for system in SYSTEMS:
+        if f"nyud:{system},interaction=none" not in compiled(results):
+            continue
         reserved = [
             results["systems"][f"nyud:{system},interaction={name}"]["compiled"]["train"]["temporary_bytes"] / 2**30
             for name in INTERACTIONS

@@ -19,7 +19,7 @@ class Freezing:
 
     Attributes:
       layers: so many of the lowest blocks are frozen, LoRA's factors in them too, and with at least one the patches,
-        class token and position embedding below them; layers as `scale_by_layer` counts them.
+        class token, registers and position embedding below them; layers as `scale_by_layer` counts them.
       pretrained: all of the pretrained network is frozen, whatever the layer.
     """
 

@@ -5,7 +5,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 
+from sgw_jax.backbones.convnext import EPSILON as CONVNEXT_EPSILON
+from sgw_jax.backbones.convnext import WINDOW, ConvNeXt
+from sgw_jax.backbones.dinov3 import EPSILON as DINOV3_EPSILON
+from sgw_jax.backbones.dinov3 import THETA
 from sgw_jax.backbones.swin import EPSILON as SWIN_EPSILON
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.tensors import PretrainedError, Tensors, stacked
@@ -21,30 +26,44 @@ Sizes = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> (key of config.json 
 
 
 def vit_family(where: str, config: Mapping[str, Any], names: set[str]) -> tuple[nn.Module, Any, Callable]:
-    _refuse(where, config, {"num_channels": 3, "qkv_bias": True, "use_swiglu_ffn": False})
-    dinov2 = config["model_type"] == "dinov2"
-    width = _number(where, config, "hidden_size")
-    patch, depth = _number(where, config, "patch_size"), _number(where, config, "num_hidden_layers")
-    size, heads = _number(where, config, "image_size"), _number(where, config, "num_attention_heads")
-    if width % heads:
-        raise PretrainedError(f"{where}: hidden_size {width} does not divide into num_attention_heads = {heads}.")
+    _refuse(where, config, {"num_channels": 3, "qkv_bias": True})
+    dinov2 = config["model_type"] != "vit"
+    if dinov2:
+        ratio, gated = _positive(where, config, "mlp_ratio", 4), _switch(where, config, "use_swiglu_ffn")
+        if gated:  # two thirds of the plain MLP's hidden units, in multiples of 8
+            width = _number(where, config, "hidden_size")
+            ratio = (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8 / width
+        special: dict[str, Any] = {"mlp_ratio": ratio, "gated": gated, "layer_scale": 1.0}
+    else:
+        special = {"mlp_ratio": _number(where, config, "intermediate_size") / _number(where, config, "hidden_size")}
+    if config["model_type"] == "dinov2_with_registers":
+        special |= {"registers": _number(where, config, "num_register_tokens"), "antialias": True}
+    size = _number(where, config, "image_size")
     module = ViT(
-        patch_size=patch,
-        width=width,
-        depth=depth,
-        num_heads=heads,
-        mlp_ratio=_positive(where, config, "mlp_ratio", 4)
-        if dinov2
-        else _number(where, config, "intermediate_size") / width,
+        **_common(where, config),
+        **special,
         image_size=(size, size),
-        class_token=True,
-        layer_scale=1.0 if dinov2 else None,
         approximate_gelu=_approximate(where, config),
         epsilon=_positive(where, config, "layer_norm_eps", 1e-6 if dinov2 else 1e-12),
-        tapped=None if depth % 4 == 0 else tuple(range(1, depth + 1)),
-        output="taps",
     )
     return module, IMAGENET if dinov2 else HALF, lambda take: _vit_params(take, module)
+
+
+def _common(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What all ViTs have in common."""
+    width, heads = _number(where, config, "hidden_size"), _number(where, config, "num_attention_heads")
+    if width % heads:
+        raise PretrainedError(f"{where}: hidden_size {width} does not divide into num_attention_heads = {heads}.")
+    depth = _number(where, config, "num_hidden_layers")
+    return {
+        "patch_size": _number(where, config, "patch_size"),
+        "width": width,
+        "depth": depth,
+        "num_heads": heads,
+        "class_token": True,
+        "tapped": None if depth % 4 == 0 else tuple(range(1, depth + 1)),
+        "output": "taps",
+    }
 
 
 def _vit_params(take: "Tensors", module: ViT) -> dict[str, Any]:
@@ -62,7 +81,9 @@ def _vit_params(take: "Tensors", module: ViT) -> dict[str, Any]:
                 "query_key_value": take.joined(at + "attention.attention.", width),
                 "output": take.dense(at + "attention.output.dense", width, width),
             },
-            "mlp": {
+            "mlp": _gated_mlp(take, f"{at}mlp.", width, hidden)
+            if module.gated
+            else {
                 "hidden": take.dense(at + first, width, hidden),
                 "output": take.dense(at + second, hidden, width),
             },
@@ -73,12 +94,80 @@ def _vit_params(take: "Tensors", module: ViT) -> dict[str, Any]:
 
     rows, columns = (size // module.patch_size for size in module.image_size)
     positions = take("embeddings.position_embeddings", (1, 1 + rows * columns, width))
-    return {
+    params = {
         "patch_embed": {"projection": take.patches(PATCHES, module.patch_size, width)},
         "class_token": take("embeddings.cls_token", (1, 1, width)) + positions[:, :1],
         "position_embedding": positions[:, 1:].reshape(1, rows, columns, width),
         "blocks": stacked([block(index) for index in range(module.depth)]),
         "norm": take.norm("layernorm", width),
+    }
+    if module.registers:
+        params["register_tokens"] = take("embeddings.register_tokens", (1, module.registers, width))
+    return params
+
+
+def _gated_mlp(take: "Tensors", at: str, width: int, hidden: int) -> dict[str, Any]:
+    """DINOv2's, with the gate's matrix above the other's."""
+    both = take.dense(f"{at}weights_in", width, 2 * hidden)
+    parts = {key: np.split(value, 2, -1) for key, value in both.items()}
+    gate, plain = ({key: halves[i] for key, halves in parts.items()} for i in (0, 1))
+    return {"gate": gate, "hidden": plain, "output": take.dense(f"{at}weights_out", hidden, width)}
+
+
+def dinov3_family(where: str, config: Mapping[str, Any], names: set[str]) -> tuple[nn.Module, Any, Callable]:
+    _refuse(where, config, {"num_channels": 3, "key_bias": False, "proj_bias": True, "mlp_bias": True})
+    biased = _switch(where, config, "query_bias", True)
+    _refuse(where, config, {"value_bias": biased})
+    gated = _switch(where, config, "use_gated_mlp")
+    if gated:
+        _refuse(where, config, {"hidden_act": "silu"})
+    common = _common(where, config)
+    if common["width"] // common["num_heads"] % 4:
+        raise PretrainedError(f"{where}: the width of a head, hidden_size / num_attention_heads, must divide by 4.")
+    module = ViT(
+        **common,
+        mlp_ratio=_number(where, config, "intermediate_size") / common["width"],
+        layer_scale=1.0,
+        approximate_gelu=not gated and _approximate(where, config),
+        epsilon=_positive(where, config, "layer_norm_eps", DINOV3_EPSILON),
+        rope_theta=_positive(where, config, "rope_theta", THETA),
+        registers=_number(where, config, "num_register_tokens"),
+        gated=gated,
+        qkv_bias="query_value" if biased else "none",
+    )
+    return module, IMAGENET, lambda take: _dinov3_params(take, module)
+
+
+def _dinov3_params(take: "Tensors", module: ViT) -> dict[str, Any]:
+    width, hidden = module.width, hidden_width(module.width, module.mlp_ratio)
+    mlp = {"hidden": "up_proj", **({"gate": "gate_proj"} if module.gated else {})}
+
+    def block(index: int) -> dict[str, Any]:
+        at = f"layer.{index}."
+        kernels = [take(f"{at}attention.{name}_proj.weight", (width, width)).T for name in "qkv"]
+        attention: dict[str, Any] = {
+            "query_key_value": {"kernel": np.concatenate(kernels, -1)},
+            "output": take.dense(f"{at}attention.o_proj", width, width),
+        }
+        if module.qkv_bias == "query_value":
+            biases = [take(f"{at}attention.{name}_proj.bias", (width,)) for name in "qv"]
+            attention["query_value_bias"] = np.stack(biases)
+        return {
+            **{f"norm{i}": take.norm(f"{at}norm{i}", width) for i in (1, 2)},
+            **{f"scale{i}": take(f"{at}layer_scale{i}.lambda1", (width,)) for i in (1, 2)},
+            "attention": attention,
+            "mlp": {
+                **{ours: take.dense(f"{at}mlp.{theirs}", width, hidden) for ours, theirs in mlp.items()},
+                "output": take.dense(f"{at}mlp.down_proj", hidden, width),
+            },
+        }
+
+    return {
+        "patch_embed": {"projection": take.patches("embeddings.patch_embeddings", module.patch_size, width)},
+        "class_token": take("embeddings.cls_token", (1, 1, width)),
+        "register_tokens": take("embeddings.register_tokens", (1, module.registers, width)),
+        "blocks": stacked([block(index) for index in range(module.depth)]),
+        "norm": take.norm("norm", width),
     }
 
 
@@ -144,6 +233,47 @@ def _swin_params(take: "Tensors", module: Swin) -> dict[str, Any]:
     return params
 
 
+def convnext_family(where: str, config: Mapping[str, Any], names: set[str]) -> tuple[nn.Module, Any, Callable]:
+    _refuse(where, config, {"num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": CONVNEXT_EPSILON})
+    widths, depths = _stages(where, config, "hidden_sizes"), _stages(where, config, "depths")
+    if len(depths) != 4 or widths != tuple(widths[0] << stage for stage in range(4)):
+        raise PretrainedError(
+            f"{where}: hidden_sizes {list(widths)} and depths {list(depths)} must be of four stages, each twice as "
+            "wide as the one before."
+        )
+    module = ConvNeXt(widths[0], depths, output="taps", final_norm="layer_norm.weight" in names)
+    return module, IMAGENET, lambda take: _convnext_params(take, module)
+
+
+def _convnext_params(take: "Tensors", module: ConvNeXt) -> dict[str, Any]:
+    def block(stage: int, index: int) -> dict[str, Any]:
+        at, width = f"stages.{stage}.layers.{index}.", module.width << stage
+        kernel = take(f"{at}depthwise_conv.weight", (width, 1, WINDOW, WINDOW)).transpose(2, 3, 1, 0)
+        return {
+            "depthwise": {"kernel": kernel, "bias": take(f"{at}depthwise_conv.bias", (width,))},
+            "norm": take.norm(f"{at}layer_norm", width),
+            "mlp": {
+                "hidden": take.dense(f"{at}pointwise_conv1", width, 4 * width),
+                "output": take.dense(f"{at}pointwise_conv2", 4 * width, width),
+            },
+            "scale": take(f"{at}gamma", (width,)),
+        }
+
+    params = {
+        "patch_embed": {"projection": take.patches("stages.0.downsample_layers.0", 4, module.width)},
+        "patch_norm": take.norm("stages.0.downsample_layers.1", module.width),
+    }
+    for stage, depth in enumerate(module.depths):
+        width, at = module.width << stage, f"stages.{stage}.downsample_layers."
+        if stage:
+            projection = take.patches(f"{at}1", 2, width, width // 2)
+            params[f"downsample{stage}"] = {"norm": take.norm(f"{at}0", width // 2), "projection": projection}
+        params[f"stage{stage + 1}"] = stacked([block(stage, index) for index in range(depth)])
+    if module.final_norm:
+        params["norm"] = take.norm("layer_norm", module.width << 3)
+    return params
+
+
 def check_sizes(where: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises where a size that config.json gives is not that of the file's tensors.
 
@@ -153,7 +283,7 @@ def check_sizes(where: str, module: nn.Module, shapes: Mapping[str, tuple[int, .
       where: config.json, for messages.
       shapes: of the file's tensors, by their bare names.
     """
-    depths, sizes = _swin_sizes(module) if isinstance(module, Swin) else _vit_sizes(module)
+    depths, sizes = _sizes(module)
     wrong = []
     for key, (blocks, depth) in depths.items():
         there = {found[1] for name in shapes if (found := re.match(blocks, name))}
@@ -168,16 +298,46 @@ def check_sizes(where: str, module: nn.Module, shapes: Mapping[str, tuple[int, .
         raise PretrainedError(f"{where} is not of the model that lies beside it: {'; '.join(wrong)}. Fetch both again.")
 
 
-def _vit_sizes(module: Any) -> tuple[Depths, Sizes]:
-    width, patch = module.width, module.patch_size
+def _sizes(module: Any) -> tuple[Depths, Sizes]:
+    if isinstance(module, Swin):
+        return _swin_sizes(module)
+    if isinstance(module, ConvNeXt):
+        return _convnext_sizes(module)
+    return _vit_sizes(module) if module.rope_theta is None else _dinov3_sizes(module)
+
+
+def _vit_sizes(module: ViT) -> tuple[Depths, Sizes]:
+    width, patch, hidden = module.width, module.patch_size, hidden_width(module.width, module.mlp_ratio)
     rows, columns = (size // patch for size in module.image_size)
     first, key = ("intermediate.dense", "intermediate_size") if module.layer_scale is None else ("mlp.fc1", "mlp_ratio")
-    return {"num_hidden_layers": (r"encoder\.layer\.(\d+)\.", module.depth)}, {
+    if module.gated:
+        first, hidden = "mlp.weights_in", 2 * hidden
+    sizes: Sizes = {
         "embeddings.cls_token": ("hidden_size", (1, 1, width)),
         f"{PATCHES}.weight": ("patch_size", (width, 3, patch, patch)),
         "embeddings.position_embeddings": ("image_size", (1, 1 + rows * columns, width)),
-        f"encoder.layer.0.{first}.weight": (key, (hidden_width(width, module.mlp_ratio), width)),
+        f"encoder.layer.0.{first}.weight": (key, (hidden, width)),
     }
+    if module.registers:
+        sizes["embeddings.register_tokens"] = ("num_register_tokens", (1, module.registers, width))
+    return {"num_hidden_layers": (r"encoder\.layer\.(\d+)\.", module.depth)}, sizes
+
+
+def _dinov3_sizes(module: ViT) -> tuple[Depths, Sizes]:
+    width, patch, hidden = module.width, module.patch_size, hidden_width(module.width, module.mlp_ratio)
+    return {"num_hidden_layers": (r"layer\.(\d+)\.", module.depth)}, {
+        "embeddings.cls_token": ("hidden_size", (1, 1, width)),
+        "embeddings.patch_embeddings.weight": ("patch_size", (width, 3, patch, patch)),
+        "embeddings.register_tokens": ("num_register_tokens", (1, module.registers, width)),
+        "layer.0.mlp.up_proj.weight": ("intermediate_size", (hidden, width)),
+    }
+
+
+def _convnext_sizes(module: ConvNeXt) -> tuple[Depths, Sizes]:
+    depths = {
+        f"depths[{stage}]": (rf"stages\.{stage}\.layers\.(\d+)\.", depth) for stage, depth in enumerate(module.depths)
+    }
+    return depths, {"stages.0.downsample_layers.0.weight": ("hidden_sizes", (module.width, 3, 4, 4))}
 
 
 def _swin_sizes(module: Swin) -> tuple[Depths, Sizes]:
@@ -197,6 +357,9 @@ FAMILIES: dict[str, Callable[..., tuple[nn.Module, Any, Callable]]] = {
     "swin": swin_family,
     "vit": vit_family,
     "dinov2": vit_family,
+    "dinov2_with_registers": vit_family,
+    "dinov3_vit": dinov3_family,
+    "dinov3_convnext": convnext_family,
 }
 
 
@@ -222,6 +385,13 @@ def _positive(where: str, config: Mapping[str, Any], key: str, default: float) -
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
         raise PretrainedError(f"{where}: {key} is {value!r}; it must be a positive number, at most {LARGEST}.")
+    return value
+
+
+def _switch(where: str, config: Mapping[str, Any], key: str, default: bool = False) -> bool:
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise PretrainedError(f"{where}: {key} is {value!r}; it must be true or false.")
     return value
 
 

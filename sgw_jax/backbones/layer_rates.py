@@ -15,10 +15,11 @@ from sgw_jax.sharding import path_name
 def scale_by_layer(scale: float, decay: float) -> optax.GradientTransformation:
     """Multiplies updates of the backbone by ``scale decay^(N + 1 - l)`` (Clark et al. 2020; Bao et al. 2022, BEiT).
 
-    N is the backbone's number of blocks and l a parameter's layer: 0 for the patches, class token and position
-    embedding, 1 to N for the blocks, N + 1 for the final norm; a Swin's merging belongs to the block before it. Scanned
-    stacks, whose first axis is the layer, get a factor for each slice. What the library adds to the backbone
-    (`is_added`), and everything outside it, keeps its updates.
+    N is the backbone's number of blocks and l a parameter's layer: 0 for the patches, class token, registers and
+    position embedding, 1 to N for the blocks, N + 1 for the final norm; a Swin's merging belongs to the block before
+    it, a ConvNeXt's downsampling to the one behind it, as in its authors' code. Scanned stacks, whose first axis is the
+    layer, get a factor for each slice. What the library adds to the backbone (`is_added`), and everything outside it,
+    keeps its updates.
 
     Raises:
       ValueError: scale < 0, or decay outside (0, 1].

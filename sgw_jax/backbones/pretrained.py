@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import logging
 import re
 from collections import Counter
@@ -10,24 +9,24 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
-import ml_dtypes
 import numpy as np
-import safetensors
 from etils import epath
 
 from sgw_jax.backbones.augreg import read_augreg
+from sgw_jax.backbones.convnext import ConvNeXt
+from sgw_jax.backbones.files import read_bytes, read_json, read_shapes, read_tensors, tensor_files
 from sgw_jax.backbones.hub import FAMILIES, HALF, check_sizes
 from sgw_jax.backbones.preprocessor import normalisation
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.tensors import PretrainedError, Tensors
 from sgw_jax.backbones.vit import ViT
-from sgw_jax.data_pipelines.json_files import json_object
 from sgw_jax.layers.parameter_names import is_added
 from sgw_jax.layers.resize import cubic_matrix
 
 # Heads, pooling, masked-image tokens and index buffers, which a feature extractor has no use for.
 UNUSED = re.compile(
-    r"^(classifier\.|decoder\.|pooler\.|embeddings\.mask_token$|head/|pre_logits/)|\.relative_position_index$"
+    r"^(classifier\.|decoder\.|pooler\.|embeddings\.mask_token$|rope_embeddings\.inv_freq$|head/|pre_logits/)"
+    r"|\.relative_position_index$"
 )
 
 
@@ -35,9 +34,10 @@ UNUSED = re.compile(
 ARCHITECTURE: dict[type[nn.Module], tuple[str, ...]] = {
     ViT: (
         *("patch_size", "width", "depth", "num_heads", "mlp_ratio", "patch_embed", "class_token", "layer_scale"),
-        *("approximate_gelu", "epsilon"),
+        *("approximate_gelu", "epsilon", "registers", "rope_theta", "gated", "qkv_bias"),
     ),
     Swin: ("width", "depths", "num_heads", "window_size", "mlp_ratio"),
+    ConvNeXt: ("width", "depths"),
 }
 
 
@@ -46,23 +46,11 @@ def _kind(name: str, value: Any) -> Any:
     return value is not None if name == "layer_scale" else value
 
 
-LARGEST_HEADER = 100_000_000  # bytes that safetensors itself allows
-
-# safetensors' names of the types that are read.
-DTYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-}
-
-
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """What a file holds: the module it is for, its parameters (nested, NumPy float32), the (mean, standard deviation)
-    of the channels it was trained with, the tensors that are of no use here, and its SHA-256."""
+    of the channels it was trained with, the tensors that are of no use here, and its SHA-256 (of
+    shards, one behind the other)."""
 
     path: str
     module: nn.Module
@@ -84,11 +72,12 @@ class Pretrained:
 def load_pretrained(path: epath.PathLike) -> tuple[nn.Module, dict[str, Any]]:
     """The module that a file is for, and its variables.
 
-    A folder in the hub's layout (``config.json`` with model_type swin, vit or dinov2, and ``model.safetensors``), local
-    or in a bucket, or an AugReg ``.npz`` of Steiner et al. 2021. ``module.apply(variables, pixels)`` gives, for pixels
-    normalised as the original was trained, what the original computes: for Swin {stride: map} of the four stages before
-    merging, with output norms if the file has them; for ViT and DINOv2 {layer: map} of four layers, the last after the
-    final norm, without the class token.
+    A folder in the hub's layout, local or in a bucket: ``config.json``, whose model_type is one of `FAMILIES`, and
+    ``model.safetensors`` or the shards of ``model.safetensors.index.json``; or an AugReg ``.npz`` of Steiner et al.
+    2021. ``module.apply(variables, pixels)`` gives, for pixels normalised as the original was trained, what the
+    original computes: for Swin {stride: map} of the four stages before merging, with output norms if the file has them;
+    for ConvNeXt the same before downsampling, the last after the final norm; for ViT, DINOv2 and DINOv3 {layer: map} of
+    four layers, the last after the final norm, without the class token and registers.
 
     Args:
       path: the folder, or the ``.npz``; local or in a bucket.
@@ -113,31 +102,24 @@ def read_pretrained(path: epath.PathLike) -> Pretrained:
     """As `load_pretrained`, with what else there is to know of the file."""
     path = epath.Path(path)
     if path.suffix == ".npz":
-        content = _read(path)
-        return _assemble(str(path), content, read_augreg(str(path), content), HALF)
+        content = read_bytes(path)
+        checksum = hashlib.sha256(content).hexdigest()
+        return _assemble(str(path), checksum, read_augreg(str(path), content), HALF)
     if path.suffix == ".safetensors":
         raise PretrainedError(f"{path} is one file; give the folder that holds it and its config.json.")
-    config = _json(path / "config.json")
+    config = read_json(path / "config.json")
     kind = config.get("model_type")
     if kind not in list(FAMILIES):  # in a file it may be anything, and not hashable
-        raise PretrainedError(
-            f"{path / 'config.json'}: model_type is {kind!r}; it must be one of {list(FAMILIES)}, of a Swin, ViT or "
-            "DINOv2."
-        )
-    file = path / "model.safetensors"
-    if not file.exists():
-        others = ("pytorch_model.bin", "tf_model.h5", "model.safetensors.index.json")
-        found = [name for name in others if (path / name).exists()]
-        hint = f" {found[0]} is not read: convert it (save_pretrained writes safetensors, one file)." if found else ""
-        raise PretrainedError(f"{file} does not exist.{hint}")
-    shapes = _bare_names(file, _header(file))
+        raise PretrainedError(f"{path / 'config.json'}: model_type is {kind!r}; it must be one of {list(FAMILIES)}.")
+    files = tensor_files(path)
+    shapes = _bare_names(path, read_shapes(files))
     module, default, convert = FAMILIES[kind](f"{path / 'config.json'}", config, set(shapes))
     check_sizes(f"{path / 'config.json'}", module, shapes)  # before anything of that size is read or made
     preprocessor = path / "preprocessor_config.json"
-    normalised = normalisation(str(preprocessor), _json(preprocessor), default) if preprocessor.exists() else default
-    content = _read(file)
-    tensors = _bare_names(file, _safetensors(file, content))
-    return _assemble(str(path), content, (module, tensors, convert), normalised)
+    options = read_json(preprocessor) if preprocessor.exists() else None
+    normalised = default if options is None else normalisation(str(preprocessor), options, default)
+    tensors, checksum = read_tensors(files)
+    return _assemble(str(path), checksum, (module, _bare_names(path, tensors), convert), normalised)
 
 
 def fit(found: Pretrained, backbone: nn.Module, shapes: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]):
@@ -172,7 +154,8 @@ def fit(found: Pretrained, backbone: nn.Module, shapes: Mapping[str, Any], mean:
         )
     wanted, flat = _flat(shapes), _flat(found.params)
     if "position_embedding" in flat:
-        flat["position_embedding"] = _resized(flat["position_embedding"], wanted["position_embedding"].shape[1:3])
+        size = wanted["position_embedding"].shape[1:3]
+        flat["position_embedding"] = _resized(flat["position_embedding"], size, found.module.antialias)
     flat |= _renormalised(flat, found.normalisation, (mean, std))
     missing = [name for name in wanted if name not in flat and not is_added(name)]
     wrong = [name for name in wanted if name in flat and flat[name].shape != tuple(wanted[name].shape)]
@@ -184,7 +167,7 @@ def fit(found: Pretrained, backbone: nn.Module, shapes: Mapping[str, Any], mean:
     return flat
 
 
-def _assemble(path: str, content: bytes, source: tuple, normalisation: Any) -> Pretrained:
+def _assemble(path: str, checksum: str, source: tuple, normalisation: Any) -> Pretrained:
     module, tensors, convert = source
     take = Tensors(tensors)
     params = convert(take)
@@ -213,57 +196,16 @@ def _assemble(path: str, content: bytes, source: tuple, normalisation: Any) -> P
         normalisation=normalisation,
         tensors=len(take.taken),
         unused=tuple(sorted(unused | take.ignored)),
-        sha256=hashlib.sha256(content).hexdigest(),
+        sha256=checksum,
     )
 
 
-def _read(path: epath.Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (OSError, ImportError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: epath.Path, error: Exception) -> PretrainedError:
-    """A bucket may need a package that is not installed."""
-    return PretrainedError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}).")
-
-
-def _safetensors(file: epath.Path, content: bytes) -> dict[str, np.ndarray]:
-    try:
-        entries = safetensors.deserialize(content)
-    except safetensors.SafetensorError as error:
-        raise PretrainedError(f"{file} is truncated or no safetensors file ({error}); fetch it again.") from error
-    if unknown := {entry["dtype"] for _, entry in entries} - set(DTYPES):
-        raise PretrainedError(f"{file} holds numbers of type {sorted(unknown)}; it must be of {list(DTYPES)}.")
-    return {
-        name: np.frombuffer(entry["data"], DTYPES[entry["dtype"]]).reshape(entry["shape"]) for name, entry in entries
-    }
-
-
-def _header(file: epath.Path) -> dict[str, tuple[int, ...]]:
-    """The tensors' shapes, of which the file's first bytes tell."""
-    try:
-        with file.open("rb") as opened:
-            size = int.from_bytes(opened.read(8), "little")
-            entries = json.loads(opened.read(size) if size <= LARGEST_HEADER else b"")
-        return {name: tuple(map(int, entry["shape"])) for name, entry in entries.items() if name != "__metadata__"}
-    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
-        raise PretrainedError(f"{file} is truncated or no safetensors file; fetch it again.") from error
-    except (OSError, ImportError) as error:
-        raise _unreadable(file, error) from error
-
-
-def _json(path: epath.Path) -> dict[str, Any]:
-    return json_object(_read(path), path, "Fetch it again.", PretrainedError)
-
-
-def _bare_names(file: epath.Path, found: Mapping[str, Any]) -> dict[str, Any]:
+def _bare_names(path: epath.Path, found: Mapping[str, Any]) -> dict[str, Any]:
     """By names without the prefix that a model with a head puts before its backbone's."""
-    bare = {name: re.sub(r"^(swin|vit|dinov2)\.", "", name) for name in found}
+    bare = {name: re.sub(r"^(swin|vit|dinov2|dinov2_with_registers|model)\.", "", name) for name in found}
     if len(set(bare.values())) < len(bare):
         twice = [name for name in found if bare[name] != name and bare[name] in found]
-        raise PretrainedError(f"{file} has {len(twice)} tensors with and without a prefix, such as {twice[:3]}.")
+        raise PretrainedError(f"{path} has {len(twice)} tensors with and without a prefix, such as {twice[:3]}.")
     return {bare[name]: value for name, value in found.items()}
 
 
@@ -274,8 +216,8 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _resized(table: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    rows, columns = (cubic_matrix(old, new) for old, new in zip(table.shape[1:3], size, strict=True))
+def _resized(table: np.ndarray, size: tuple[int, int], antialias: bool) -> np.ndarray:
+    rows, columns = (cubic_matrix(old, new, antialias) for old, new in zip(table.shape[1:3], size, strict=True))
     if table.shape[1:3] == tuple(size):
         return table
     return np.einsum("ih,jw,bhwc->bijc", rows, columns, table.astype(np.float64)).astype(np.float32)

@@ -11,8 +11,9 @@ from sgw_jax.layers.drop_path import DropPath
 from sgw_jax.layers.mlp import MLP
 from sgw_jax.layers.patch_embed import PatchEmbed
 from sgw_jax.layers.remat import rematerialised
+from sgw_jax.layers.resize import pad_to_multiple
 from sgw_jax.layers.stack import check_frozen, drop_rates, scan_blocks
-from sgw_jax.layers.window_attention import WindowAttention, pad_to_multiple
+from sgw_jax.layers.window_attention import WindowAttention
 from sgw_jax.sharding import constrain_activations
 
 EPSILON = 1e-5  # of every layer norm, as in the paper's code

@@ -49,9 +49,9 @@ class Tensors:
         parts = [self.dense(prefix + name, width, width) for name in ("query", "key", "value")]
         return {key: np.concatenate([part[key] for part in parts], -1) for key in ("kernel", "bias")}
 
-    def patches(self, name: str, patch: int, width: int) -> dict[str, np.ndarray]:
+    def patches(self, name: str, patch: int, width: int, channels: int = 3) -> dict[str, np.ndarray]:
         """torch's Conv2d stores (out, in, height, width)."""
-        kernel = self(f"{name}.weight", (width, 3, patch, patch)).transpose(2, 3, 1, 0)
+        kernel = self(f"{name}.weight", (width, channels, patch, patch)).transpose(2, 3, 1, 0)
         return {"kernel": kernel, "bias": self(f"{name}.bias", (width,))}
 
 

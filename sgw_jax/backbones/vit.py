@@ -1,19 +1,21 @@
 """Vision transformer: tokens of patches through one stack of blocks; its taps, or a feature pyramid of them."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sgw_jax.data_pipelines.errors import InputError
-from sgw_jax.layers.attention import SelfAttention
+from sgw_jax.layers.attention import QKVBias, SelfAttention
 from sgw_jax.layers.drop_path import DropPath
-from sgw_jax.layers.mlp import MLP
+from sgw_jax.layers.mlp import MLP, GatedMLP
 from sgw_jax.layers.patch_embed import PATCH_EMBEDS
 from sgw_jax.layers.remat import rematerialised
-from sgw_jax.layers.resize import depth_to_space, resize, resize_bicubic
+from sgw_jax.layers.resize import depth_to_space, pad_to_multiple, resize, resize_bicubic
+from sgw_jax.layers.rotary import rotation_of_grid
 from sgw_jax.layers.stack import check_frozen, drop_rates, scan_blocks
 from sgw_jax.sharding import constrain_activations
 
@@ -29,7 +31,10 @@ class Block(nn.Module):
     """Pre-norm transformer block: attention and MLP, each on a residual branch with drop path.
 
     With ``layer_scale`` a learned factor per channel, which starts at that value, multiplies each branch (Touvron et
-    al. 2021). Call: (tokens, drop path rate of this layer) -> (tokens, tokens): carry and output of a scan.
+    al. 2021). ``gated``: `GatedMLP` in place of `MLP`; ``qkv_bias``: see `SelfAttention`.
+
+    Call: (tokens, drop path rate of this layer, rotation of queries and keys or None) -> (tokens, tokens): carry and
+    output of a scan.
     """
 
     num_heads: int
@@ -40,17 +45,29 @@ class Block(nn.Module):
     attention_chunk: int | None = None
     train: bool = False
     dtype: jnp.dtype = jnp.float32
+    gated: bool = False
+    qkv_bias: QKVBias = "all"
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "batch tokens width"], rate: Array) -> tuple[Array, Array]:
+    def __call__(
+        self,
+        tokens: Float[Array, "batch tokens width"],
+        rate: Array,
+        rotation: Float[Array, "2 patches half"] | None = None,
+    ) -> tuple[Array, Array]:
         drop_path = DropPath(name="drop_path")
         normed = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm1")(tokens)
-        attention = SelfAttention(self.num_heads, dtype=self.dtype, chunk=self.attention_chunk, name="attention")
-        branch = self._scaled("scale1", attention(normed))
+        attention = SelfAttention(
+            self.num_heads, dtype=self.dtype, chunk=self.attention_chunk, qkv_bias=self.qkv_bias, name="attention"
+        )
+        branch = self._scaled("scale1", attention(normed, rotation))
         tokens = constrain_activations(tokens + drop_path(branch, rate, self.train))
         normed = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm2")(tokens)
         hidden = hidden_width(tokens.shape[-1], self.mlp_ratio)
-        mlp = MLP(hidden, self.approximate_gelu, dtype=self.dtype, name="mlp")
+        if self.gated:
+            mlp: nn.Module = GatedMLP(hidden, dtype=self.dtype, name="mlp")
+        else:
+            mlp = MLP(hidden, self.approximate_gelu, dtype=self.dtype, name="mlp")
         tokens = constrain_activations(tokens + drop_path(self._scaled("scale2", mlp(normed)), rate, self.train))
         return tokens, tokens
 
@@ -75,10 +92,14 @@ class ViT(nn.Module):
       patch_size, width, depth, num_heads, mlp_ratio: as in the paper.
       image_size: (height, width) in pixels that the position embedding is made for; other sizes interpolate it
         (bicubic, as the original does, see `resize_bicubic`).
+      antialias: of that interpolation (DINOv2 with registers).
+      rope_theta: the longest period of rotary position embeddings in place of a learned table, see layers/rotary.py
+        (DINOv3); None is the table. The random shifts and scales of coordinates in DINOv3's pretraining are left out.
       patch_embed: "patch" or "conv" (see layers/patch_embed.py); with "conv" its finer maps join the pyramid.
       class_token: a learned token before those of the patches, as in pretrained models. It is in no output. Its own
         position embedding is part of it.
-      layer_scale, approximate_gelu, epsilon: see `Block`; epsilon also of the final norm.
+      registers: learned tokens behind the class token, without a position (Darcet et al. 2024). They are in no output.
+      layer_scale, approximate_gelu, epsilon, gated, qkv_bias: see `Block`; epsilon also of the final norm.
       tapped: layers whose outputs are taken, from 1 on, in ascending order; None is the four above.
       output: "pyramid", or "taps" for the maps themselves.
       drop_path: rate of the last layer, in [0, 1), linear from 0 at the first.
@@ -87,13 +108,16 @@ class ViT(nn.Module):
       frozen_layers: the lowest blocks, through which no gradient goes and in which no path is dropped, see
         layers/stack.py.
 
-    Call: (image (batch, H, W, 3), train) -> {stride: (batch, H / stride, W / stride, width)}; with ``output="taps"``
-    {layer: (batch, floor(H / patch_size), floor(W / patch_size), width)}. A pyramid from patches whose size is no power
-    of two is made on the image resized so that patches lie as those of the next power do: 14 of 16 pixels.
+    Call: (image (batch, H, W, 3), train) -> {stride: (batch, h, w, width)} with strides 4, 8, 16 and 32, h = ceil(H /
+    stride), w = ceil(W / stride), of any image size: the image is padded to whole patches, a map to whole cells of the
+    next (zeros, at the bottom and on the right), and what reaches beyond the image is cropped. With ``output="taps"``
+    {layer: (batch, floor(H / patch_size), floor(W / patch_size), width)}, as in the originals. A pyramid from patches
+    whose size is no power of two is made on the image resized so that patches lie as those of the next power do: 14 of
+    16 pixels.
 
     Raises:
-      ValueError: a pyramid of H or W that 32 (and the patch's stride) does not divide, or from other than four taps; an
-        attribute out of the range given above.
+      ValueError: a pyramid from other than four taps; taps of an image smaller than a patch; an attribute out of the
+        range given above.
     """
 
     patch_size: int = 16
@@ -114,6 +138,11 @@ class ViT(nn.Module):
     attention_chunk: int | None = None
     dtype: jnp.dtype = jnp.float32
     frozen_layers: int = 0
+    antialias: bool = False
+    rope_theta: float | None = None
+    registers: int = 0
+    gated: bool = False
+    qkv_bias: QKVBias = "all"
 
     strides = (4, 8, 16, 32)
 
@@ -124,41 +153,61 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[int, Array]:
-        self._check(image.shape)
-        image = resize(image.astype(self.dtype), self._patched_size(image.shape[1:3]))
+        size = (image.shape[1], image.shape[2])
+        self._check(size)
+        image = image.astype(self.dtype)
+        if self.output == "pyramid":
+            image = resize(pad_to_multiple(image, self._stride()), self._patched_size(size))
         embed = PATCH_EMBEDS[self.patch_embed](self.patch_size, self.width, dtype=self.dtype, name="patch_embed")
         grid, finer = embed(image)
         batch, height, width, channels = grid.shape
-        tokens = (grid + self._position_embedding(height, width)).reshape(batch, -1, channels)
-        if self.class_token:
-            token = self.param("class_token", nn.initializers.normal(0.02), (1, 1, channels)).astype(self.dtype)
-            tokens = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, channels)), tokens], axis=1)
-        tokens = constrain_activations(tokens)
+        positioned = grid + self._position_embedding(height, width) if self.rope_theta is None else grid
+        first = [self._tokens("class_token", 1)] if self.class_token else []
+        if self.registers:
+            first.append(self._tokens("register_tokens", self.registers))
+        copies = [jnp.broadcast_to(token, (batch, *token.shape[1:])) for token in first]
+        tokens = constrain_activations(jnp.concatenate([*copies, positioned.reshape(batch, -1, channels)], axis=1))
+        rotation = None
+        if self.rope_theta is not None:
+            rotation = rotation_of_grid(height, width, self.width // self.num_heads, self.rope_theta)
 
         # Known when traced: at rate 0 no random number is drawn.
         dropping = train and self.drop_path > 0 and self.frozen_layers < self.depth
-        options = (self.mlp_ratio, self.layer_scale, self.approximate_gelu, self.epsilon, self.attention_chunk)
-        block = rematerialised(Block, self.remat)(self.num_heads, *options, dropping, self.dtype, name="blocks")
+        block = rematerialised(Block, self.remat)(
+            self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+            layer_scale=self.layer_scale,
+            approximate_gelu=self.approximate_gelu,
+            epsilon=self.epsilon,
+            attention_chunk=self.attention_chunk,
+            train=dropping,
+            dtype=self.dtype,
+            gated=self.gated,
+            qkv_bias=self.qkv_bias,
+            name="blocks",
+        )
         rates = drop_rates(self.drop_path, self.depth, self.frozen_layers)
-        _, outputs = scan_blocks(block, tokens, rates, length=self.depth, frozen=self.frozen_layers)
+        _, outputs = scan_blocks(block, tokens, rates, rotation, length=self.depth, frozen=self.frozen_layers)
 
         taps = {}
         for layer in self._layers():
             tap = outputs[layer - 1]
             if layer == self.depth:
                 tap = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(tap)
-            taps[layer] = tap[:, int(self.class_token) :].reshape(grid.shape)
-        return taps if self.output == "taps" else self._pyramid(list(taps.values()), finer)
+            taps[layer] = tap[:, int(self.class_token) + self.registers :].reshape(grid.shape)
+        return taps if self.output == "taps" else self._pyramid(list(taps.values()), finer, size)
 
     def _layers(self) -> tuple[int, ...]:
         return tuple(self.depth * i // 4 for i in (1, 2, 3, 4)) if self.tapped is None else tuple(self.tapped)
 
-    def _pyramid(self, taps: list[Array], finer: dict[int, Array]) -> dict[int, Array]:
+    def _pyramid(self, taps: list[Array], finer: dict[int, Array], size: tuple[int, int]) -> dict[int, Array]:
         maps = {}
         for stride, tap in zip(self.strides, taps, strict=True):
-            level = self._resample(tap, stride)
+            rows, columns = (-(-length // stride) for length in size)
+            level = self._resample(tap, stride)[:, :rows, :columns]
             if stride in finer:
-                level += nn.Conv(tap.shape[-1], (1, 1), dtype=self.dtype, name=f"lateral{stride}")(finer[stride])
+                lateral = nn.Conv(tap.shape[-1], (1, 1), dtype=self.dtype, name=f"lateral{stride}")
+                level += lateral(finer[stride][:, :rows, :columns])
             norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name=f"pyramid_norm{stride}")
             maps[stride] = constrain_activations(norm(level))
         return maps
@@ -170,31 +219,31 @@ class ViT(nn.Module):
             factor = self._stride() // stride
             return depth_to_space(nn.Dense(channels * factor**2, dtype=self.dtype, name=name)(grid), factor)
         factor = stride // self._stride()
-        return nn.Conv(channels, (factor, factor), factor, padding="VALID", dtype=self.dtype, name=name)(grid)
-
-    @property
-    def multiple(self) -> int:
-        """What the image's height and width must be multiples of, in pixels, for a pyramid."""
-        return max(self._stride(), self.strides[-1])
+        merge = nn.Conv(channels, (factor, factor), factor, padding="VALID", dtype=self.dtype, name=name)
+        return merge(pad_to_multiple(grid, factor))
 
     def _stride(self) -> int:
         """Of the patches in the pyramid: the next power of two."""
         return 1 << (self.patch_size - 1).bit_length()
 
-    def _patched_size(self, size: tuple[int, ...]) -> tuple[int, int]:
+    def _patched_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The size of the image that is cut into patches."""
         if self.output == "taps":
-            return size[0], size[1]
-        return size[0] * self.patch_size // self._stride(), size[1] * self.patch_size // self._stride()
+            return size
+        rows, columns = (-(-length // self._stride()) for length in size)
+        return rows * self.patch_size, columns * self.patch_size
+
+    def _tokens(self, name: str, number: int) -> Array:
+        return self.param(name, nn.initializers.normal(0.02), (1, number, self.width)).astype(self.dtype)
 
     def _position_embedding(self, height: int, width: int) -> Array:
         rows, columns = (length // self.patch_size for length in self._patched_size(self.image_size))
         table = self.param("position_embedding", nn.initializers.normal(0.02), (1, rows, columns, self.width))
         if (height, width) != (rows, columns):
-            table = resize_bicubic(table, (height, width))
+            table = resize_bicubic(table, (height, width), self.antialias)
         return table.astype(self.dtype)
 
-    def _check(self, shape: tuple[int, ...]) -> None:
+    def _check(self, size: tuple[int, int]) -> None:
         if self.patch_size < 1:
             raise InputError(f"ViT: patch_size {self.patch_size} must be at least 1.")
         if self.output not in OUTPUTS:
@@ -209,24 +258,28 @@ class ViT(nn.Module):
         check_frozen("ViT", self.frozen_layers, self.depth)
         if self.patch_embed not in PATCH_EMBEDS:
             raise InputError(f"ViT: patch_embed {self.patch_embed!r}; it must be one of {sorted(PATCH_EMBEDS)}.")
-        if self.output == "taps":
-            return
-        if len(layers) != len(self.strides):
-            raise InputError(f"ViT: a pyramid is made of {len(self.strides)} taps; tapped is {layers}.")
-        if shape[1] % self.multiple or shape[2] % self.multiple:
+        if self.registers < 0:
+            raise InputError(f"ViT: registers is {self.registers}; it must not be negative.")
+        if self.rope_theta is not None and self.width % (4 * self.num_heads):
             raise InputError(
-                f"ViT: the image is {shape[1]} x {shape[2]}; both must be multiples of {self.multiple}. "
-                "Resize, crop or pad it."
+                f"ViT: rotary positions need heads whose width is a multiple of 4; width {self.width} has "
+                f"{self.num_heads} heads."
             )
+        if self.output == "pyramid" and len(layers) != len(self.strides):
+            raise InputError(f"ViT: a pyramid is made of {len(self.strides)} taps; tapped is {layers}.")
+        if self.output == "taps" and min(size) < self.patch_size:
+            raise InputError(f"ViT: the image is {size[0]} x {size[1]}; a patch has {self.patch_size} pixels a side.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """Width, depth and heads of a named size."""
+    """Width, depth, heads and MLP of a named size."""
 
     width: int
     depth: int
     num_heads: int
+    mlp_ratio: float = 4.0
+    gated: bool = False
 
 
 SIZES: dict[str, Size] = {
@@ -237,17 +290,17 @@ SIZES: dict[str, Size] = {
 }
 
 
+def sized(family: str, sizes: Mapping[str, Size], size: str, overrides: Mapping[str, Any]) -> ViT:
+    """The ViT of a named size of a family, with the overrides.
+
+    Raises:
+      ValueError: no such size.
+    """
+    if size not in sizes:
+        raise InputError(f"{family}: size {size!r}; it must be one of {list(sizes)}.")
+    return ViT(**{**dataclasses.asdict(sizes[size]), **overrides})
+
+
 def vit(size: str = "small", **overrides) -> ViT:
     """A ViT of a named size ("tiny", "small", "base", "large"); any attribute of `ViT` can be overridden."""
-    if size not in SIZES:
-        raise InputError(f"vit: size {size!r}; it must be one of {list(SIZES)}.")
-    return ViT(**{**dataclasses.asdict(SIZES[size]), **overrides})
-
-
-def dinov2(size: str = "small", **overrides) -> ViT:
-    """A ViT as DINOv2 trains it (Oquab et al. 2023): patches of 14 pixels, class token, layer scale, by default a
-    position embedding for 518 x 518 pixels."""
-    if size not in SIZES or size == "tiny":
-        raise InputError(f"dinov2: size {size!r}; it must be one of {[name for name in SIZES if name != 'tiny']}.")
-    published = {"patch_size": 14, "class_token": True, "layer_scale": 1e-5, "image_size": (518, 518)}
-    return ViT(**{**dataclasses.asdict(SIZES[size]), **published, **overrides})
+    return sized("vit", SIZES, size, overrides)

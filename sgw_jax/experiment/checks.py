@@ -4,7 +4,9 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from sgw_jax.backbones.vit import SIZES
+from sgw_jax.backbones.dinov2 import SIZES as DINOV2S
+from sgw_jax.backbones.dinov3 import SIZES as DINOV3S
+from sgw_jax.backbones.vit import SIZES as VITS
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.experiment.keys import check_keys
 from sgw_jax.multi_objective import SCALARIZERS
@@ -91,15 +93,18 @@ def _check_interaction(config: ConfigDict) -> None:
 
 
 def _check_backbone(config: ConfigDict) -> None:
-    """What the sizes of a ViT must be; a Swin's heads follow from its size, and it says itself what does not fit."""
+    """What the sizes of a ViT must be; the others say themselves what does not fit."""
     name, options = f"config.backbones.{config.backbone}", config.backbones.get(config.backbone, {})
-    if config.backbone not in ("vit", "dinov2"):
+    sizes = {"vit": VITS, "dinov2": DINOV2S, "dinov3": DINOV3S}
+    if config.backbone not in sizes:
         return
-    size = SIZES[options.size]
+    size = sizes[config.backbone][options.size]
     if options.depth is not None and options.depth % 4:
         raise InputError(f"{name}.depth is {options.depth}; it must be a multiple of 4: four layers are tapped.")
     width, heads = options.width or size.width, options.num_heads or size.num_heads
     _check_divides(f"{name}.num_heads", heads, f"{name}.width", width)
+    if config.backbone == "dinov3" and width % (4 * heads):
+        raise InputError(f"{name}: the width of a head, {width} / {heads}, must be a multiple of 4 (rotary positions).")
     patch = options.get("patch_size")
     if options.get("patch_embed") == "conv" and (patch < 2 or patch.bit_count() > 1):
         raise InputError(f"{name}.patch_size is {patch}; with patch_embed 'conv' it must be a power of two from 2 on.")

@@ -10,6 +10,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sgw_jax.backbones import BACKBONES
+from sgw_jax.backbones.convnext import SIZES as CONVNEXTS
+from sgw_jax.backbones.dinov2 import SIZES as DINOV2S
+from sgw_jax.backbones.dinov3 import SIZES as DINOV3S
 from sgw_jax.backbones.swin import SIZES as SWINS
 from sgw_jax.backbones.vit import SIZES as VITS
 from sgw_jax.data_pipelines.errors import InputError
@@ -152,7 +155,8 @@ ALLOWED: Table = {
             "approximate_gelu": FLAG,
             "epsilon": POSITIVE,
         },
-        "dinov2": {**VIT, "size": OneOf([size for size in VITS if size != "tiny"])},
+        "dinov2": {**VIT, "size": OneOf(DINOV2S), "registers": whole(0, 64)},
+        "dinov3": {**VIT, "size": OneOf(DINOV3S)},
         "swin": {
             "size": OneOf(SWINS),
             "width": optional(WIDTH),
@@ -161,6 +165,12 @@ ALLOWED: Table = {
             "drop_path": PROPER_SHARE,
             "remat": OneOf(POLICIES),
             "window_chunk": optional(COUNT),
+        },
+        "convnext": {
+            "size": OneOf(CONVNEXTS),
+            "width": optional(WIDTH),
+            "drop_path": PROPER_SHARE,
+            "remat": OneOf(POLICIES),
         },
     },
     "lora": {"rank": optional(COUNT), "alpha": POSITIVE, "targets": Names()},

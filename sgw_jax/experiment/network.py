@@ -90,13 +90,11 @@ def build_freezing(config: ConfigDict) -> Freezing | None:
 
 def _check_fits(config: ConfigDict, backbone: Any, seen: tuple[int, int]) -> None:
     """Raises where the image or the strides of the features do not go with what the backbone takes and gives."""
-    multiple = getattr(backbone, "multiple", 1)
-    if any(length < multiple or length % multiple for length in seen):
-        size, scale = " x ".join(map(str, config.data.size)), config.input_scale
-        scaled = "" if scale == 1 else f", by config.input_scale {scale} {seen[0]} x {seen[1]}"
+    if min(seen) < 1:
+        size = " x ".join(map(str, config.data.size))
         raise InputError(
-            f"config.data.size is {size}{scaled}; height and width that {config.backbone} sees must be multiples of "
-            f"{multiple}."
+            f"config.data.size is {size}, by config.input_scale {config.input_scale} {seen[0]} x {seen[1]}; "
+            f"{config.backbone} must see a pixel at least."
         )
     strides = getattr(backbone, "strides", None)  # a user's own need not say them
     if strides is not None and config.stride not in strides:

@@ -1,6 +1,7 @@
 """Dense multi-head attention, optionally query-chunked so that memory is O(tokens x chunk)."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -8,7 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.layers.rotary import rotate
 from sgw_jax.layers.topk_attention import apply_weights, attention_scores
+
+QKVBias = Literal["all", "query_value", "none"]
 
 
 def attention(
@@ -68,19 +72,41 @@ def split_heads(tokens: Float[Array, "batch tokens width"], heads: int) -> Float
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention with biases and an output projection (Vaswani et al. 2017; as in ViT)."""
+    """Multi-head self-attention with an output projection (Vaswani et al. 2017; as in ViT).
+
+    Attributes:
+      chunk: queries at a time, see `attention`.
+      qkv_bias: which of queries, keys and values have a bias: "all", "query_value" (DINOv3, which masks the keys'), or
+        "none".
+
+    Call: (tokens, the rotation of queries and keys, see layers/rotary.py; None is none).
+
+    Raises:
+      ValueError: a width that does not divide into num_heads; another ``qkv_bias``.
+    """
 
     num_heads: int
     dtype: jnp.dtype = jnp.float32
     chunk: int | None = None
+    qkv_bias: QKVBias = "all"
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+    def __call__(
+        self, tokens: Float[Array, "batch tokens width"], rotation: Float[Array, "2 patches half"] | None = None
+    ) -> Float[Array, "batch tokens width"]:
         width = tokens.shape[-1]
         if width % self.num_heads:
             raise InputError(f"SelfAttention: width {width} does not divide into num_heads = {self.num_heads}.")
+        if self.qkv_bias not in get_args(QKVBias):
+            raise InputError(f"SelfAttention: qkv_bias is {self.qkv_bias!r}; it must be one of {get_args(QKVBias)}.")
         # One matrix for the three projections keeps the matmul large.
-        projected = nn.Dense(3 * width, dtype=self.dtype, name="query_key_value")(tokens)
-        query, key, value = (split_heads(part, self.num_heads) for part in jnp.split(projected, 3, axis=-1))
+        project = nn.Dense(3 * width, self.qkv_bias == "all", dtype=self.dtype, name="query_key_value")
+        query, key, value = jnp.split(project(tokens), 3, axis=-1)
+        if self.qkv_bias == "query_value":
+            bias = self.param("query_value_bias", nn.initializers.zeros, (2, width)).astype(self.dtype)
+            query, value = query + bias[0], value + bias[1]
+        query, key, value = (split_heads(part, self.num_heads) for part in (query, key, value))
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
         output = attention(query, key, value, self.chunk).reshape(tokens.shape)
         return nn.Dense(width, dtype=self.dtype, name="output")(output)

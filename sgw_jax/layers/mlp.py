@@ -1,4 +1,4 @@
-"""The two-layer perceptron of a transformer block."""
+"""The perceptron of a transformer block: of two layers, or gated."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,3 +16,16 @@ class MLP(nn.Module):
     def __call__(self, inputs: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         hidden = nn.gelu(nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(inputs), self.approximate)
         return nn.Dense(inputs.shape[-1], dtype=self.dtype, name="output")(hidden)
+
+
+class GatedMLP(nn.Module):
+    """``W3 (silu(W1 x) * W2 x)`` with biases: SwiGLU (Shazeer 2020), as in the largest DINOv2 and DINOv3."""
+
+    hidden: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        gate = nn.silu(nn.Dense(self.hidden, dtype=self.dtype, name="gate")(inputs))
+        hidden = nn.Dense(self.hidden, dtype=self.dtype, name="hidden")(inputs)
+        return nn.Dense(inputs.shape[-1], dtype=self.dtype, name="output")(gate * hidden)

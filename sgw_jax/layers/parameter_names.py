@@ -18,7 +18,8 @@ LORA = "lora"
 
 # What a model adds to a backbone: at its initial values even where the rest is pretrained.
 _ADDED = re.compile(rf"(pyramid|lateral|norm_stage)|.*/{LORA}/")
-_STAGE, _PAIRS, _MERGE = (re.compile(x) for x in (r"stage(\d)/", r"stage(\d)/(regular|shifted)/", r"merge(\d)/"))
+_STAGE, _PAIRS = re.compile(r"stage(\d)/"), re.compile(r"stage(\d)/(regular|shifted)/")
+_MERGE, _DOWNSAMPLE = re.compile(r"merge(\d)/"), re.compile(r"downsample(\d)/")
 
 
 def of_task(part: str, task: str, stride: int | None = None) -> str:
@@ -76,14 +77,14 @@ def is_added(path: str) -> bool:
 
 
 def stage_depths(shapes: dict[str, tuple[int, ...]]) -> dict[int, int]:
-    """Stage -> its number of blocks: {0: depth} of a ViT, {1: ..., 2: ..., 3: ..., 4: ...} of a Swin; ``shapes`` by
-    the path in the backbone."""
+    """Stage -> its number of blocks: {0: depth} of a ViT, {1: ..., 2: ..., 3: ..., 4: ...} of a Swin or ConvNeXt;
+    ``shapes`` by the path in the backbone."""
     depths: dict[int, int] = {}
     for path, shape in shapes.items():
         if path.startswith("blocks/"):
             depths[0] = shape[0]
         elif stage := _STAGE.match(path):
-            depths[int(stage[1])] = 2 * shape[0]  # pairs
+            depths[int(stage[1])] = (2 if _PAIRS.match(path) else 1) * shape[0]
     return depths
 
 
@@ -95,6 +96,10 @@ def layers_of(path: str, depths: dict[int, int]) -> int | list[int]:
     if stage := _PAIRS.match(path):
         first = before[int(stage[1])] + (1 if stage[2] == "regular" else 2)
         return list(range(first, first + depths[int(stage[1])], 2))
+    if stage := _STAGE.match(path):
+        return list(range(before[int(stage[1])] + 1, before[int(stage[1])] + depths[int(stage[1])] + 1))
+    if downsample := _DOWNSAMPLE.match(path):  # of the block behind it
+        return before[int(downsample[1]) + 1] + 1
     if merge := _MERGE.match(path):
-        return before[int(merge[1]) + 1]
+        return before[int(merge[1]) + 1]  # of the block before it
     return sum(depths.values()) + 1 if path.startswith("norm/") else 0

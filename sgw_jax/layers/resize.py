@@ -1,13 +1,15 @@
-"""Resizing of feature maps."""
+"""Resizing and padding of feature maps."""
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-CUBIC = -0.75  # the free coefficient of the cubic kernel: torch's; jax.image's is -0.5
+# The free coefficient of the cubic kernel: torch's without antialiasing, and Pillow's, torch's and jax.image's with it.
+CUBIC, ANTIALIASED_CUBIC = -0.75, -0.5
 
 
 def resize(
@@ -18,6 +20,30 @@ def resize(
         return features
     shape = (features.shape[0], *size, features.shape[3])
     return jax.image.resize(features, shape, "bilinear", antialias=False).astype(features.dtype)
+
+
+def resize_to_stride(
+    features: Float[Array, "batch height width channels"], stride: int, new_stride: int, size: tuple[int, int]
+) -> Float[Array, "batch new_height new_width channels"]:
+    """The map of one stride at another, by exactly their ratio, as a map of ``size``.
+
+    Both lie at the image's top left, so that a cell covers the pixels that its stride says. What reaches beyond
+    ``size`` at the bottom and on the right is cropped; what falls short of it is continued by the last row or column.
+    """
+    multiple = new_stride // math.gcd(stride, new_stride)
+    features = pad_to_multiple(features, multiple, mode="edge")
+    rows, columns = (length * stride // new_stride for length in features.shape[1:3])
+    resized = resize(features, (rows, columns))[:, : size[0], : size[1]]
+    below, right = (wanted - found for wanted, found in zip(size, resized.shape[1:3], strict=True))
+    return jnp.pad(resized, ((0, 0), (0, below), (0, right), (0, 0)), mode="edge") if below or right else resized
+
+
+def pad_to_multiple(
+    grid: Float[Array, "batch height width channels"], multiple: int, mode: Literal["constant", "edge"] = "constant"
+) -> Array:
+    """Zeros, or copies of the edge, at the bottom and on the right until both sides divide by ``multiple``."""
+    below, right = (-size % multiple for size in grid.shape[1:3])
+    return jnp.pad(grid, ((0, 0), (0, below), (0, right), (0, 0)), mode=mode) if below or right else grid
 
 
 def places(inner: Any, length: Any, count: int, xp: Any = jnp) -> tuple[Any, Any]:
@@ -86,25 +112,39 @@ def depth_to_space(
 
 
 def resize_bicubic(
-    features: Float[Array, "batch height width channels"], size: tuple[int, int]
+    features: Float[Array, "batch height width channels"], size: tuple[int, int], antialias: bool = False
 ) -> Float[Array, "batch new_height new_width channels"]:
-    """Bicubic with a = -0.75, half-pixel centres, clamped at the edges and without antialiasing, in float32 (torch's
-    ``interpolate(mode="bicubic", align_corners=False)``): how pretrained position embeddings are resized."""
-    rows, columns = (jnp.asarray(cubic_matrix(old, new)) for old, new in zip(features.shape[1:3], size, strict=True))
+    """Bicubic with half-pixel centres in float32 (torch's ``interpolate(mode="bicubic", align_corners=False)``): how
+    pretrained position embeddings are resized. See `cubic_matrix` for the edges and ``antialias``."""
+    rows, columns = (
+        jnp.asarray(cubic_matrix(old, new, antialias)) for old, new in zip(features.shape[1:3], size, strict=True)
+    )
     wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
     resized = jnp.einsum("ih,jw,bhwc->bijc", rows, columns, wide, precision="highest")
     return resized.astype(features.dtype)
 
 
-def cubic_matrix(old: int, new: int) -> Float[np.ndarray, "new old"]:
+def cubic_matrix(old: int, new: int, antialias: bool = False) -> Float[np.ndarray, "new old"]:
     """Row i holds the weights of the old samples in new sample i: the cubic convolution kernel (Keys 1981) around
-    (i + 1/2) old / new - 1/2, where samples beyond an edge are the edge's."""
+    (i + 1/2) old / new - 1/2.
+
+    Its coefficient is a = -0.75, and samples beyond an edge are the edge's. With ``antialias`` it is Pillow's: a =
+    -0.5, as wide as a new sample where those are fewer, samples beyond an edge left out and the rest made to sum to 1.
+    """
     centre = (np.arange(new) + 0.5) * old / new - 0.5
+    if antialias:
+        weights = _cubic((np.arange(old) - centre[:, None]) / max(old / new, 1), ANTIALIASED_CUBIC)
+        return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
     first = np.floor(centre).astype(int) - 1
     matrix = np.zeros((new, old))
     for tap in range(4):
-        x = np.abs(centre - (first + tap))
-        near = (CUBIC + 2) * x**3 - (CUBIC + 3) * x**2 + 1
-        far = CUBIC * (x**3 - 5 * x**2 + 8 * x - 4)
-        np.add.at(matrix, (np.arange(new), np.clip(first + tap, 0, old - 1)), np.where(x <= 1, near, far))
+        weights = _cubic(centre - (first + tap), CUBIC)
+        np.add.at(matrix, (np.arange(new), np.clip(first + tap, 0, old - 1)), weights)
     return matrix.astype(np.float32)
+
+
+def _cubic(x: np.ndarray, a: float) -> np.ndarray:
+    x = np.abs(x)
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+    return np.where(x <= 1, near, np.where(x < 2, far, 0))

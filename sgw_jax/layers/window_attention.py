@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.layers.attention import in_groups, split_heads
+from sgw_jax.layers.resize import pad_to_multiple
 from sgw_jax.layers.topk_attention import apply_weights, attention_scores
 
 
@@ -108,12 +109,6 @@ def group_size(windows: int, most: int) -> int:
     divisor = max(size for size in range(1, min(windows, most) + 1) if windows % size == 0)
     groups = -(-windows // most)
     return divisor if 2 * divisor >= min(windows, most) else -(-windows // groups)
-
-
-def pad_to_multiple(grid: Float[Array, "batch height width channels"], multiple: int) -> Array:
-    """Zeros at the bottom and on the right until both sides divide by ``multiple``."""
-    below, right = (-size % multiple for size in grid.shape[1:3])
-    return jnp.pad(grid, ((0, 0), (0, below), (0, right), (0, 0))) if below or right else grid
 
 
 def to_windows(
