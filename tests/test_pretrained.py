@@ -454,14 +454,10 @@ REFUSED = {
     "no_bias": (configured(qkv_bias=False), "qkv_bias is False; only True is supported"),
     "odd": (configured(model_type="swin", depths=[1, 2, 2, 2]), r"depths \(1, 2, 2, 2\) must be 4 even numbers"),
     "window": (configured(model_type="swin", window_size=7), "relative_position_bias_table"),
-<<<<<<< HEAD
-    "no_object": (damaged(lambda folder: (folder / "config.json").write_text("[]")), "holds a list; it must be a JSON"),
-=======
     "no_object": (
         damaged(lambda folder: (folder / "config.json").write_text("[]")),
         "it holds a list where a JSON object belongs",
     ),
->>>>>>> 0602b9f (Lines of tests)
     "kind": (configured_text('{"model_type": ["vit"]}'), r"model_type is \['vit'\]; it must be one of"),
     "heads": (configured(num_attention_heads=3), "hidden_size 8 does not divide into num_attention_heads = 3"),
     "epsilon": (configured(layer_norm_eps="1e-6"), "layer_norm_eps is '1e-6'; it must be a positive number"),
