@@ -89,3 +89,25 @@ def test_drop_path_asks_for_randomness_in_training_alone():
     jax.eval_shape(lambda p: (TINY.apply(p, image, train=True), dropping.apply(p, image)), params)
     with pytest.raises(InvalidRngError, match="drop_path"):
         jax.eval_shape(lambda p: dropping.apply(p, image, train=True), params)
+
+
+def test_no_gradient_goes_through_frozen_layers():
+    """Nor into what lies below them; the maps are the same. Two: stage 1, and the first block of stage 2."""
+    image = np.random.default_rng(0).normal(size=(1, 32, 32, 3)).astype(np.float32)
+    params = jit(TINY.init)(jax.random.key(0), image)["params"]
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # layer scales start too small to be seen
+
+    def run(params, frozen):
+        maps = TINY.clone(frozen_layers=frozen).apply({"params": params}, image)
+        return sum(jnp.sum(jnp.sin(level)) for level in maps.values())
+
+    (free, _), (fixed, grads) = (jit(jax.value_and_grad(run), static_argnums=1)(params, frozen) for frozen in (0, 2))
+    np.testing.assert_allclose(free, fixed, rtol=64 * EPS32)
+    learns = jax.tree.map(lambda leaf: bool(np.any(leaf)), grads)
+    assert not any(jax.tree.leaves([learns[name] for name in ("patch_embed", "patch_norm", "stage1", "downsample1")]))
+    assert all(jax.tree.leaves([learns[name] for name in ("downsample2", "stage3", "stage4", "norm", "norm_stage1")]))
+    kernel = grads["stage2"]["mlp"]["hidden"]["kernel"]
+    assert not np.any(kernel[0])
+    assert np.any(kernel[1])
+    with pytest.raises(ValueError, match="frozen_layers is 6; it has 5 blocks"):
+        shapes_of(TINY.clone(frozen_layers=6), (1, 32, 32, 3))
