@@ -47,6 +47,7 @@ def test_one_float32_map_per_task(upsample, stride, dtype):
     assert set(variables["params"]) == {"backbone", "interaction"} | stems | heads
 
 
+@pytest.mark.slow
 def test_an_image_of_any_size_is_that_image_padded():
     """Predictions have the image's size and lie where the pixels are: those of the image in zeros, cropped."""
     model = make_model((Depth(),), NoInteraction(), scales=(16,))
