@@ -148,7 +148,7 @@ def get_config() -> ConfigDict:
                     "width": optional(int),  # in [1, 8192]
                     "depth": optional(int),  # in [4, 1024], a multiple of 4
                     "num_heads": optional(int),  # in [1, 8192]; must divide width
-                    "mlp_ratio": 4.0,  # of the hidden width to width; in (0, 64]
+                    "mlp_ratio": 4.0,  # of the hidden width to width; in [0.0625, 64]
                     "patch_size": 16,  # pixels, in [1, 1024]; conv: a power of two from 2 on
                     "patch_embed": "patch",  # patch | conv
                     "class_token": False,  # True for pretrained weights, as are the next two their values

@@ -394,3 +394,26 @@ def test_exit_codes_pass_through(monkeypatch, capsys, tmp_path):
     assert main(["launch", "slurm", "--time=1:00", "--", "train"]) == 127
     assert main(["prepare", "nyud", "--source=nowhere", "--out=out"]) == 1
     assert capsys.readouterr().err.startswith("sbatch found nowhere on PATH")
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("Unable to initialize backend 'tpu': no libtpu"), AssertionError()])
+def test_a_device_that_is_not_there_is_one_line(plain, monkeypatch, tmp_path, problem):
+    def devices(*_):
+        raise problem
+
+    monkeypatch.setattr(jax, "devices", devices)
+    said = plain("plan", "--config=scenes", f"--cache_dir={tmp_path}")
+    assert said.startswith("error: JAX finds no device (JAX_PLATFORMS=cpu): ")
+    assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("problem", [MemoryError(), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")])
+def test_memory_that_is_not_enough_is_one_line(plain, monkeypatch, tmp_path, problem):
+    def large(*_, **__):
+        raise problem
+
+    monkeypatch.setattr(plan, "plan", large)
+    said = plain("plan", "--config=scenes", f"--cache_dir={tmp_path}")
+    assert said.startswith("error: Out of memory (")
+    assert "a smaller config.batch_size" in said
+    assert len(said.splitlines()) == 1

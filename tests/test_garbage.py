@@ -316,7 +316,7 @@ def spoil(data, world, command):
 
 
 @given(data=st.data())
-@settled(12)
+@settled(6)
 def test_garbage_in_a_file(world, reading, data):
     spoil(data, world, data.draw(st.sampled_from(sorted(COMMANDS)), label="command"))
 
@@ -364,7 +364,7 @@ TAKE_OPTIONS = [name for name in COMMANDS if name not in ("prepare", "resume", "
 
 
 @given(data=st.data())
-@settled(12)
+@settled(6)
 def test_garbage_in_an_option(world, reading, data):
     misuse(data, world, data.draw(st.sampled_from(TAKE_OPTIONS), label="command"))
 

@@ -87,7 +87,8 @@ def check_devices() -> None:
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter for a kind that JAX knows and is not installed
-        reason = _first_line(error).partition(" (set JAX_PLATFORMS")[0]
+        missing = "what drives such a device is not installed"
+        reason = missing if isinstance(error, AssertionError) else _first_line(error).partition(" (set JAX_")[0]
         raise InputError(
             f"JAX finds no device (JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}): {reason}. Unset JAX_PLATFORMS "
             "to take what is there, or set it to cpu."

@@ -148,7 +148,7 @@ ALLOWED: Table = {
         "vit": {
             **VIT,
             "size": OneOf(VITS),
-            "mlp_ratio": Interval(0, 64, "(]"),
+            "mlp_ratio": Interval(1 / 16, 64),
             "patch_size": whole(1, 1024),
             "patch_embed": OneOf(PATCH_EMBEDS),
             "class_token": FLAG,

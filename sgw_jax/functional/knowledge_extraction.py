@@ -338,9 +338,10 @@ def check_slots(slots: Any, shape: tuple[int, int, int]) -> None:
 def orthogonal_rows(key: Array, shape: tuple[int, int], dtype=jnp.float32) -> Array:
     """Orthogonal rows with entries of unit variance; blocks of them when there are more rows than columns."""
     rows, width = shape
-    # In float32: narrower QR there is none.
-    block = jax.nn.initializers.orthogonal(scale=width**0.5)(key, (min(rows, width), width), jnp.float32).astype(dtype)
-    if rows <= width:
-        return block
-    rest = jax.random.fold_in(key, rows)
-    return jnp.concatenate([block, orthogonal_rows(rest, (rows - width, width), dtype)])
+    draw = jax.nn.initializers.orthogonal(scale=width**0.5)
+    blocks = []
+    while rows > 0:
+        # In float32: narrower QR there is none.
+        blocks.append(draw(key, (min(rows, width), width), jnp.float32).astype(dtype))
+        key, rows = jax.random.fold_in(key, rows), rows - width
+    return jnp.concatenate(blocks)
