@@ -171,7 +171,7 @@ def whole_vit():
     ("frozen", "freezing", "options"),
     [
         (4, Freezing(0, True), {}),
-        (2, Freezing(2), {"accumulate": 2, "ema_decay": 0.5}),
+        pytest.param(2, Freezing(2), {"accumulate": 2, "ema_decay": 0.5}, marks=pytest.mark.slow),
         pytest.param(
             *(2, Freezing(2), {"objective": upgrad(2), "gradients": "representation", "accumulate": 2}),
             marks=pytest.mark.slow,

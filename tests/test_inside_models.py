@@ -136,7 +136,9 @@ def test_remat_returns_the_slots_when_told_statically():
     assert_close(jit(lambda v: remat.apply(v, features, None, True))(variables), expected)
 
 
-@pytest.mark.parametrize("projection", FRAMES)
+@pytest.mark.parametrize(
+    "projection", ["etf", *(pytest.param(other, marks=pytest.mark.slow) for other in FRAMES if other != "etf")]
+)
 def test_gradients_over_devices_and_through_nnx(projection):
     """Every way to take the gradient of a batch's mean loss gives the plain one."""
     model, (image, target) = TwoTasks(projection), batch()

@@ -44,9 +44,9 @@ def opened(monkeypatch):
                 del found[self]  # never opened
                 raise
 
-        def close(self):
+        def close(self, *arguments, **options):
             found[self] = True
-            end(self)
+            end(self, *arguments, **options)
 
         monkeypatch.setattr(kind, "__init__", init)
         monkeypatch.setattr(kind, "close", close)

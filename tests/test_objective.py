@@ -149,7 +149,7 @@ def test_who_owns_what():
 
 
 @pytest.mark.parametrize("mixing", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("gradients", ["parameters", "representation"])
+@pytest.mark.parametrize("gradients", [pytest.param("parameters", marks=pytest.mark.slow), "representation"])
 def test_shared_parameters_take_the_weighted_gradient_and_heads_their_own(batch, gradients, mixing):
     interaction = None if mixing else NoInteraction()
     objective = upgrad(3)
@@ -331,7 +331,7 @@ def test_everything_at_once(batch, devices):
     assert run._cache_size() == 1
 
 
-@pytest.mark.parametrize("gradients", ["parameters", "representation"])
+@pytest.mark.parametrize("gradients", ["parameters", pytest.param("representation", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("sizes", "accumulate"),
     [

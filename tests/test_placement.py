@@ -50,7 +50,8 @@ def attend(top_k, over, placement, *args):
 
 
 @pytest.mark.parametrize("over", ["kept", "all"])
-@pytest.mark.parametrize("top_k", [1, 5, 20, None])  # 20: more than a shard's tokens on 4 and 8 shards
+# 20: more than a shard's tokens on 4 and 8 shards.
+@pytest.mark.parametrize("top_k", [pytest.param(1, marks=pytest.mark.slow), 5, 20, None])
 def test_attention_over_shards_is_that_of_one_device(top_k, over):
     args = inputs()
 
@@ -175,7 +176,9 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    "name", ["kem", *(pytest.param(name, marks=pytest.mark.slow) for name in MODULES if name != "kem")]
+)
 def test_modules_over_shards_are_those_of_one_device(name):
     """Values and gradients in float64, where only a different selection could make a difference of 1e-9."""
     make, options = MODULES[name]
@@ -277,7 +280,7 @@ def exchanged(module, tokens, mesh, batch=2, channels=16):
     return sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("sizes", [{"context": 8}, {"data": 2, "context": 4}])
+@pytest.mark.parametrize("sizes", [{"context": 8}, pytest.param({"data": 2, "context": 4}, marks=pytest.mark.slow)])
 def test_what_kem_exchanges_does_not_grow_with_tokens(sizes):
     mesh = make_mesh(sizes)
     options = {"num_slots": 8, "top_k": 16}

@@ -134,7 +134,7 @@ def test_the_command(tmp_path, capsys):
     ("options", "message"),
     [
         (["--topology=v5litepod-4"], "--topology=v5litepod-4: expected a TPU slice such as v5e:4x4"),
-        (["--topology=here", "--config.mesh.name=pod"], "mesh: 'pod' is not known"),
+        (["--topology=here", "--config.mesh.name=pod"], "config.mesh.name is 'pod'; it must be one of"),
         (["--topology=here", "--config.mesh.context=3"], "8 devices do not divide by 3"),
         (
             ["--topology=here", "--config.mesh.context=8", "--config.data.size=96,64", "--config.scales=8"],

@@ -764,6 +764,7 @@ def test_the_cubic_kernel_with_antialiasing_is_pillows():
         np.testing.assert_allclose(cubic_matrix(old, new, antialias=True), expected, atol=32 * EPS32)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_file_and_goes_on_without_it(tmp_path, capsys):
     """The command: loaded, frozen, resumed after the file is gone; another model's file is an error at the start."""
     weights = write(tmp_path / "vit", "vit")

@@ -447,6 +447,7 @@ def test_a_damaged_cache_names_the_file_and_the_remedy(tmp_path, damage):
     directory = source.collection.directory(tmp_path)
     damage(directory)
     with pytest.raises(
-        ValueError, match=rf"damaged at .*(depth\.npy|meta\.json).*Delete the directory .*{directory.name}"
+        ValueError,
+        match=rf"(damaged at .*depth\.npy|meta\.json is damaged).*Delete the directory .*{directory.name}",
     ):
         Scenes("test", 2, SIZE, cache_dir=tmp_path).prepare()

@@ -600,7 +600,7 @@ BACKBONES = {
 @pytest.mark.parametrize(
     ("backbone", "interaction"),
     [
-        ("vit", KEM(3, top_k=5, placement=PLACEMENT, dtype=jnp.float64)),
+        pytest.param("vit", KEM(3, top_k=5, placement=PLACEMENT, dtype=jnp.float64), marks=pytest.mark.slow),
         pytest.param("vit", CrossTaskAttention(query_chunk=16, dtype=jnp.float64), marks=pytest.mark.slow),
         pytest.param("chunked", NoInteraction(), marks=pytest.mark.slow),
         pytest.param("windows", NoInteraction(), marks=pytest.mark.slow),

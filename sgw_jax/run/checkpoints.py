@@ -239,10 +239,14 @@ class Checkpoints:
         """Whether the cluster is about to stop the processes; agreed between them (needs jax.distributed)."""
         return self._manager.reached_preemption(step)
 
-    def close(self) -> None:
-        """Waits, deletes what a score since the last save made needless, then frees the manager's threads."""
+    def close(self, delete: bool = True) -> None:
+        """Waits, deletes what a score since the last save made needless, then frees the manager's threads.
+
+        Args:
+          delete: whether to; every process must, and after a failure of one alone the others never come.
+        """
         self._manager.wait_until_finished()
-        if not self._read_only:
+        if delete and not self._read_only:
             steps = self._steps
             best = self._policy.best(steps)
             for step in steps[: -self._policy.keep]:
@@ -254,11 +258,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        if kind is None:
-            self.close()
-        else:  # perhaps of this process alone, and deleting waits for all
-            self._manager.wait_until_finished()
-            self._manager.close()
+        self.close(delete=kind is None)
 
 
 def _silence_echoes() -> None:
