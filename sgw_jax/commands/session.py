@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     except KeyboardInterrupt:
         again = "Interrupted. The same command goes on from the last checkpoint, if there is one."
         messages(quiet=jax.process_index() != 0).print(again)
-        return _leave(128 + signal.SIGINT)
+        # Threads may still be compiling: the ordinary exit would wait for them, and crash.
+        return _leave(128 + signal.SIGINT, at_once=True)
     except UserError as error:
         if arguments.traceback:
             traceback.print_exc()
