@@ -285,6 +285,10 @@ def a_file(path):
     path.write_bytes(b"x")
 
 
+# Of each command, in the slow tests; GARBAGE_EXAMPLES=150 is worth half an hour after a change of what is read.
+MANY = int(os.environ.get("GARBAGE_EXAMPLES", "10"))
+
+
 def settled(examples):
     suppressed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(
@@ -324,7 +328,7 @@ def test_garbage_in_a_file(world, reading, data):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 @given(data=st.data())
-@settled(100)
+@settled(MANY)
 def test_much_garbage_in_a_file(world, reading, command, data):
     spoil(data, world, command)
 
@@ -372,7 +376,7 @@ def test_garbage_in_an_option(world, reading, data):
 @pytest.mark.slow
 @pytest.mark.parametrize("command", TAKE_OPTIONS)
 @given(data=st.data())
-@settled(150)
+@settled(MANY)
 def test_much_garbage_in_an_option(world, reading, command, data):
     misuse(data, world, command)
 
