@@ -379,7 +379,7 @@ def test_a_set_of_mixed_sizes_trains_evaluates_and_writes_a_report(tmp_path, cap
     write_folder(tmp_path / "data", {"train": [(48, 96), (32, 64)], "validation": [(64, 32)], "test": SIZES})
     common = (f"--workdir={tmp_path / 'run'}", f"--cache_dir={tmp_path / 'cache'}")
     assert main(["train", *RUN, f"--config.data.root={tmp_path / 'data'}", f"--config.data.fit={fit}", *common]) == 0
-    shown = capsys.readouterr().out
+    shown = capsys.readouterr().err
     assert ("1 of 5 images of test are larger than config.data.size, 32 x 64" in shown) == (fit == "pad")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["metrics"]["semseg"]["miou"] > 0

@@ -37,6 +37,7 @@ def run(case: Path) -> "subprocess.CompletedProcess[str]":
         "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "",  # one device, as people have; the tests' own are eight
     }
     (case / "home").mkdir()
     command = (case / "command.txt").read_text(encoding="utf-8")

@@ -334,12 +334,13 @@ def test_a_signal_that_is_ignored_stays_so():
 
 
 BUSY = """
-import ctypes, sys
+import ctypes, signal
 from sgw_jax.run.stop_signal import StopSignal
 with StopSignal():
+    # As a compilation: Python's own handlers wait for its end. A signal to this thread would end the sleep.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     print("ready", flush=True)
-    for _ in range(100):
-        ctypes.CDLL(None).usleep(30_000_000)  # as a compilation: Python's own handlers wait for its end
+    ctypes.CDLL(None).usleep(120_000_000)
 """
 
 
@@ -350,13 +351,16 @@ def test_ctrl_c_is_answered_at_once_and_a_second_one_ends(tmp_path):
         [sys.executable, "-c", BUSY], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGTERM)
-    assert process.stderr.readline() == "SIGTERM: saving after this step.\n"
-    process.send_signal(signal.SIGINT)
-    assert process.stderr.readline().startswith("Stopped at once.")
-    assert process.wait(timeout=20) == 130
-    process.communicate()
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr.readline() == "SIGTERM: saving after this step.\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline().startswith("Stopped at once.")
+        assert process.wait(timeout=20) == 130
+    finally:
+        process.kill()
+        process.communicate()
 
 
 # --- whole commands --------------------------------------------------------------------------------------------------
