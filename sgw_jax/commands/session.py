@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import traceback
-import types
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from sgw_jax.data_pipelines.errors import FileError, InputError, UserError, extr
 from sgw_jax.data_pipelines.paths import default_cache, obstacle
 from sgw_jax.experiment.config_files import UsageError
 from sgw_jax.host import enough_threads, keep_freed_memory
+from sgw_jax.run.checkpoints import silence_echoes
 from sgw_jax.run.workdir import DiskFullError
 
 # What JAX says when a collective operation or the coordination service misses a process.
@@ -33,8 +33,6 @@ LESS = (
     "What helps: a smaller config.batch_size or a larger config.accumulate, config.backbones.NAME.remat=full, chunks "
     "(config.backbones.NAME.attention_chunk or window_chunk); `sgw-jax plan` says what a configuration needs."
 )
-# What TensorStore's threads meet where the main thread has given up waiting for them.
-CALLED_LATE = ("Event loop is closed", "cannot schedule new futures after shutdown")
 AGAIN = "Start the same command again in all processes: it goes on from the last checkpoint."
 
 
@@ -117,17 +115,13 @@ def _cache(given: str | None, console: Console) -> str:
 def _quieten_threads() -> None:
     """Threads of Orbax, TensorStore and tensorboardX each print the trace of what a full disk or a damaged file does to
     them, a thousand lines in all; the main thread gets the same error and says it once."""
-    print_trace, print_thread = sys.__excepthook__, threading.__excepthook__
-
-    def of_callback(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-        if not isinstance(error, RuntimeError) or str(error) not in CALLED_LATE:
-            print_trace(kind, error, trace)
+    silence_echoes()
 
     def of_thread(arguments: threading.ExceptHookArgs) -> None:
         if getattr(arguments.exc_value, "errno", None) != errno.ENOSPC:
-            print_thread(arguments)
+            threading.__excepthook__(arguments)
 
-    sys.excepthook, threading.excepthook = of_callback, of_thread
+    threading.excepthook = of_thread
 
 
 def _leave(code: int, at_once: bool = False) -> int:

@@ -22,6 +22,8 @@ from sgw_jax.sharding import path_name
 SCORES = "scores.json"  # step -> score, which ranks checkpoints: higher is better; beside them, for it comes later
 SCORE = "score"  # in a checkpoint itself: of runs of before there was such a file
 DIGESTS, SEAL = "digests", "sha256"  # beside the metadata: of every array, and of all that
+# What TensorStore's threads meet where the main thread has given up waiting for them.
+CALLED_LATE = ("Event loop is closed", "cannot schedule new futures after shutdown")
 PATTERN = re.compile(r"[*?[]")  # Orbax's glob reads these in a path as a pattern
 
 
@@ -199,7 +201,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            _silence_echoes()
+            silence_echoes()
             if step not in self._steps:
                 raise CheckpointError(
                     f"{self.directory} has no checkpoint of step {step}; it has {self._steps}."
@@ -261,15 +263,15 @@ class Checkpoints:
         self.close(delete=kind is None)
 
 
-def _silence_echoes() -> None:
-    """Leaves unsaid that other reads end too late: Orbax closes its event loop over the first that fails, and for every
-    one that was still under way a trace would be printed."""
+def silence_echoes() -> None:
+    """Leaves unsaid that other reads and writes end too late: Orbax closes its event loop over the first that fails,
+    and for every one that was still under way a trace would be printed."""
     told = sys.unraisablehook
     if getattr(told, "__name__", "") == "without_echoes":
         return
 
     def without_echoes(found: Any) -> None:
-        if not isinstance(found.exc_value, RuntimeError) or str(found.exc_value) != "Event loop is closed":
+        if not isinstance(found.exc_value, RuntimeError) or str(found.exc_value) not in CALLED_LATE:
             told(found)
 
     sys.unraisablehook = without_echoes
