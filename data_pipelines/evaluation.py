@@ -43,9 +43,8 @@ from sgw_jax.data_pipelines.transforms import (
     seen_by_network,
 )
 
-# scored: images as the network sees them, labels at their own size; network: both as the network sees them;
-# own: both at their own size, in the corner of the
-# canvas.
+# scored: images as the network sees them, labels at their own size; network: both as the network sees them; own: both
+# at their own size, in the corner of the canvas.
 View = Literal["scored", "network", "own"]
 VIEWS = ("scored", "network", "own")
 WASTE = 2  # times the images' own pixels are the most that all canvases have

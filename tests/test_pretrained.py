@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
 from sgw_jax.__main__ import main
@@ -622,22 +623,11 @@ def test_fitted_to_another_size_and_normalisation(tmp_path, kind):
     expected = jax.jit(found.module.apply)({"params": found.params}, theirs)
     target = found.module.clone(image_size=size)
     flat = fit(found, target, shapes_of(target, size), *IMAGENET)
-    params = nested(flat)
+    params = unflatten_dict(flat, sep="/")
     if kind != "dinov3_vit":
         assert params["position_embedding"].shape == (1, 6, 10, 8)
     for level, other in zip(jax.jit(target.apply)({"params": params}, ours).values(), expected.values(), strict=True):
         np.testing.assert_allclose(level, other, rtol=0, atol=4 * 28 * 16 * EPS32 * float(np.abs(other).max()))
-
-
-def nested(flat):
-    tree = {}
-    for name, value in flat.items():
-        node = tree
-        *parents, last = name.split("/")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree
 
 
 def test_fit_leaves_what_the_model_adds(tmp_path):

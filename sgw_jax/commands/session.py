@@ -23,7 +23,7 @@ from sgw_jax.data_pipelines.errors import FileError, InputError, UserError, extr
 from sgw_jax.data_pipelines.paths import default_cache, obstacle
 from sgw_jax.experiment.config_files import UsageError
 from sgw_jax.host import enough_threads, keep_freed_memory
-from sgw_jax.run.checkpoints import silence_echoes
+from sgw_jax.run.late_echoes import silence_echoes
 from sgw_jax.run.workdir import DiskFullError
 
 # What JAX says when a collective operation or the coordination service misses a process.

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax.traverse_util import unflatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -29,9 +30,10 @@ def evaluated_parameters(checkpoints: Checkpoints, step: int, wanted: Mapping[st
     kept = {name: leaf for name, leaf in wanted.items() if averages.get(name) != leaf.shape}
     asked = {}
     if kept:
-        asked[PARAMS] = nested(kept)
+        asked[PARAMS] = unflatten_dict(kept, sep="/")
     if averages:
-        asked[EMA] = nested({name: _of_shape(wanted[name], shape) for name, shape in averages.items()})
+        averaged = {name: _of_shape(wanted[name], shape) for name, shape in averages.items()}
+        asked[EMA] = unflatten_dict(averaged, sep="/")
     found = {name: flat(tree) for name, tree in checkpoints.restore_variables(asked, step).items()}
     whole = {**found.get(EMA, {}), **found.get(PARAMS, {})}
     joined = unflat(found.get(EMA, {}), whole)
@@ -44,15 +46,3 @@ def _of_shape(leaf: Any, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     if shape != leaf.shape and isinstance(place, NamedSharding):
         place = NamedSharding(place.mesh, P())
     return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=place)
-
-
-def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a/b": x} as {"a": {"b": x}}."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    return tree

@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -17,13 +16,12 @@ from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import UserError
 from sgw_jax.data_pipelines.json_files import read_object
 from sgw_jax.run.digests import digests
+from sgw_jax.run.late_echoes import silence_echoes
 from sgw_jax.sharding import path_name
 
 SCORES = "scores.json"  # step -> score, which ranks checkpoints: higher is better; beside them, for it comes later
 SCORE = "score"  # in a checkpoint itself: of runs of before there was such a file
 DIGESTS, SEAL = "digests", "sha256"  # beside the metadata: of every array, and of all that
-# What TensorStore's threads meet where the main thread has given up waiting for them.
-CALLED_LATE = ("Event loop is closed", "cannot schedule new futures after shutdown")
 PATTERN = re.compile(r"[*?[]")  # Orbax's glob reads these in a path as a pattern
 
 
@@ -261,20 +259,6 @@ class Checkpoints:
 
     def __exit__(self, kind: object, *error: object) -> None:
         self.close(delete=kind is None)
-
-
-def silence_echoes() -> None:
-    """Leaves unsaid that other reads and writes end too late: Orbax closes its event loop over the first that fails,
-    and for every one that was still under way a trace would be printed."""
-    told = sys.unraisablehook
-    if getattr(told, "__name__", "") == "without_echoes":
-        return
-
-    def without_echoes(found: Any) -> None:
-        if not isinstance(found.exc_value, RuntimeError) or str(found.exc_value) not in CALLED_LATE:
-            told(found)
-
-    sys.unraisablehook = without_echoes
 
 
 def check_path(directory: Path) -> None:

@@ -68,8 +68,8 @@ def open_run(workdir: Path | str, which: str | int = "best", kinds: dict[str, ty
         raise InputError(f"checkpoint {which!r}: it must be 'best' or 'last', or a step.")
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(Path(workdir) / CHECKPOINTS, read_only=True))
-        step = which if isinstance(which, int) else None
-        step = step or (checkpoints.best_step if which == "best" else None) or checkpoints.latest_step
+        best = checkpoints.best_step if which == "best" else None
+        step = which if isinstance(which, int) else best or checkpoints.latest_step
         if step is None:
             raise CheckpointError(f"{workdir} holds no complete checkpoint; training has not saved one yet.")
         metadata = checkpoints.metadata(step)
