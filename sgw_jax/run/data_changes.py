@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sgw_jax.data_pipelines.atomic import write_atomically
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.json_files import file_bytes
 from sgw_jax.experiment.data_sets import SPLITS
 from sgw_jax.experiment.experiment import Data, differences
@@ -72,10 +73,11 @@ def record_change(workdir: Path, lines: list[str]) -> None:
     """Notes in the run what changed, and when it was gone on with."""
     path = workdir / CHANGES
     try:
-        records = json.loads(file_bytes(path))
-    except (OSError, ValueError):
-        records = []
-    records = records if isinstance(records, list) else []
+        records = [*json.loads(file_bytes(path))] if path.exists() else []
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}, the note of what was accepted before, is damaged ({error}); move it away."
+        ) from error
     records.append({"accepted": datetime.now(UTC).isoformat(timespec="seconds"), "changed": lines})
     write_atomically(path, json.dumps(records, indent=1))
 
