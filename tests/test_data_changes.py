@@ -84,3 +84,18 @@ def test_a_run_that_kept_no_list_says_which_split_changed(root, tmp_path):
     (workdir / FILES).unlink()
     (root / "semseg/train1.png").unlink()
     assert "data.train.digest: " in refused(workdir, experiment(root))
+
+
+def test_keys_that_were_none_when_a_run_began_had_their_defaults(root, tmp_path):
+    workdir, now = tmp_path / "run", experiment(root)
+    claim(workdir, now)
+    record = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
+    old = {key: value for key, value in record.items() if not key.startswith(("lora.", "backbones.convnext."))}
+    assert len(old) < len(record)
+    (workdir / "run.json").write_text(json.dumps(old), encoding="utf-8")
+    assert check_workdir(workdir, now) == []
+    assert "lora.rank: None there, 4 now" in refused(workdir, experiment(root, "lora.rank=4"))
+    (workdir / "run.json").write_text(
+        json.dumps({k: v for k, v in record.items() if k != "data.fit"}), encoding="utf-8"
+    )
+    assert "data.fit: 'pad' there, 'resize' now" in refused(workdir, now)

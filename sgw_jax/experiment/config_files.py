@@ -68,7 +68,7 @@ def with_overrides(config: ConfigDict, overrides: Sequence[str], allowed: Sequen
     Raises:
       UsageError: another key (it names those allowed), a value of another type.
     """
-    base = _base()  # knows the types, which JSON does not
+    base = base_config()  # knows the types, which JSON does not
     config = copy.deepcopy(config).unlock()
     for key, text in map(_key_and_text, overrides):
         if not among(key, allowed) or key not in _leaves(base):
@@ -146,14 +146,15 @@ def _load(argument: str) -> ConfigDict:
         )
     if isinstance(config, FrozenConfigDict):
         config = config.as_configdict()
-    missing = [key for key in _leaves(_base()) if key not in _leaves(config)]
+    missing = [key for key in _leaves(base_config()) if key not in _leaves(config)]
     if missing:
         some = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise UsageError(f"--config={argument}: {path} lacks the keys {some}; start from base.get_config().")
     return config
 
 
-def _base() -> ConfigDict:
+def base_config() -> ConfigDict:
+    """configs/base.py as it stands: every key with its default."""
     return importlib.import_module("sgw_jax.configs.base").get_config()
 
 
@@ -207,7 +208,7 @@ def _owner(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
 def _holder(key: str, config: ConfigDict) -> Any:
     """The key's value, or the reference to it that says that it may be None (`optional` in configs/base.py), which a
     configuration may have lost on the way."""
-    base, held = _base(), _held(config, key)
+    base, held = base_config(), _held(config, key)
     known = _held(base, key) if key in _leaves(base) else held
     if isinstance(known, FieldReference) and not isinstance(held, FieldReference):
         known.set(held, type_safe=False)

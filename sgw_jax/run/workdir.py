@@ -18,7 +18,8 @@ from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import FileError, UserError
 from sgw_jax.data_pipelines.json_files import read_object
 from sgw_jax.data_pipelines.paths import obstacle
-from sgw_jax.experiment.experiment import BEFORE_FIT, Experiment, differences
+from sgw_jax.experiment.config_files import base_config
+from sgw_jax.experiment.experiment import BEFORE_FIT, Experiment, differences, flatten
 from sgw_jax.run.checkpoints import check_path
 from sgw_jax.run.data_changes import CHANGES, changed_data, changed_files, keep_files, record_change
 from sgw_jax.sharding import from_all_processes
@@ -89,6 +90,7 @@ def check_workdir(workdir: Path, experiment: Experiment, accept_changed_data: bo
     if not steps and not any(workdir.glob("results*.json")):
         return []
     now = json.loads(json.dumps(experiment.identity()))
+    there = _completed(there, now)
     lines, changes = list(differences(there, {**now, "steps": there.get("steps")})), []
     in_data = changed_data(there, now)
     if in_data and len(lines) == len(in_data):
@@ -132,8 +134,13 @@ def _record(workdir: Path) -> dict[str, Any] | None:
     path = workdir / IDENTITY
     if not path.exists():
         return None
-    found = read_object(path, "Use another --workdir.", WorkdirError)
-    return {"data.fit": BEFORE_FIT, **found}
+    return read_object(path, "Use another --workdir.", WorkdirError)
+
+
+def _completed(there: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A run's record with the keys that were none when it began: it did what their defaults say, or `BEFORE_FIT`."""
+    before = {**flatten(base_config().to_dict()), "data.fit": BEFORE_FIT}
+    return {**{key: before[key] for key in now if key in before}, **there}
 
 
 def _holds(path: Path) -> bool:
