@@ -1,6 +1,5 @@
 """Models of the hub by model_type: config.json -> (module, usual normalisation, tensors -> parameters)."""
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +10,8 @@ from sgw_jax.backbones.convnext import EPSILON as CONVNEXT_EPSILON
 from sgw_jax.backbones.convnext import WINDOW, ConvNeXt
 from sgw_jax.backbones.dinov3 import EPSILON as DINOV3_EPSILON
 from sgw_jax.backbones.dinov3 import THETA
+from sgw_jax.backbones.hub_fields import approximate, number, positive, refuse, stages, switch
+from sgw_jax.backbones.hub_sizes import PATCHES
 from sgw_jax.backbones.swin import EPSILON as SWIN_EPSILON
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.tensors import PretrainedError, Tensors, stacked
@@ -19,44 +20,40 @@ from sgw_jax.data_pipelines.errors import InputError
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and standard deviation of the channels, of 0..1
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-PATCHES = "embeddings.patch_embeddings.projection"
-LARGEST = 2**20  # of any number of config.json, far beyond every model
-Depths = dict[str, tuple[str, int]]  # key of config.json -> (pattern of its layers' names, their number)
-Sizes = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> (key of config.json that its shape tells of, shape)
 
 
 def vit_family(where: str, config: Mapping[str, Any], names: set[str]) -> tuple[nn.Module, Any, Callable]:
-    _refuse(where, config, {"num_channels": 3, "qkv_bias": True})
+    refuse(where, config, {"num_channels": 3, "qkv_bias": True})
     dinov2 = config["model_type"] != "vit"
     if dinov2:
-        ratio, gated = _positive(where, config, "mlp_ratio", 4), _switch(where, config, "use_swiglu_ffn")
+        ratio, gated = positive(where, config, "mlp_ratio", 4), switch(where, config, "use_swiglu_ffn")
         if gated:  # two thirds of the plain MLP's hidden units, in multiples of 8
-            width = _number(where, config, "hidden_size")
+            width = number(where, config, "hidden_size")
             ratio = (int(int(width * ratio) * 2 / 3) + 7) // 8 * 8 / width
         special: dict[str, Any] = {"mlp_ratio": ratio, "gated": gated, "layer_scale": 1.0}
     else:
-        special = {"mlp_ratio": _number(where, config, "intermediate_size") / _number(where, config, "hidden_size")}
+        special = {"mlp_ratio": number(where, config, "intermediate_size") / number(where, config, "hidden_size")}
     if config["model_type"] == "dinov2_with_registers":
-        special |= {"registers": _number(where, config, "num_register_tokens"), "antialias": True}
-    size = _number(where, config, "image_size")
+        special |= {"registers": number(where, config, "num_register_tokens"), "antialias": True}
+    size = number(where, config, "image_size")
     module = ViT(
         **_common(where, config),
         **special,
         image_size=(size, size),
-        approximate_gelu=_approximate(where, config),
-        epsilon=_positive(where, config, "layer_norm_eps", 1e-6 if dinov2 else 1e-12),
+        approximate_gelu=approximate(where, config),
+        epsilon=positive(where, config, "layer_norm_eps", 1e-6 if dinov2 else 1e-12),
     )
     return module, IMAGENET if dinov2 else HALF, lambda take: _vit_params(take, module)
 
 
 def _common(where: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """What all ViTs have in common."""
-    width, heads = _number(where, config, "hidden_size"), _number(where, config, "num_attention_heads")
+    width, heads = number(where, config, "hidden_size"), number(where, config, "num_attention_heads")
     if width % heads:
         raise PretrainedError(f"{where}: hidden_size {width} does not divide into num_attention_heads = {heads}.")
-    depth = _number(where, config, "num_hidden_layers")
+    depth = number(where, config, "num_hidden_layers")
     return {
-        "patch_size": _number(where, config, "patch_size"),
+        "patch_size": number(where, config, "patch_size"),
         "width": width,
         "depth": depth,
         "num_heads": heads,
@@ -115,23 +112,23 @@ def _gated_mlp(take: "Tensors", at: str, width: int, hidden: int) -> dict[str, A
 
 
 def dinov3_family(where: str, config: Mapping[str, Any], names: set[str]) -> tuple[nn.Module, Any, Callable]:
-    _refuse(where, config, {"num_channels": 3, "key_bias": False, "proj_bias": True, "mlp_bias": True})
-    biased = _switch(where, config, "query_bias", True)
-    _refuse(where, config, {"value_bias": biased})
-    gated = _switch(where, config, "use_gated_mlp")
+    refuse(where, config, {"num_channels": 3, "key_bias": False, "proj_bias": True, "mlp_bias": True})
+    biased = switch(where, config, "query_bias", True)
+    refuse(where, config, {"value_bias": biased})
+    gated = switch(where, config, "use_gated_mlp")
     if gated:
-        _refuse(where, config, {"hidden_act": "silu"})
+        refuse(where, config, {"hidden_act": "silu"})
     common = _common(where, config)
     if common["width"] // common["num_heads"] % 4:
         raise PretrainedError(f"{where}: the width of a head, hidden_size / num_attention_heads, must divide by 4.")
     module = ViT(
         **common,
-        mlp_ratio=_number(where, config, "intermediate_size") / common["width"],
+        mlp_ratio=number(where, config, "intermediate_size") / common["width"],
         layer_scale=1.0,
-        approximate_gelu=not gated and _approximate(where, config),
-        epsilon=_positive(where, config, "layer_norm_eps", DINOV3_EPSILON),
-        rope_theta=_positive(where, config, "rope_theta", THETA),
-        registers=_number(where, config, "num_register_tokens"),
+        approximate_gelu=not gated and approximate(where, config),
+        epsilon=positive(where, config, "layer_norm_eps", DINOV3_EPSILON),
+        rope_theta=positive(where, config, "rope_theta", THETA),
+        registers=number(where, config, "num_register_tokens"),
         gated=gated,
         qkv_bias="query_value" if biased else "none",
     )
@@ -173,15 +170,15 @@ def _dinov3_params(take: "Tensors", module: ViT) -> dict[str, Any]:
 
 def swin_family(where: str, config: Mapping[str, Any], names: set[str]) -> tuple[nn.Module, Any, Callable]:
     needed = {"num_channels": 3, "qkv_bias": True, "use_absolute_embeddings": False, "patch_size": 4}
-    _refuse(where, config, {**needed, "layer_norm_eps": SWIN_EPSILON})
-    if _approximate(where, config):
+    refuse(where, config, {**needed, "layer_norm_eps": SWIN_EPSILON})
+    if approximate(where, config):
         raise PretrainedError(f"{where}: hidden_act is {config['hidden_act']!r}; a Swin must have 'gelu'.")
     module = Swin(
-        width=_number(where, config, "embed_dim"),
-        depths=_stages(where, config, "depths"),
-        num_heads=_stages(where, config, "num_heads"),
-        window_size=_number(where, config, "window_size"),
-        mlp_ratio=_positive(where, config, "mlp_ratio", 4.0),
+        width=number(where, config, "embed_dim"),
+        depths=stages(where, config, "depths"),
+        num_heads=stages(where, config, "num_heads"),
+        window_size=number(where, config, "window_size"),
+        mlp_ratio=positive(where, config, "mlp_ratio", 4.0),
         output_norms=any(name.startswith("hidden_states_norms.") for name in names),
     )
     try:
@@ -234,8 +231,8 @@ def _swin_params(take: "Tensors", module: Swin) -> dict[str, Any]:
 
 
 def convnext_family(where: str, config: Mapping[str, Any], names: set[str]) -> tuple[nn.Module, Any, Callable]:
-    _refuse(where, config, {"num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": CONVNEXT_EPSILON})
-    widths, depths = _stages(where, config, "hidden_sizes"), _stages(where, config, "depths")
+    refuse(where, config, {"num_channels": 3, "hidden_act": "gelu", "layer_norm_eps": CONVNEXT_EPSILON})
+    widths, depths = stages(where, config, "hidden_sizes"), stages(where, config, "depths")
     if len(depths) != 4 or widths != tuple(widths[0] << stage for stage in range(4)):
         raise PretrainedError(
             f"{where}: hidden_sizes {list(widths)} and depths {list(depths)} must be of four stages, each twice as "
@@ -274,85 +271,6 @@ def _convnext_params(take: "Tensors", module: ConvNeXt) -> dict[str, Any]:
     return params
 
 
-def check_sizes(where: str, module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises where a size that config.json gives is not that of the file's tensors.
-
-    What is made afterwards is then no larger than the file, whatever config.json says.
-
-    Args:
-      where: config.json, for messages.
-      shapes: of the file's tensors, by their bare names.
-    """
-    depths, sizes = _sizes(module)
-    wrong = []
-    for key, (blocks, depth) in depths.items():
-        there = {found[1] for name in shapes if (found := re.match(blocks, name))}
-        if len(there) != depth:
-            wrong.append(f"{key} is {depth}, but the file has {len(there)} layers")
-    for name, (key, shape) in sizes.items():
-        if name not in shapes:
-            wrong.append(f"{name} is missing")
-        elif shapes[name] != shape:
-            wrong.append(f"by {key} {name} is {shape}, but in the file it is {shapes[name]}")
-    if wrong:
-        raise PretrainedError(f"{where} is not of the model that lies beside it: {'; '.join(wrong)}. Fetch both again.")
-
-
-def _sizes(module: Any) -> tuple[Depths, Sizes]:
-    if isinstance(module, Swin):
-        return _swin_sizes(module)
-    if isinstance(module, ConvNeXt):
-        return _convnext_sizes(module)
-    return _vit_sizes(module) if module.rope_theta is None else _dinov3_sizes(module)
-
-
-def _vit_sizes(module: ViT) -> tuple[Depths, Sizes]:
-    width, patch, hidden = module.width, module.patch_size, hidden_width(module.width, module.mlp_ratio)
-    rows, columns = (size // patch for size in module.image_size)
-    first, key = ("intermediate.dense", "intermediate_size") if module.layer_scale is None else ("mlp.fc1", "mlp_ratio")
-    if module.gated:
-        first, hidden = "mlp.weights_in", 2 * hidden
-    sizes: Sizes = {
-        "embeddings.cls_token": ("hidden_size", (1, 1, width)),
-        f"{PATCHES}.weight": ("patch_size", (width, 3, patch, patch)),
-        "embeddings.position_embeddings": ("image_size", (1, 1 + rows * columns, width)),
-        f"encoder.layer.0.{first}.weight": (key, (hidden, width)),
-    }
-    if module.registers:
-        sizes["embeddings.register_tokens"] = ("num_register_tokens", (1, module.registers, width))
-    return {"num_hidden_layers": (r"encoder\.layer\.(\d+)\.", module.depth)}, sizes
-
-
-def _dinov3_sizes(module: ViT) -> tuple[Depths, Sizes]:
-    width, patch, hidden = module.width, module.patch_size, hidden_width(module.width, module.mlp_ratio)
-    return {"num_hidden_layers": (r"layer\.(\d+)\.", module.depth)}, {
-        "embeddings.cls_token": ("hidden_size", (1, 1, width)),
-        "embeddings.patch_embeddings.weight": ("patch_size", (width, 3, patch, patch)),
-        "embeddings.register_tokens": ("num_register_tokens", (1, module.registers, width)),
-        "layer.0.mlp.up_proj.weight": ("intermediate_size", (hidden, width)),
-    }
-
-
-def _convnext_sizes(module: ConvNeXt) -> tuple[Depths, Sizes]:
-    depths = {
-        f"depths[{stage}]": (rf"stages\.{stage}\.layers\.(\d+)\.", depth) for stage, depth in enumerate(module.depths)
-    }
-    return depths, {"stages.0.downsample_layers.0.weight": ("hidden_sizes", (module.width, 3, 4, 4))}
-
-
-def _swin_sizes(module: Swin) -> tuple[Depths, Sizes]:
-    depths: Depths = {}
-    sizes: Sizes = {f"{PATCHES}.weight": ("embed_dim", (module.width, 3, 4, 4))}
-    offsets = (2 * module.window_size - 1) ** 2
-    for stage, depth in enumerate(module.depths):
-        width, at = module.width << stage, f"encoder.layers.{stage}.blocks.0."
-        depths[f"depths[{stage}]"] = (rf"encoder\.layers\.{stage}\.blocks\.(\d+)\.", depth)
-        table = ("window_size and num_heads", (offsets, module.num_heads[stage]))
-        sizes[f"{at}attention.self.relative_position_bias_table"] = table
-        sizes[f"{at}intermediate.dense.weight"] = ("mlp_ratio", (int(width * module.mlp_ratio), width))
-    return depths, sizes
-
-
 FAMILIES: dict[str, Callable[..., tuple[nn.Module, Any, Callable]]] = {
     "swin": swin_family,
     "vit": vit_family,
@@ -361,53 +279,3 @@ FAMILIES: dict[str, Callable[..., tuple[nn.Module, Any, Callable]]] = {
     "dinov3_vit": dinov3_family,
     "dinov3_convnext": convnext_family,
 }
-
-
-def _number(where: str, config: Mapping[str, Any], key: str) -> int:
-    value: Any = config.get(key)
-    if isinstance(value, list) and value and all(item == value[0] for item in value):
-        value = value[0]
-    if not _whole(value):
-        raise PretrainedError(f"{where}: {key} is {value!r}; it must be a positive whole number, at most {LARGEST}.")
-    return value
-
-
-def _stages(where: str, config: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    value = config.get(key)
-    if not isinstance(value, list) or not all(map(_whole, value)):
-        raise PretrainedError(
-            f"{where}: {key} is {value!r}; it must be a list of positive whole numbers, at most {LARGEST}."
-        )
-    return tuple(value)
-
-
-def _positive(where: str, config: Mapping[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= LARGEST:
-        raise PretrainedError(f"{where}: {key} is {value!r}; it must be a positive number, at most {LARGEST}.")
-    return value
-
-
-def _switch(where: str, config: Mapping[str, Any], key: str, default: bool = False) -> bool:
-    value = config.get(key, default)
-    if not isinstance(value, bool):
-        raise PretrainedError(f"{where}: {key} is {value!r}; it must be true or false.")
-    return value
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
-
-
-def _refuse(where: str, config: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
-    for key, value in needed.items():
-        if config.get(key, value) != value:
-            raise PretrainedError(f"{where}: {key} is {config[key]!r}; only {value!r} is supported.")
-
-
-def _approximate(where: str, config: Mapping[str, Any]) -> bool:
-    kinds = {"gelu": False, "gelu_new": True, "gelu_pytorch_tanh": True}
-    name = config.get("hidden_act", "gelu")
-    if name not in list(kinds):  # in a file it may be anything, and not hashable
-        raise PretrainedError(f"{where}: hidden_act is {name!r}; it must be one of {list(kinds)}.")
-    return kinds[name]

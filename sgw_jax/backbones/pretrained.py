@@ -15,7 +15,8 @@ from etils import epath
 from sgw_jax.backbones.augreg import read_augreg
 from sgw_jax.backbones.convnext import ConvNeXt
 from sgw_jax.backbones.files import read_bytes, read_json, read_shapes, read_tensors, tensor_files
-from sgw_jax.backbones.hub import FAMILIES, HALF, check_sizes
+from sgw_jax.backbones.hub import FAMILIES, HALF
+from sgw_jax.backbones.hub_sizes import check_sizes
 from sgw_jax.backbones.preprocessor import normalisation
 from sgw_jax.backbones.swin import Swin
 from sgw_jax.backbones.tensors import PretrainedError, Tensors
