@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from sgw_jax.data_pipelines.errors import InputError, UserError
+from sgw_jax.data_pipelines.paths import irregular
 
 
 def file_bytes(path: Path) -> bytes:
     """The bytes of a regular file; an OSError for all else: a pipe would wait for a writer for ever."""
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    if found := irregular(path):
+        raise OSError(errno.EINVAL, f"it is {found}, no regular file", str(path))
     return path.read_bytes()
 
 

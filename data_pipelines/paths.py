@@ -3,11 +3,13 @@
 import argparse
 import os
 import re
+import stat
 import tempfile
 from pathlib import Path
 
 from sgw_jax.data_pipelines.errors import InputError
 
+NOT_REGULAR = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}  # else a device
 VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
 
 
@@ -38,6 +40,16 @@ def user_path(text: str) -> str:
         if name.strip("{}") not in os.environ:
             raise PathError(f"{text}: the variable ${name} is not set")
     return os.path.expandvars(path)
+
+
+def irregular(path: Path) -> str | None:
+    """What is there, if it is something else than a regular file: opening a pipe would wait for a writer for ever.
+
+    Raises:
+      OSError: there is nothing.
+    """
+    mode = path.stat().st_mode
+    return None if stat.S_ISREG(mode) else NOT_REGULAR.get(stat.S_IFMT(mode), "a device")
 
 
 def obstacle(path: Path) -> str | None:

@@ -7,7 +7,6 @@ A reader takes a path and returns an array in a source's encoding (data_pipeline
 import codecs
 import hashlib
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -18,13 +17,13 @@ import numpy as np
 from PIL import Image
 
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.paths import irregular
 
 Contents = TypeVar("Contents")
 
 IGNORE = 255  # of labels
 MILLIMETRES_PER_METRE = 1000
 SHORTEST_VECTOR = 0.5
-NOT_REGULAR = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}  # else a device
 ARCHIVE_SPLITS = {"train": "train", "validation": "val"}  # our names of splits -> those of the published archives
 
 
@@ -51,9 +50,8 @@ def read(path: Path, what: str, reader: Callable[[Path], Contents]) -> Contents:
 
 def require_regular(path: Path) -> None:
     """Raises for a directory, a pipe or another thing that is no file of bytes: opening a pipe would wait for ever."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        raise WrongFileError(NOT_REGULAR.get(stat.S_IFMT(mode), "a device"), "a regular file")
+    if found := irregular(path):
+        raise WrongFileError(found, "a regular file")
 
 
 # --- lists of files

@@ -179,7 +179,7 @@ SCALARISER = '''def yours_mean(num_tasks: int) -> Scalarizer:
 
 '''
 # Recipe -> (files it adds, lines it puts into others: file -> pairs of a line and the text before which it goes).
-BASE = "configs/base.py"
+BASE, KEYS = "configs/base.py", "sgw_jax/experiment/keys.py"
 RECIPES = {
     "task": (
         {"sgw_jax/tasks/yours.py": TASK},
@@ -189,6 +189,7 @@ RECIPES = {
                 ('    "yours": Yours,\n', '    "semseg": SemSeg,\n'),
             ],
             BASE: [('                "yours": 2.0,\n', '                "semseg": 1.0,\n')],
+            KEYS: [('"yours", ', '"semseg", "depth", "normals"')],
         },
     ),
     "data set": (
@@ -211,6 +212,7 @@ RECIPES = {
                 ('"yours": yours, ', '"vit": vit'),
             ],
             BASE: [('                "yours": {"width": 8},\n', '                "vit": {\n')],
+            KEYS: [('        "yours": {"width": WIDTH},\n', '        "vit": {\n')],
         },
     ),
     "interaction": (
@@ -220,7 +222,8 @@ RECIPES = {
                 ("from sgw_jax.interactions.yours import Yours\n", "\n# sKEM"),
                 ('    "yours": Yours,\n', '    "none": NoInteraction,\n'),
             ],
-            BASE: [('                "yours": {"scale": 1.0},\n', '                "none": {"mlp_width"')],
+            BASE: [('                "yours": {"scale": 1.0},\n', '                "none": {\n')],
+            KEYS: [('        "yours": {"scale": POSITIVE},\n', '        "none": {"mlp_width"')],
         },
     ),
     "aggregator": (
@@ -235,6 +238,7 @@ RECIPES = {
                 ('    "yours_mean": yours_mean,\n', '    "equal": equal,\n'),
             ],
             BASE: [('                "yours": {"scale": 1.0},\n', '                "uncertainty": {')],
+            KEYS: [('        "yours": {"scale": POSITIVE},\n', '        "uncertainty": {')],
         },
     ),
     "mesh": (

@@ -31,14 +31,9 @@ class DataError(InputError):
     """The data cannot be right; the message lists all that was found."""
 
 
-def errors_in(findings: Iterable[Finding]) -> list[Finding]:
-    """Those that stop."""
-    return [finding for finding in findings if finding.error]
-
-
 def raise_errors(findings: Iterable[Finding]) -> None:
     """Raises one DataError for all the errors among the findings."""
-    errors = [str(finding) for finding in errors_in(findings)]
+    errors = [str(finding) for finding in findings if finding.error]
     if errors:
         more = [f"and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
         lines = errors if len(errors) == 1 else ["the data has errors:", *errors[:SHOWN], *more]

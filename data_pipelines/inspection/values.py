@@ -22,11 +22,13 @@ POSITIVE = 128  # of a mask's 256 levels: the first that counts as positive
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """What a run wants of a task: how its target is encoded; of labels the classes; whether depth is in metres."""
+    """What a run wants of a task: how its target is encoded; of labels the classes, and what their number is called
+    where it is set; whether depth is in metres."""
 
     target: Target
     class_names: tuple[str, ...] = ()
     metres: bool = False
+    number_key: str = "num_classes"
 
     @property
     def classes(self) -> int:
@@ -158,14 +160,11 @@ def classes_in_range(seen: Seen) -> Iterator[Finding]:
         return
     wrong = [value for value in levels.seen if value >= seen.asked.classes and value != seen.asked.target.fill]
     if wrong:
-        key = {"semseg": "config.data.num_classes", "human_parts": "config.data.num_parts"}.get(
-            seen.task, "num_classes"
-        )
         yield seen.error(
             f"labels of the value {first_few([seen.places(value) for value in wrong])}, but there are "
             f"{seen.asked.classes} classes",
             seen.asked.allowed,
-            f"Correct the labels, or set {key}={max(wrong) + 1} if these are classes."
+            f"Correct the labels, or set {seen.asked.number_key}={max(wrong) + 1} if these are classes."
             if not seen.fixed
             else "Correct the labels: the classes of this data set are fixed.",
             min(int(levels.first[value]) for value in wrong),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.data_pipelines.errors import InputError
@@ -37,16 +38,9 @@ def merged(params: Mapping[str, Any], lora: LoRA) -> dict[str, Any]:
     return {**tree, KERNEL: kernel + (lora.alpha / lora.rank) * product.reshape(kernel.shape)}
 
 
-def factors_of(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def factors_of(params: Mapping[str, Any]) -> dict[str, Any]:
     """LoRA's parameters alone, {"backbone/blocks/mlp/hidden/lora/a": array}."""
-    found: dict[str, Any] = {}
-    for key, value in params.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            found |= factors_of(value, f"{path}/")
-        elif is_lora(path):
-            found[path] = value
-    return found
+    return {path: leaf for path, leaf in flatten_dict(params, sep="/").items() if is_lora(path)}
 
 
 def save_factors(path: Path | str, params: Mapping[str, Any], lora: LoRA) -> None:
@@ -70,19 +64,13 @@ def load_factors(path: Path | str, params: Mapping[str, Any]) -> tuple[dict[str,
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
     except (OSError, safetensors.SafetensorError, KeyError, TypeError) as error:
         raise InputError(f"{path} is no file of LoRA's factors ({error}); `save_factors` writes them.") from error
-    tree = _copied(params)
+    leaves = flatten_dict(params, sep="/")
     for name, value in arrays.items():
-        *parents, lora, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.get(parent, {})
+        *parents, _, last = name.split("/")
+        kernel = leaves.get("/".join([*parents, KERNEL]))
         side = {"a": -2, "b": -1}[last]
         sizes = value.shape[side] * (value.shape[-3] if last == "b" else 1)
-        if KERNEL not in node or node[KERNEL].shape[side] != sizes or node[KERNEL].shape[:-2] != value.shape[:-3]:
+        if kernel is None or kernel.shape[side] != sizes or kernel.shape[:-2] != value.shape[:-3]:
             raise InputError(f"{path}: {name} of shape {value.shape} fits no kernel of this network.")
-        node.setdefault(lora, {})[last] = value
-    return tree, LoRA(**{**described, "targets": tuple(described["targets"])})
-
-
-def _copied(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copied(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+        leaves[name] = value
+    return unflatten_dict(leaves, sep="/"), LoRA(**{**described, "targets": tuple(described["targets"])})

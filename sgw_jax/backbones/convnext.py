@@ -14,7 +14,7 @@ from sgw_jax.layers.mlp import MLP
 from sgw_jax.layers.patch_embed import PatchEmbed
 from sgw_jax.layers.remat import rematerialised
 from sgw_jax.layers.resize import pad_to_multiple
-from sgw_jax.layers.stack import check_frozen, drop_rates, scan_blocks
+from sgw_jax.layers.stack import check_frozen, drop_rates, frozen_of, scan_blocks
 from sgw_jax.sharding import constrain_activations
 
 EPSILON = 1e-6  # of every layer norm, as in the paper's code
@@ -117,7 +117,7 @@ class ConvNeXt(nn.Module):
                 grid = constrain_activations(Downsample(pad, dtype=self.dtype, name=f"downsample{stage}")(grid))
             first, depth = sum(self.depths[:stage]), self.depths[stage]
             block = rematerialised(ConvNeXtBlock, self.remat)(dropping, dtype=self.dtype, name=f"stage{stage + 1}")
-            frozen = min(max(self.frozen_layers - first, 0), depth)
+            frozen = frozen_of(self.frozen_layers, first, depth)
             grid, _ = scan_blocks(block, grid, rates[first : first + depth], length=depth, frozen=frozen)
             maps[stride] = self._normed(stage, grid)
         return maps

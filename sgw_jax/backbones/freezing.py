@@ -3,11 +3,10 @@
 import dataclasses
 from typing import Any
 
-import jax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array
 
 from sgw_jax.layers.parameter_names import in_backbone, is_added, is_lora, layers_of, stage_depths
-from sgw_jax.sharding import path_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +26,15 @@ class Freezing:
     pretrained: bool = False
 
     def __call__(self, params: Any) -> Any:
-        leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+        leaves = flatten_dict(params, sep="/")
         inside = ((in_backbone(path), leaf.shape) for path, leaf in leaves.items())
         depths = stage_depths({path: shape for path, shape in inside if path is not None})
-        return _pruned(params, {path: self._frozen(path, leaf, depths) for path, leaf in leaves.items()})
+        learning = {}
+        for path, leaf in leaves.items():
+            rows = self._frozen(path, leaf, depths)
+            if rows is not True:
+                learning[path] = leaf[int(rows) :] if rows else leaf
+        return unflatten_dict(learning, sep="/")
 
     def _frozen(self, path: str, leaf: Array, depths: dict[int, int]) -> int | bool:
         """How many of the leaf's first rows are frozen; True for all of it."""
@@ -44,16 +48,3 @@ class Freezing:
             return self.layers > 0 and layers <= self.layers
         rows = sum(layer <= self.layers for layer in layers)
         return True if rows == leaf.shape[0] else rows
-
-
-def _pruned(tree: Any, frozen: dict[str, int | bool], prefix: str = "") -> dict[str, Any]:
-    kept: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if not hasattr(value, "items"):
-            rows = frozen[path]
-            if rows is not True:
-                kept[key] = value[int(rows) :] if rows else value
-        elif below := _pruned(value, frozen, f"{path}/"):
-            kept[key] = below
-    return kept

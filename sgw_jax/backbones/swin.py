@@ -12,7 +12,7 @@ from sgw_jax.layers.mlp import MLP
 from sgw_jax.layers.patch_embed import PatchEmbed
 from sgw_jax.layers.remat import rematerialised
 from sgw_jax.layers.resize import pad_to_multiple
-from sgw_jax.layers.stack import check_frozen, drop_rates, scan_blocks
+from sgw_jax.layers.stack import check_frozen, drop_rates, frozen_of, scan_blocks
 from sgw_jax.layers.window_attention import WindowAttention
 from sgw_jax.sharding import constrain_activations
 
@@ -179,7 +179,7 @@ class Swin(nn.Module):
                 dtype=self.dtype,
                 name=f"stage{stage + 1}",
             )
-            own, frozen = rates[first : first + depth].reshape(-1, 2), min(max(self.frozen_layers - first, 0), depth)
+            own, frozen = rates[first : first + depth].reshape(-1, 2), frozen_of(self.frozen_layers, first, depth)
             grid, _ = scan_blocks(pairs, grid, own, length=depth // 2, frozen=frozen // 2)
             normed = self._norm(f"norm_stage{stage + 1}")(grid) if self.output_norms else grid
             maps[stride] = constrain_activations(normed)

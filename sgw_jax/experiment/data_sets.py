@@ -101,13 +101,17 @@ class RenderedScenes(DataSet):
         }
 
 
+# Task -> the key of config.data that says how many classes a user's own labels have.
+CLASS_KEYS = {"semseg": "num_classes", "human_parts": "num_parts"}
+
+
 class OwnFolder(DataSet):
     """A user's own files, with the splits that lists of images name."""
 
     fixed_classes = False
 
     def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
-        return {"semseg": {"num_classes": data.num_classes}, "human_parts": {"num_classes": data.num_parts}}
+        return {task: {"num_classes": data[key]} for task, key in CLASS_KEYS.items()}
 
     def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
         root = _root(config)

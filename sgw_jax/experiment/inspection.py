@@ -13,7 +13,7 @@ from sgw_jax.data_pipelines.inspection.findings import raise_errors
 from sgw_jax.data_pipelines.inspection.look import Inspection, look
 from sgw_jax.data_pipelines.inspection.values import Asked
 from sgw_jax.data_pipelines.transforms import Target
-from sgw_jax.experiment.data_sets import DATA_SETS
+from sgw_jax.experiment.data_sets import CLASS_KEYS, DATA_SETS
 from sgw_jax.experiment.experiment import Data
 from sgw_jax.tasks.base import Task
 
@@ -95,4 +95,5 @@ def inspect(subject: Look, console: Console, *, again: bool = False) -> Look | N
 def asked_of(task: Task) -> Asked:
     """What a task wants of its labels."""
     metres = task.target["kind"] == "depth" and getattr(task, "quantity", "depth") == "depth"
-    return Asked(Target(**task.target), tuple(getattr(task, "class_names", ())), metres)
+    key = f"config.data.{CLASS_KEYS[task.name]}" if task.name in CLASS_KEYS else "num_classes"
+    return Asked(Target(**task.target), tuple(getattr(task, "class_names", ())), metres, key)

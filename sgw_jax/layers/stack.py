@@ -49,6 +49,11 @@ def drop_rates(last: float, length: int, frozen: int = 0) -> Float[Array, " leng
     return jnp.where(jnp.arange(length) < frozen, 0.0, jnp.linspace(0.0, last, length))
 
 
+def frozen_of(frozen: int, first: int, length: int) -> int:
+    """How many of a backbone's ``frozen`` lowest blocks lie in a stack of ``length`` that begins at block ``first``."""
+    return min(max(frozen - first, 0), length)
+
+
 def check_frozen(kind: str, frozen: int, length: int, unit: int = 1) -> None:
     """Raises a ValueError unless so many of a backbone's ``length`` blocks can be frozen: multiples of ``unit``."""
     if not 0 <= frozen <= length or frozen % unit:

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image
 from rich.console import Console
 
 from sgw_jax.data_pipelines import atomic
+from sgw_jax.data_pipelines.consoles import messages
 from sgw_jax.data_pipelines.errors import InputError, MissingFileError, files_named
 from sgw_jax.data_pipelines.progress import counted
 from sgw_jax.data_pipelines.readers import WrongFileError, first_few, read
@@ -114,10 +115,10 @@ def predict_files(
         markup=False,
     )
     if bad:
-        errors = Console(stderr=True, quiet=console.quiet, highlight=False)
+        errors = messages(quiet=console.quiet)
         errors.print(f"{len(bad)} of {len(bad) + total} images were left out, for they cannot be read:", soft_wrap=True)
         for reason in bad.values():
-            errors.print(f"  {reason}", soft_wrap=True, markup=False)
+            errors.print(f"  {reason}", soft_wrap=True)
     return written
 
 

@@ -7,6 +7,14 @@ from typing import Any
 CALLED_LATE = ("Event loop is closed", "cannot schedule new futures after shutdown")
 
 
+def is_echo(error: BaseException | None) -> bool:
+    """Whether only the end of another read or write is said: its loop was closed, or its coroutine dropped unfinished
+    (GeneratorExit), which Orbax words as an error of its own."""
+    if isinstance(error, RuntimeError):
+        return str(error) in CALLED_LATE
+    return error is not None and isinstance(error.__cause__, GeneratorExit)
+
+
 def silence_echoes() -> None:
     """Leaves unsaid that other reads and writes end too late: Orbax closes its event loop over the first that fails,
     and for every one that was still under way a trace would be printed."""
@@ -15,7 +23,7 @@ def silence_echoes() -> None:
         return
 
     def without_echoes(found: Any) -> None:
-        if not isinstance(found.exc_value, RuntimeError) or str(found.exc_value) not in CALLED_LATE:
+        if not is_echo(found.exc_value):
             told(found)
 
     sys.unraisablehook = without_echoes
