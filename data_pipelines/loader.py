@@ -58,7 +58,7 @@ class UnreadableExampleError(ExampleError, UserError):
     """The example's files or their contents are at fault, not the program that reads them."""
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     """The order of the items in an epoch: int64 (length,), read-only, a pure function of its arguments.
 
@@ -232,7 +232,7 @@ def train_batches(
     if not 0 <= start_step <= num_steps:
         raise InputError(f"start_step is {start_step} and num_steps {num_steps}; allowed: 0 <= start_step <= num_steps")
     rows = Rows(batch_size, process_index, process_count)
-    stream = Stream(source, dict(targets), augmentation, int(seed))
+    stream = stream_of(source, targets, augmentation, int(seed))
     dataset = (
         grain.MapDataset.range(start_step * rows.block, num_steps * rows.block)
         .map(rows.n)
@@ -240,6 +240,13 @@ def train_batches(
         .batch(rows.block)
     )
     return batches_over(dataset, num_steps - start_step, num_workers, num_threads, prefetch)
+
+
+def stream_of(source: Any, targets: Mapping[str, Target], augmentation: Augmentation, seed: int) -> Any:
+    """The training examples by their number: the source's own stream where it has one (mixture.py), else a `Stream`."""
+    if hasattr(source, "stream"):
+        return source.stream(dict(targets), augmentation, seed)
+    return Stream(source, dict(targets), augmentation, seed)
 
 
 def check_source(source: Source) -> None:
