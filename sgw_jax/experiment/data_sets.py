@@ -101,8 +101,9 @@ class RenderedScenes(DataSet):
         }
 
 
-# Task -> the key of config.data that says how many classes a user's own labels have.
+# Task -> the keys of config.data that say how many classes a user's own labels have, and their names.
 CLASS_KEYS = {"semseg": "num_classes", "human_parts": "num_parts"}
+NAME_KEYS = {"semseg": "class_names", "human_parts": "part_names"}
 
 
 class OwnFolder(DataSet):
@@ -111,7 +112,7 @@ class OwnFolder(DataSet):
     fixed_classes = False
 
     def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
-        return {task: {"num_classes": data[key]} for task, key in CLASS_KEYS.items()}
+        return {task: {"num_classes": data[key], **_own_names(data, task)} for task, key in CLASS_KEYS.items()}
 
     def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
         root = _root(config)
@@ -135,6 +136,18 @@ def _root(config: ConfigDict) -> Path:
             "(--config.data.root=DIR; docs/datasets.md says what it must hold)."
         )
     return Path(config.data.root)
+
+
+def _own_names(data: ConfigDict, task: str) -> dict[str, Any]:
+    """The names that a user gives the classes of a task; nothing where there are none."""
+    names = tuple(data.get(NAME_KEYS[task], ()))  # no key in checkpoints of earlier releases
+    number = data[CLASS_KEYS[task]]
+    if names and len(names) != number:
+        raise InputError(
+            f"config.data.{NAME_KEYS[task]} are {len(names)} names, {', '.join(names)}; config.data.{CLASS_KEYS[task]} "
+            f"is {number}: give as many, or none."
+        )
+    return {"class_names": names} if names else {}
 
 
 def _classes(names: tuple[str, ...], colours: tuple[tuple[int, int, int], ...] = ()) -> dict[str, Any]:
