@@ -20,7 +20,7 @@ from sgw_jax.data_pipelines.errors import InputError, UserError, files_named
 from sgw_jax.data_pipelines.loader import Source
 from sgw_jax.data_pipelines.mixture import IGNORED, Mixture, Part
 from sgw_jax.data_pipelines.transforms import Target
-from sgw_jax.experiment.data_set import CLASS_KEYS, SPLITS, DataSet
+from sgw_jax.experiment.data_set import CLASS_KEYS, SPLITS, DataSet, own_classes
 from sgw_jax.experiment.ranges import OneOf
 from sgw_jax.tasks import TASKS
 from sgw_jax.tasks.base import kind_of
@@ -48,8 +48,8 @@ class MixedDataSets(DataSet):
                 said = {} if task in part.maps else self._options(part, task)
                 found.setdefault(task, {}).update({field: value for field, value in said.items() if value != ()})
         for task, options in found.items():
-            if kind_of(task) in CLASS_KEYS:  # no source has the run's classes: all are mapped
-                options.setdefault("num_classes", data[CLASS_KEYS[kind_of(task)]])
+            if kind_of(task) in CLASS_KEYS and "num_classes" not in options:  # no source has the run's: all are mapped
+                options.update(own_classes(data, kind_of(task)))
         return found
 
     def _options(self, part: ConfigDict, task: str) -> dict[str, Any]:
