@@ -28,7 +28,9 @@ from sgw_jax.tasks.base import kind_of
 MIXTURE = "mixture"  # the name among DATA_SETS
 SECTION = f"config.data.{MIXTURE}"
 NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a source, and of a head: both are parts of files' names
-OWN_HEAD = "give each a head of its own (a task KIND@LABEL, such as {task}@{source}, in config.tasks and in {key}.tasks)"
+OWN_HEAD = (
+    "give each a head of its own (a task KIND@LABEL, such as {task}@{source}, in config.tasks and in {key}.tasks)"
+)
 
 
 class MixedDataSets(DataSet):
@@ -119,7 +121,7 @@ class MixedDataSets(DataSet):
             number = _fields(kind_of(task), options)["num_classes"]
             if wrong := sorted({class_ for class_ in classes if class_ >= number and class_ != IGNORED}):
                 raise InputError(
-                    f"{key}.maps.{task} leads to the classes {wrong}, but the run's task has {number}, 0..{number - 1}; "
+                    f"{key}.maps.{task} leads to the classes {wrong}, but the run's task has 0..{number - 1}; "
                     f"correct the map, or the number of classes ({_where_from(data, task, givers)})."
                 )
 
