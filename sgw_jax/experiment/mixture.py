@@ -121,7 +121,7 @@ class MixedDataSets(DataSet):
             number = _fields(kind_of(task), options)["num_classes"]
             if wrong := sorted({class_ for class_ in classes if class_ >= number and class_ != IGNORED}):
                 raise InputError(
-                    f"{key}.maps.{task} leads to classes {wrong}, but the run's task has {number}, 0..{number - 1}; "
+                    f"{key}.maps.{task} leads to the classes {wrong}, but the run's task has 0..{number - 1}; "
                     f"correct the map, or the number of classes ({_where_from(data, task, givers)})."
                 )
 
