@@ -121,6 +121,19 @@ def test_classes_of_the_data_sets():
     assert {name: counts[name] for name in expected} == expected
 
 
+def test_a_folder_names_its_classes():
+    semseg, parts = build_tasks(read_config("people:tasks=semseg+human_parts"))
+    assert (semseg.class_names[:3], parts.class_names[-2:]) == (("background", "hair", "skin"), ("feet", "dress"))
+    keys = ["--config.data.source=folder", "--config.data.num_classes=3"]
+    (unnamed,) = build_tasks(read_config("scenes:tasks=semseg", keys))
+    assert unnamed.class_names == ("class 0", "class 1", "class 2")
+    keys.append("--config.data.class_names=road,traffic light,sky")
+    (named,) = build_tasks(read_config("scenes:tasks=semseg", keys))
+    assert named.class_names == ("road", "traffic light", "sky")
+    with pytest.raises(ValueError, match=r"config.data.class_names are 3 names, road, .*config.data.num_classes is 4:"):
+        build_tasks(read_config("scenes:tasks=semseg", [*keys, "--config.data.num_classes=4"]))
+
+
 def test_mtan_knows_its_two_sets():
     with pytest.raises(Exception, match=r"data='kitti'; it must be one of \['cityscapes', 'nyuv2'\]"):
         read_config("mtan:data=kitti")
