@@ -28,7 +28,8 @@ CAST = re.compile(
     r"'(?P<found>[\w.]+)'> and cannot be casted to type <class '(?P<needed>[\w.]+)'>",
     re.DOTALL,
 )
-PATHS = ("data.root", "backbone_weights", "backbone_cache")  # the keys that are
+ROOTS = ("data.root", "data.mixture.*.root")
+PATHS = (*ROOTS, "backbone_weights", "backbone_cache")  # the keys that are
 
 
 class UsageError(InputError):
@@ -71,6 +72,7 @@ def with_overrides(config: ConfigDict, overrides: Sequence[str], allowed: Sequen
       UsageError: another key (it names those allowed), a value of another type.
     """
     base = base_config()  # knows the types, which JSON does not
+    base.data.mixture.update(config.data.get("mixture", {}))  # whose free keys are text
     config = copy.deepcopy(config).unlock()
     for key, text in map(_key_and_text, overrides):
         if not among(key, allowed) or key not in _leaves(base):
@@ -89,7 +91,7 @@ def with_whole_paths(config: ConfigDict) -> ConfigDict:
       InputError: a path that cannot be meant; it names the key.
     """
     config = copy.deepcopy(config)
-    for key in PATHS:
+    for key in (key for key in _leaves(config) if among(key, PATHS)):
         section, name = _owner(config, key)
         if section.get(name):  # no key in checkpoints of earlier releases
             try:
@@ -97,6 +99,12 @@ def with_whole_paths(config: ConfigDict) -> ConfigDict:
             except PathError as error:
                 raise InputError(f"config.{key}={error}.") from error
     return config
+
+
+def data_roots(config: ConfigDict) -> dict[str, str]:
+    """Key -> directory, of the keys that say where the data lie; empty ones left out."""
+    found = {key: _held(config, key) for key in _leaves(config) if among(key, ROOTS)}
+    return {key: root for key, root in found.items() if root}
 
 
 def _key_and_text(override: str) -> tuple[str, str]:

@@ -1,10 +1,9 @@
 """The data sets that a configuration can name: which source reads each, its splits, and what its tasks are there."""
 
-import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -20,33 +19,10 @@ from sgw_jax.data_pipelines.nyud import Nyud
 from sgw_jax.data_pipelines.pascal_context import PascalContext
 from sgw_jax.data_pipelines.prepared import Prepared
 from sgw_jax.data_pipelines.transforms import Target
+from sgw_jax.experiment.data_set import CLASS_KEYS, SPLITS, DataSet, own_classes
+from sgw_jax.experiment.mixture import MixedDataSets
 
-SPLITS = ("train", "validation", "test")
 FORMATS = ("archive", "prepared")
-
-
-class DataSet(abc.ABC):
-    """How a data set enters: what a configuration says is read here, and the source gets plain arguments.
-
-    rendered: whether the items are our own rendering, in which there is nothing to check.
-    fixed_classes: whether the classes are the data set's own, not the user's choice.
-    """
-
-    rendered: ClassVar[bool] = False
-    fixed_classes: ClassVar[bool] = True
-
-    @abc.abstractmethod
-    def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
-        """Task name -> its fields that are not the task's defaults, such as the classes; ``data`` is `config.data`."""
-
-    @abc.abstractmethod
-    def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
-        """The sources by split."""
-
-    def name_findings(self, sources: Mapping[str, Source]) -> Sequence[Finding]:
-        """What is odd about the names of the files, by what the data set's form says."""
-        del sources
-        return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,18 +77,13 @@ class RenderedScenes(DataSet):
         }
 
 
-# Task -> the keys of config.data that say how many classes a user's own labels have, and their names.
-CLASS_KEYS = {"semseg": "num_classes", "human_parts": "num_parts"}
-NAME_KEYS = {"semseg": "class_names", "human_parts": "part_names"}
-
-
 class OwnFolder(DataSet):
     """A user's own files, with the splits that lists of images name."""
 
     fixed_classes = False
 
     def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
-        return {task: {"num_classes": data[key], **_own_names(data, task)} for task, key in CLASS_KEYS.items()}
+        return {task: own_classes(data, task) for task in CLASS_KEYS}
 
     def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
         root = _root(config)
@@ -136,18 +107,6 @@ def _root(config: ConfigDict) -> Path:
             "(--config.data.root=DIR; docs/datasets.md says what it must hold)."
         )
     return Path(config.data.root)
-
-
-def _own_names(data: ConfigDict, task: str) -> dict[str, Any]:
-    """The names that a user gives the classes of a task; nothing where there are none."""
-    names = tuple(data.get(NAME_KEYS[task], ()))  # no key in checkpoints of earlier releases
-    number = data[CLASS_KEYS[task]]
-    if names and len(names) != number:
-        raise InputError(
-            f"config.data.{NAME_KEYS[task]} are {len(names)} names, {', '.join(names)}; config.data.{CLASS_KEYS[task]} "
-            f"is {number}: give as many, or none."
-        )
-    return {"class_names": names} if names else {}
 
 
 def _classes(names: tuple[str, ...], colours: tuple[tuple[int, int, int], ...] = ()) -> dict[str, Any]:
@@ -183,3 +142,4 @@ DATA_SETS: dict[str, DataSet] = {
         MtanCityscapes, {"semseg": {"num_classes": 7}, "depth": {"quantity": "inverse_depth"}}
     ),
 }
+DATA_SETS["mixture"] = MixedDataSets(DATA_SETS)
