@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgw_jax.configs.base import SYSTEMS
+from sgw_jax.configs.base import SYSTEMS, mixture_source
 from sgw_jax.data_pipelines.cityscapes import Cityscapes
 from sgw_jax.experiment.build import build, build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config
@@ -132,6 +132,17 @@ def test_a_folder_names_its_classes():
     assert named.class_names == ("road", "traffic light", "sky")
     with pytest.raises(ValueError, match=r"config.data.class_names are 3 names, road, .*config.data.num_classes is 4:"):
         build_tasks(read_config("scenes:tasks=semseg", [*keys, "--config.data.num_classes=4"]))
+
+
+def test_a_source_of_a_mixture_names_its_own_classes():
+    config = read_config("people:tasks=semseg", ["--config.data.source=mixture"])  # whose 14 names are another's
+    street = mixture_source(num_classes=2, class_names=("road", "sky"))
+    config.data.mixture.street = street
+    (semseg,) = build_tasks(config)
+    assert semseg.class_names == ("road", "sky")
+    config.data.mixture.street = {**street, "num_classes": 3}
+    with pytest.raises(ValueError, match=r"config.data.mixture.street.class_names are 2 names, road, sky; .* is 3:"):
+        build_tasks(config)
 
 
 def test_mtan_knows_its_two_sets():
