@@ -124,6 +124,8 @@ def test_classes_of_the_data_sets():
 def test_a_folder_names_its_classes():
     semseg, parts = build_tasks(read_config("people:tasks=semseg+human_parts"))
     assert (semseg.class_names[:3], parts.class_names[-2:]) == (("background", "hair", "skin"), ("feet", "dress"))
+    assert [task.colours[0] for task in (semseg, parts)] == [(0, 0, 0)] * 2
+    assert len(set(semseg.colours)) == 14
     keys = ["--config.data.source=folder", "--config.data.num_classes=3"]
     (unnamed,) = build_tasks(read_config("scenes:tasks=semseg", keys))
     assert unnamed.class_names == ("class 0", "class 1", "class 2")
