@@ -82,7 +82,7 @@ def test_sources_name_the_task_that_their_depth_is_for():
         assert said == ([quantity] if quantity else []), name
 
 
-@pytest.mark.parametrize("name", DATA_SETS)
+@pytest.mark.parametrize("name", sorted({*DATA_SETS} - {"mixture"}))  # of which test_mixture.py has the contract
 def test_contract_of_a_data_set(name, tmp_path):
     """Its tasks exist and take the options; without its files the error names the key that says where they are."""
     config = read_config("scenes", [f"--config.data.source={name}", "--config.batch_size=8"])

@@ -190,7 +190,7 @@ def build_run(
     keys |= {"keep": 1, **({} if tuning else {"data.lengths.validation": 0}), **options}
     method = [f"--config.{key}={value}" for key, value in keys.items()]
     experiment = build(read_config(arguments.config, [*overrides, *method]), arguments.cache_dir)
-    for source in experiment.data.sources.values():
+    for source in experiment.data.each_source().values():
         prepare = getattr(source, "prepare", None)
         if prepare is not None:  # rendered once, read from then on
             prepare()

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import optax
@@ -15,6 +15,7 @@ from sgw_jax.backbones.freezing import Freezing
 from sgw_jax.data_pipelines.evaluation import View, eval_batches, image_sizes
 from sgw_jax.data_pipelines.images import ImageRows, image_batches
 from sgw_jax.data_pipelines.loader import Batches, Source, train_batches
+from sgw_jax.data_pipelines.mixture import Mixture
 from sgw_jax.data_pipelines.predictions import Predictions
 from sgw_jax.data_pipelines.tap_cache import TapCache
 from sgw_jax.data_pipelines.transforms import Augmentation, Size, Target
@@ -28,6 +29,7 @@ from sgw_jax.tasks.base import Task
 FREE_KEYS = (
     *("log_every", "keep", "mesh", "data.workers", "data.threads", "data.root", "data.format", "boundary"),
     *("profile_after", "profile_steps", "checkpoint_every", "eval_every"),
+    *("data.mixture.*.root", "data.mixture.*.format"),
     "data.check",  # a look at the data changes none
     "backbone_weights",  # read at step 0 alone
     "backbone_cache",  # what it holds is what would be computed
@@ -135,6 +137,20 @@ class Data:
         rows = ImageRows(self.sources[split], self.augmentation.size, self.augmentation.fit, ((item, False),))
         return rows.example(0)["image"]
 
+    def by_source(self, split: str) -> dict[str, Self]:
+        """The data of each source of a mixture that has the split, by name; empty where there is no mixture."""
+        source = self.sources[split]
+        found = source.parts if isinstance(source, Mixture) else {}
+        return {name: dataclasses.replace(self, sources={split: part}) for name, part in found.items()}
+
+    def each_source(self) -> dict[str, Source]:
+        """The sources by split; those of a mixture one by one, as "SOURCE SPLIT"."""
+        found: dict[str, Source] = {}
+        for split, source in self.sources.items():
+            parts = {f"{name} {split}": data.sources[split] for name, data in self.by_source(split).items()}
+            found |= parts or {split: source}
+        return found
+
     def sizes(self, split: str) -> tuple[Size, ...]:
         """(height, width) of every image of the split; looked up once."""
         if split not in self._sizes:
@@ -224,8 +240,12 @@ class Experiment:
 
 
 def among(key: str, keys: Iterable[str]) -> bool:
-    """Whether a dotted key is one of those, or lies in a section that is one."""
-    return any(key == other or key.startswith(f"{other}.") for other in keys)
+    """Whether a dotted key is one of those, or lies in a section that is one; * stands for any name."""
+    return any(_leads(other.split("."), key.split(".")) for other in keys)
+
+
+def _leads(first: Sequence[str], names: Sequence[str]) -> bool:
+    return len(first) <= len(names) and all(a in ("*", b) for a, b in zip(first, names, strict=False))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
