@@ -335,12 +335,13 @@ def test_an_interrupted_pass_goes_on_from_the_shards_that_are_there(tmp_path, mo
                 yield row
 
         write(self, shard, until_the_end())
-        written.append(shard.name)
+        written.append(f"{self.directory.name}/{shard.name}")
 
     monkeypatch.setattr(TapCache, "write", dying)
     with pytest.raises(KeyboardInterrupt):
         cached(experiment(tmp_path / "cut"))
-    assert sorted(path.name for path in (tmp_path / "cut" / "train").iterdir()) == [*sorted(written), "cache.json"]
+    there = [f"train/{path.name}" for path in sorted((tmp_path / "cut" / "train").iterdir())]
+    assert there == [*sorted(written), "train/cache.json"]
     done = list(written)
     written.append("more")
     assert cached(experiment(tmp_path / "cut")).data.taps["train"].shard == whole.data.taps["train"].shard

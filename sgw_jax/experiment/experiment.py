@@ -141,7 +141,8 @@ class Data:
         """The data of each source of a mixture that has the split, by name; empty where there is no mixture."""
         source = self.sources[split]
         found = source.parts if isinstance(source, Mixture) else {}
-        return {name: dataclasses.replace(self, sources={split: part}) for name, part in found.items()}
+        # Taps are those of the mixture's items, not of a part's.
+        return {name: dataclasses.replace(self, sources={split: part}, taps={}) for name, part in found.items()}
 
     def each_source(self) -> dict[str, Source]:
         """The sources by split; those of a mixture one by one, as "SOURCE SPLIT"."""
