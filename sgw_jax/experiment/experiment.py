@@ -32,7 +32,7 @@ FREE_KEYS = (
     *("data.mixture.*.root", "data.mixture.*.format"),
     "data.check",  # a look at the data changes none
     "backbone_weights",  # read at step 0 alone
-    "backbone_cache",  # what it holds is what would be computed
+    "backbone_cache",  # what it holds is what would be computed, up to rounding
 )
 
 # What `evaluate` may be told otherwise than the run was.
