@@ -158,6 +158,16 @@ class Mixture:
                 index -= len(part)
         raise IndexError(f"the mixture has {len(self)} items")
 
+    def spread(self, count: int) -> list[tuple[int, str]]:
+        """(item, its part) of about ``count`` items, as many of every part and at least two, far apart in it."""
+        each, start = max(2, -(-count // len(self.parts))), 0
+        found = []
+        for name, part in self.parts.items():
+            number = min(each, len(part))
+            found += [(place, start + place * len(part) // number, name) for place in range(number)]
+            start += len(part)
+        return [(item, name) for _, item, name in sorted(found)]
+
     def _own(self, index: int) -> tuple[Any, int]:
         name, item = self.place(index)
         return self.parts[name], item

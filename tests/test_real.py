@@ -110,7 +110,10 @@ def reference(tensors: dict[str, np.ndarray], pixels: np.ndarray) -> np.ndarray:
 def test_every_tensor_is_read_once(weights):
     tensors = load_file(weights / "model.safetensors")
     assert len(tensors) == 222
-    del tensors["embeddings.mask_token"]  # of masked images, which no feature needs
+    # The class token always has the same position: the module holds their sum.
+    positions = tensors["embeddings.position_embeddings"]
+    tensors["embeddings.position_embeddings"] = positions[:, 1:]
+    tensors["embeddings.cls_token"] = tensors["embeddings.cls_token"] + positions[:, :1]
     _, variables = load_pretrained(weights)
     leaves = jax.tree.leaves(variables["params"])
     assert sum(leaf.size for leaf in leaves) == sum(tensor.size for tensor in tensors.values()) == 22_055_808
@@ -119,7 +122,7 @@ def test_every_tensor_is_read_once(weights):
 
 
 def test_features_of_a_photograph_are_those_of_the_paper(weights):
-    """At 518 x 518, where the position embedding needs no interpolation."""
+    """At 518 x 518, where the position embedding needs no interpolation; as near as tests of parity have it."""
     file = sorted((PEOPLE / "images").iterdir())[0]
     with Image.open(file) as image:
         pixels = np.asarray(image.convert("RGB").resize((518, 518)), np.float64) / 255
@@ -128,24 +131,42 @@ def test_features_of_a_photograph_are_those_of_the_paper(weights):
     expected = reference(tensors, pixels)
     module, variables = load_pretrained(weights)
     features = jax.jit(module.apply)(variables, np.float32(pixels)[None])[DEPTH][0]
-    print("error", np.abs(features - expected).max() / np.abs(expected).max())
-    assert np.abs(features - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert np.abs(features - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
 def test_train_evaluate_and_predict(weights, photographs, tmp_path):
-    """A command each, at the photographs' own size; after a few steps saliency is better than a constant's."""
-    run, drawn = tmp_path / "run", tmp_path / "drawn"
-    keys = {"steps": 16, "checkpoint_every": 16, "eval_every": 16, "schedule.warmup_steps": 4, "ema_decay": None}
+    """A command each, at the photographs' own size. After two passes over 32 photographs saliency is already better
+    than the best constant's."""
+    run, drawn, cache = tmp_path / "run", tmp_path / "drawn", f"--cache_dir={tmp_path / 'cache'}"
+    keys = {"steps": 8, "checkpoint_every": 8, "eval_every": 8, "schedule.warmup_steps": 2, "ema_decay": None}
     command(
         "train", "--config=people", f"--config.data.root={photographs}", f"--config.backbone_weights={weights}",
-        f"--workdir={run}", f"--cache_dir={tmp_path / 'cache'}", *(f"--config.{k}={v}" for k, v in keys.items()),
+        f"--config.backbone_cache={tmp_path / 'features'}", f"--workdir={run}", cache,
+        *(f"--config.{key}={value}" for key, value in keys.items()),
     )  # fmt: skip
     assert (run / "report.html").is_file()
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    print(json.dumps(results, indent=1)[:6000])
-    said = command("evaluate", f"--workdir={run}", "--split=validation", f"--cache_dir={tmp_path / 'cache'}")
-    assert "human_parts" in said
-    ids = (photographs / "splits" / "test.txt").read_text(encoding="utf-8").split()
-    files = [str(photographs / "images" / f"{id_}.jpg") for id_ in ids[:2]]
-    command("predict", f"--workdir={run}", f"--output={drawn}", *files)
-    print(sorted(drawn.rglob("*")))
+    assert results["split"] == "test"
+    constant = results["references"]["constant"]["saliency"]["max_f"]
+    assert results["metrics"]["saliency"]["max_f"] > constant
+    assert "legwear" in results["per_class"]["semseg"]
+
+    assert "human_parts" in command("evaluate", f"--workdir={run}", "--split=validation", cache)
+
+    ids = (photographs / "splits" / "test.txt").read_text(encoding="utf-8").split()[:2]
+    command("predict", f"--workdir={run}", f"--output={drawn}", *(str(PEOPLE / "images" / f"{id_}.jpg") for id_ in ids))
+    assert sorted(file.name for file in drawn.iterdir()) == sorted(f"{i}.{end}" for i in ids for end in ("npz", "png"))
+    with np.load(drawn / f"{ids[0]}.npz") as maps:
+        assert {maps[task].shape[:2] for task in ("semseg", "human_parts", "saliency", "edges")} == {(336, 168)}
+
+
+def test_low_rank_updates_of_real_weights(weights, photographs, tmp_path):
+    """The documented override; the report says that the factors alone learn in the backbone."""
+    run = tmp_path / "run"
+    keys = {"lora.rank": 4, "data.size": "112,56", "steps": 2, "checkpoint_every": 2, "eval_every": 2}
+    command(
+        "train", "--config=people:interaction=none", f"--config.data.root={photographs}", f"--workdir={run}",
+        f"--config.backbone_weights={weights}", "--config.schedule.warmup_steps=0", f"--cache_dir={tmp_path / 'cache'}",
+        *(f"--config.{key}={value}" for key, value in keys.items()),
+    )  # fmt: skip
+    assert (run / "report.html").is_file()

@@ -11,11 +11,13 @@ from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.inspection.findings import Finding
 from sgw_jax.data_pipelines.loader import Source
 from sgw_jax.data_pipelines.transforms import Target
+from sgw_jax.tasks.colours import spread_colours
 
 SPLITS = ("train", "validation", "test")
 # Task -> the keys of config.data that say how many classes a user's own labels have, and their names.
 CLASS_KEYS = {"semseg": "num_classes", "human_parts": "num_parts"}
 NAME_KEYS = {"semseg": "class_names", "human_parts": "part_names"}
+BACKGROUND, BLACK = "background", (0, 0, 0)
 
 
 class DataSet(abc.ABC):
@@ -47,11 +49,20 @@ class DataSet(abc.ABC):
 
 
 def own_classes(data: ConfigDict, task: str) -> dict[str, Any]:
-    """How many classes a user's own labels of a task have, and their names where the user gives them."""
+    """Number and, if the user gives them, names and colours of a task's classes, by the keys of ``data``.
+
+    A first class that is named background is black, and leaves the colours to the others.
+
+    Raises:
+      InputError: another number of names than of classes.
+    """
     number, names = data[CLASS_KEYS[task]], tuple(data.get(NAME_KEYS[task], ()))  # no key in earlier checkpoints
-    if names and len(names) != number:
+    if not names:
+        return {"num_classes": number}
+    if len(names) != number:
         raise InputError(
             f"config.data.{NAME_KEYS[task]} are {len(names)} names, {', '.join(names)}; config.data.{CLASS_KEYS[task]} "
             f"is {number}: give as many, or none."
         )
-    return {"num_classes": number} | ({"class_names": names} if names else {})
+    colours = (BLACK, *spread_colours(number - 1)) if names[0] == BACKGROUND else ()
+    return {"num_classes": number, "class_names": names, "colours": colours}

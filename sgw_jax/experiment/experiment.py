@@ -15,7 +15,7 @@ from sgw_jax.backbones.freezing import Freezing
 from sgw_jax.data_pipelines.evaluation import View, eval_batches, image_sizes
 from sgw_jax.data_pipelines.images import ImageRows, image_batches
 from sgw_jax.data_pipelines.loader import Batches, Source, train_batches
-from sgw_jax.data_pipelines.mixture import Mixture
+from sgw_jax.data_pipelines.mixture import Chosen, Mixture
 from sgw_jax.data_pipelines.predictions import Predictions
 from sgw_jax.data_pipelines.tap_cache import TapCache
 from sgw_jax.data_pipelines.transforms import Augmentation, Size, Target
@@ -139,10 +139,35 @@ class Data:
 
     def by_source(self, split: str) -> dict[str, Self]:
         """The data of each source of a mixture that has the split, by name; empty where there is no mixture."""
+        if split not in self._by_source:  # kept, as they know their images' sizes
+            source = self.sources[split]
+            parts = source.parts if isinstance(source, Mixture) else {}
+            # Taps are those of the mixture's items, not of a part's.
+            replaced = functools.partial(dataclasses.replace, self, taps={})
+            found = {name: replaced(sources={split: part}) for name, part in parts.items()}
+            self._by_source[split] = found
+        return self._by_source[split]
+
+    @functools.cached_property
+    def _by_source(self) -> dict[str, dict[str, Self]]:
+        return {}
+
+    def examples(self, split: str, count: int) -> tuple[Self, list[str]]:
+        """Data whose first batch of the split begins with items to show, and the source of each of these, "" where
+        there is no mixture: the first ``count`` items, or as many of every source (`Mixture.spread`)."""
         source = self.sources[split]
-        found = source.parts if isinstance(source, Mixture) else {}
-        # Taps are those of the mixture's items, not of a part's.
-        return {name: dataclasses.replace(self, sources={split: part}, taps={}) for name, part in found.items()}
+        if not isinstance(source, Mixture):
+            return self, [""] * min(count, self.batch_size, len(source))
+        items, names = zip(*source.spread(count), strict=True)
+        rows = -(-len(items) // self.parts) * self.parts
+        chosen = {split: Chosen(source, items)}
+        return dataclasses.replace(self, sources=chosen, batch_size=rows, taps={}), list(names)
+
+    @property
+    def source_tasks(self) -> dict[str, tuple[str, ...]]:
+        """Source -> its tasks, in the order of a training batch's numbers of them; empty where there is no mixture."""
+        source = self.sources.get("train")
+        return {name: tuple(part.names) for name, part in source.parts.items()} if isinstance(source, Mixture) else {}
 
     def each_source(self) -> dict[str, Source]:
         """The sources by split; those of a mixture one by one, as "SOURCE SPLIT"."""
