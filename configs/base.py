@@ -142,6 +142,9 @@ def get_config() -> ConfigDict:
             # Pretrained: a folder with config.json and model.safetensors, or its shards and their index (as the hub has
             # them), or an AugReg .npz; read when a run starts.
             "backbone_weights": "",
+            # A directory for what a frozen backbone makes of the images, computed once and read by every run that has
+            # the same backbone, images and size; made if it is not there. Empty = it is computed in every step.
+            "backbone_cache": "",
             "backbones": {
                 "vit": {
                     "size": "small",  # tiny | small | base | large; the next three override it

@@ -26,7 +26,7 @@ CAST = re.compile(
     r"'(?P<found>[\w.]+)'> and cannot be casted to type <class '(?P<needed>[\w.]+)'>",
     re.DOTALL,
 )
-PATHS = ("data.root", "backbone_weights")  # the keys that are
+PATHS = ("data.root", "backbone_weights", "backbone_cache")  # the keys that are
 
 
 class UsageError(InputError):
@@ -89,7 +89,7 @@ def with_whole_paths(config: ConfigDict) -> ConfigDict:
     config = copy.deepcopy(config)
     for key in PATHS:
         section, name = _owner(config, key)
-        if section[name]:
+        if section.get(name):  # no key in checkpoints of earlier releases
             try:
                 section[name] = os.path.abspath(user_path(section[name]))
             except PathError as error:

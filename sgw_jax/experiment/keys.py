@@ -144,6 +144,7 @@ ALLOWED: Table = {
     "dot_regression": NOT_NEGATIVE,
     "backbone": OneOf(BACKBONES),
     "backbone_weights": TEXT,
+    "backbone_cache": TEXT,
     "backbones": {
         "vit": {
             **VIT,
