@@ -21,7 +21,7 @@ Nash-MTL on the interaction that is best on validation. LoRA has fewer of them.
 - It stops after the last seed, whatever has come out: no seeds are added, no network is tuned again. If time is short,
   the last seeds are left out for all networks, and the page says how many there are.
 
-The networks of people are also shown what they were not trained for, without any adaptation: ODS and OIS of edges on
+The first seed's networks are also shown what they were not trained for, without any adaptation: ODS and OIS of edges on
 the BSDS500 images of mixed/, which are borders of everything and not of clothing alone, and max-F of saliency on the
 ECSSD images. Nothing is chosen by these. No photograph may enter the repository: --pictures makes pictures of the
 first seed's predictions elsewhere.
@@ -43,10 +43,11 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
 from benchmarks.claims.compare import BY_REPRESENTATION, METHODS
-from benchmarks.claims.comparison import SINGLE, markdown, shown, single_task_models, spread, summarise
+from benchmarks.claims.comparison import SINGLE, markdown, single_task_models, summarise
 from benchmarks.claims.runs import Method, Runs, equal_mlp_width, with_rate, without_repeats
 from benchmarks.measure import DASH, Results
 from sgw_jax.data_pipelines.atomic import replacing
+from sgw_jax.evaluation.diagnostics import collect_examples
 from sgw_jax.evaluation.edge_scores import edge_scores
 from sgw_jax.evaluation.evaluate import evaluate
 from sgw_jax.evaluation.metrics import delta_m
@@ -55,7 +56,6 @@ from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.experiment.network import build_model
 from sgw_jax.host import keep_freed_memory
 from sgw_jax.pictures.gallery import gallery
-from sgw_jax.report.results import EXAMPLES, examples
 from sgw_jax.run.logs import without_nan
 from sgw_jax.run.saved_run import open_run
 from sgw_jax.run.state import restored_state
@@ -77,6 +77,7 @@ NASH = "nash_mtl"
 # Images of mixed/ by the beginning of their names, with the task that they have labels of.
 ELSEWHERE = {"bsds500": "edges", "ecssd": "saliency"}
 ELSEWHERE_SIZE = (224, 224)  # upright and lying images fit into it
+SHOWN = 4  # photographs in a picture
 MAX_DIST = 0.0075  # of a match, as a share of the diagonal
 
 
@@ -122,13 +123,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = {name: with_rate(method, rates[name]["chosen"]) for name, method in cases.items()}
     forget_checkpoints(runs.out / "tuning")
 
-    views = {start: view(photographs / "mixed", task, start, arguments.out) for start, task in ELSEWHERE.items()}
     seeds = SEEDS[arguments.tuned] if arguments.seeds is None else arguments.seeds
     for seed in range(seeds):
         for name, method in chosen.items():
             clock.begun(f"{name}, seed {seed}")
-            runs.make(name, method, seed, further=lambda *run: elsewhere(*run, views))
-            if seed:  # the first seed's are kept for pictures
+            runs.make(name, method, seed)
+            if seed:  # the first seed's are kept: for pictures, and for what they find elsewhere
                 forget_checkpoints(runs.folder(name, seed))
             jax.clear_caches()  # what is compiled is on the disk
         found = runs.results(list(chosen), seed + 1)
@@ -139,12 +139,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             "best": best,
             "runs": without_repeats(found),
         }
-        for path in (arguments.out / "real.json", arguments.results):
-            if path is not None:
-                Results("real", path).label(setting, without_nan(summary))
+        keep(summary, setting, arguments)
+    views = {start: view(photographs / "mixed", task, start, arguments.out) for start, task in ELSEWHERE.items()}
+    for name, method in chosen.items():
+        clock.begun(f"{name}, elsewhere")
+        summary["elsewhere"] = summary.get("elsewhere", {}) | {name: elsewhere(runs, name, method, views)}
+    keep(summary, setting, arguments)
     clock.begun("done")
     console.print(markdown(summary), elsewhere_table(summary), sep="\n\n", soft_wrap=True)
     return 0
+
+
+def keep(summary: Mapping[str, Any], setting: str, arguments: argparse.Namespace) -> None:
+    """Writes the setting's summary beside those of the others."""
+    for path in (arguments.out / "real.json", arguments.results):
+        if path is not None:
+            Results("real", path).label(setting, without_nan(summary))
 
 
 class Clock:
@@ -188,26 +198,36 @@ def view(mixed: Path, task: str, start: str, out: Path) -> Path:
     return folder
 
 
-def elsewhere(experiment: Experiment, variables: Any, views: Mapping[str, Path]) -> dict[str, Any]:
-    """{"elsewhere": {images: {metric: value in %}}}: scores on images that the network was not trained on, of the tasks
-    that it has."""
+def elsewhere(runs: Runs, name: str, method: Method, views: Mapping[str, Path]) -> dict[str, Any]:
+    """{images: {metric: value in %}} of the first seed's network on images that it was not trained on, of the tasks that
+    it has. Kept beside its other results."""
+    results = Results("real", runs.folder(name, 0) / "elsewhere.json")
+    if results.path.exists():
+        return results.load()["found"]
+    experiment, variables = trained_network(runs, name, method)
     found: dict[str, dict[str, float]] = {}
-    for start, name in ELSEWHERE.items():
-        for task in experiment.tasks:
-            if task.name != name:
-                continue
+    for task in experiment.tasks:
+        for start in (start for start, labelled in ELSEWHERE.items() if labelled == task.name):
             config = copy.deepcopy(experiment.config)
             with config.unlocked():
                 config.data.root, config.data.size = str(views[start]), ELSEWHERE_SIZE
             model, mesh = build_model(config, experiment.tasks, experiment.size), experiment.mesh
             data = build_data(config, [task], cache_dir="")
             with jax.set_mesh(mesh), data.evaluation("test") as batches:
-                if name == "edges":
+                if task.boundary_scores:
                     found[start] = edge_scores(model, variables, batches, mesh, task=task, max_dist=MAX_DIST)
                 else:
                     scored = evaluate(jax.jit(make_eval_step(model, [task])), variables, batches, mesh, [task])
-                    found[start] = {task.metric: scored.metrics[name][task.metric]}
-    return {"elsewhere": found}
+                    found[start] = {task.metric: scored.metrics[task.name][task.metric]}
+    results.write({"found": found})
+    return found
+
+
+def trained_network(runs: Runs, name: str, method: Method) -> tuple[Experiment, Any]:
+    """The first seed's experiment, and the variables that it is evaluated by."""
+    experiment = runs.build(method, 0)
+    with open_run(runs.folder(name, 0), "last") as run:
+        return experiment, restored_state(experiment, run.checkpoints, run.step).variables
 
 
 def elsewhere_table(summary: Mapping[str, Any]) -> str:
@@ -218,13 +238,9 @@ def elsewhere_table(summary: Mapping[str, Any]) -> str:
         "saliency max_f % ↑": ("ecssd", "max_f"),
     }
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for name, runs in summary["runs"].items():
-        found = [run["elsewhere"] for run in runs]
-        if any(found):
-            cells = [
-                shown(spread([run[images][metric] for run in found])) if images in found[0] else DASH
-                for images, metric in heads.values()
-            ]
+    for name, found in summary["elsewhere"].items():
+        if found:
+            cells = [f"{found[images][metric]:.1f}" if images in found else DASH for images, metric in heads.values()]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -240,11 +256,12 @@ def draw(runs: Runs, cases: Mapping[str, Method], folder: Path, console: Console
         if not (runs.folder(name, 0) / "result.json").exists():
             console.print(f"{name}: its first run is not complete; no picture.")
             continue
-        experiment = runs.build(method, 0)
-        with open_run(runs.folder(name, 0), "last") as run:
-            state = restored_state(experiment, run.checkpoints, run.step)
-        with jax.set_mesh(experiment.mesh), replacing(folder / f"{name}.png") as temporary:
-            gallery(examples(experiment, state, "test"), EXAMPLES).save(temporary, "PNG")
+        experiment, variables = trained_network(runs, name, method)
+        with experiment.data.evaluation("test", "network") as batches:
+            batch = next(iter(batches))
+        found = collect_examples(experiment.model, variables, batch, experiment.mesh, experiment.tasks, SHOWN)
+        with replacing(folder / f"{name}.png") as temporary:
+            gallery(found, SHOWN).save(temporary, "PNG")
         console.print(str(folder / f"{name}.png"), soft_wrap=True)
 
 

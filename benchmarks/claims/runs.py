@@ -22,7 +22,6 @@ from sgw_jax.run.steps import compiled_eval_step, evaluate_split
 from sgw_jax.train import train
 
 Method = tuple[str, Mapping[str, str]]  # the interaction, and options over the configuration's
-Further = Callable[[Experiment, Any], Mapping[str, Any]]  # of the experiment and the variables that are evaluated
 
 TUNING_SEED = 500  # none of those that are compared
 
@@ -71,11 +70,11 @@ class Runs:
         chosen = min(losses, key=losses.__getitem__)
         return {"chosen": chosen, "validation_loss": losses, "validation": found[chosen]["metrics"]}
 
-    def make(self, name: str, method: Method, seed: int, further: Further | None = None) -> None:
+    def make(self, name: str, method: Method, seed: int) -> None:
         """The method's run of the seed, scored on the test split."""
         experiment = self.build(method, seed)
         if not done(experiment, self.folder(name, seed), self.trunk):
-            run(experiment, self.folder(name, seed), self.trunk, further=further)
+            run(experiment, self.folder(name, seed), self.trunk)
 
     def folder(self, name: str, seed: int) -> Path:
         """Where a run lies."""
@@ -131,10 +130,8 @@ def done(experiment: Experiment, workdir: Path, trunk: Path | None) -> bool:
     return True
 
 
-def run(
-    experiment: Experiment, workdir: Path, trunk: Path | None, split: str = "test", further: Further | None = None
-) -> None:
-    """Trains, evaluates on a split and writes result.json, the sign that it is complete, with what ``further`` adds."""
+def run(experiment: Experiment, workdir: Path, trunk: Path | None, split: str = "test") -> None:
+    """Trains, evaluates on a split and writes result.json, the sign that the run is complete."""
     trained = train(experiment, workdir, Console(file=io.StringIO()), init_from=trunk)
     if trained.stopped_by is not None:
         raise SystemExit(f"Stopped by {trained.stopped_by.name}; the same command goes on.")
@@ -153,6 +150,5 @@ def run(
         "parameters": count_parameters(trained.state.params)["total"],
         "images_per_second": trained.images_per_second,
         "diagnostics": diagnostics,
-        **(further(experiment, variables) if further else {}),
     }
     Results("compare", workdir / "result.json").write(without_nan(result))
