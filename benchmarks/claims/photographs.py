@@ -8,16 +8,37 @@ from pathlib import Path
 from sgw_jax.configs import base
 
 PEOPLE = ("semseg", "human_parts", "saliency", "edges")
+# Of mixed/, by the beginning of the images' names: the tasks that they have labels of. Streets have other classes.
+MIXED = {
+    "camvid": ("semseg@street", "edges"),
+    "bsds500": ("edges",),
+    "ecssd": ("saliency",),
+    "rgbd": ("depth", "normals"),
+}
+ALL = (*PEOPLE, "semseg@street", "depth", "normals")
 
 
 def get_config(arg: str | None = None):
-    """root: the folder that holds people/; tuned: frozen, or lora."""
+    """root: the folder that holds people/; views: that of the views of mixed/ (`real.view`), or empty for people alone;
+    tasks: names joined by "+", all where there are none; tuned: frozen, or lora."""
     config = base.get_config()
-    options = base.parse_arg(arg, root="", tuned="frozen")
-    config.data.update({"source": "folder", "root": str(Path(options["root"]) / "people")})
-    config.data.update({"num_classes": 14, "num_parts": 7, "size": (224, 112)})
-    config.augment.update({"flip": False, "colour": False})  # under three passes over the data, which taps can serve
-    config.tasks = PEOPLE
+    options = base.parse_arg(arg, root="", views="", tasks="", tuned="frozen")
+    views, people = options["views"], str(Path(options["root"]) / "people")
+    config.tasks = tuple(options["tasks"].split("+")) if options["tasks"] else ALL if views else PEOPLE
+    if views:
+        config.data.source, config.data.size = "mixture", (224, 224)  # people stand, streets lie
+        sources = {"people": (people, PEOPLE)} | {name: (str(Path(views) / name), own) for name, own in MIXED.items()}
+        for name, (root, own) in sources.items():
+            if set(own) & set(config.tasks):  # half of the rows are people, an eighth each of the others
+                config.data.mixture[name] = base.mixture_source(
+                    root=root,
+                    tasks=own,
+                    num_classes=14 if name == "people" else 11,
+                    weight=4.0 if name == "people" else 1.0,
+                )
+    else:
+        config.data.update({"source": "folder", "root": people, "num_classes": 14, "num_parts": 7, "size": (224, 112)})
+    config.augment.update({"flip": False, "colour": False})  # in three passes over the data neither is missed
 
     config.backbone = "dinov2"
     config.channels = 64

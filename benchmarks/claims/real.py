@@ -2,33 +2,37 @@
 
     python benchmarks/claims/real.py --weights=DIR --photographs=../shared/data --out=runs/real [--results=FILE]
     python benchmarks/claims/real.py --weights=DIR --tuned=lora
+    python benchmarks/claims/real.py --weights=DIR --data=people+mixed
     python benchmarks/claims/real.py --weights=DIR --pictures=DIR2
 
 Weights are a hub folder of DINOv2 ViT-S/14, photographs a folder with people/ and mixed/ in the layout of
 docs/your-data.md. Killed at any time and run again, it goes on with the first run that is missing.
 
 Plan, made before the first run. A run is 240 steps of 8 images of 224 x 112, 2.7 passes over the 700 photographs of
-people; frozen, from cached taps of the backbone, about two minutes on two shared cores; with LoRA of rank 8 about
-seven. Networks: one for each task; all tasks without interaction; a token-wise MLP of as many parameters as KEM;
+people; frozen, from cached taps of the backbone, about two minutes on two cores; with LoRA of rank 8 about seven.
+Networks: one for each task; all tasks without interaction; a token-wise MLP of as many parameters as KEM;
 cross-attention; the shared workspace; KEM and sKEM as in the paper and with task gates; a KEM within each task; and
-Nash-MTL on the interaction that is best on validation. LoRA has fewer of them.
+Nash-MTL on the interaction that is best on validation. LoRA and people+mixed have fewer of them; people+mixed is all
+six tasks, with the streets' classes as a seventh head, at 224 x 224, without cached taps about ten minutes a run.
 
 - Tuning, the same for all: each of two learning rates once, with a seed of its own; the lower loss on validation wins.
-  The best interaction is that of the largest delta_m over the single-task networks, on `validation`, in these runs.
-- Then five seeds (LoRA: three), one after another over all networks, so that an interrupted comparison holds whole
-  seeds. `test` is read once a run, after its last step, by the average of the parameters.
-- Frozen: 14 networks x (2 + 5) runs x 2 minutes, 3 h 20 min; LoRA: 8 x (2 + 3) x 7 minutes, 4 h 40 min.
+  The best interaction is that of the largest delta_m over the single-task networks, on validation, in these runs.
+- Then five seeds (LoRA and people+mixed: three), one after another over all networks, so that an interrupted comparison
+  holds whole seeds. The test split is read once a run, after its last step, by the average of the parameters.
+- Frozen: 14 networks x (2 + 5) runs x 2 minutes, 3 h 20 min; LoRA: 9 x (2 + 3) x 7 minutes, 5 h 15 min;
+  people+mixed: 12 x (2 + 3) x 10 minutes, 10 h.
 - It stops after the last seed, whatever has come out: no seeds are added, no network is tuned again. If time is short,
   the last seeds are left out for all networks, and the page says how many there are.
 
-The first seed's networks are also shown what they were not trained for, without any adaptation: ODS and OIS of edges on
-the BSDS500 images of mixed/, which are borders of everything and not of clothing alone, and max-F of saliency on the
-ECSSD images. Nothing is chosen by these. No photograph may enter the repository: --pictures makes pictures of the
-first seed's predictions elsewhere.
+Of the first seed's networks there are also ODS and OIS of edges on the BSDS500 images of mixed/, and max-F of saliency
+on its ECSSD images. Those of people alone were not trained for these: there edges are the borders of clothing. Nothing
+is chosen by them. A network of one task sees the images with labels of it alone, and so more of them in people+mixed.
+No photograph may enter the repository: --pictures draws the first seed's predictions elsewhere.
 """
 
 import argparse
 import copy
+import dataclasses
 import shutil
 import sys
 import time
@@ -44,6 +48,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, wh
 
 from benchmarks.claims.compare import BY_REPRESENTATION, METHODS
 from benchmarks.claims.comparison import SINGLE, markdown, single_task_models, summarise
+from benchmarks.claims.photographs import MIXED
 from benchmarks.claims.runs import Method, Runs, equal_mlp_width, with_rate, without_repeats
 from benchmarks.measure import DASH, Results
 from sgw_jax.data_pipelines.atomic import replacing
@@ -67,14 +72,16 @@ CONFIG = Path(__file__).with_name("photographs.py")
 STEPS = 240
 RATES = ("1e-3", "3e-3")
 EXCHANGES = ("cross_attention", "shared_workspace", "kem_plain", "skem_plain", "kem", "skem", "within_plain")
-METHODS_OF = {
-    "frozen": ("none", "widened", *EXCHANGES),
-    "lora": ("none", "cross_attention", "kem_plain", "kem"),
+FEWER = ("none", "cross_attention", "kem_plain", "kem")
+SETTINGS = {  # data, what of the backbone learns: methods and seeds
+    ("people", "frozen"): (("none", "widened", *EXCHANGES), 5),
+    ("people", "lora"): (FEWER, 3),
+    ("people+mixed", "frozen"): (FEWER, 3),
+    ("people+mixed", "lora"): (FEWER, 3),
 }
-SEEDS = {"frozen": 5, "lora": 3}
 NASH = "nash_mtl"
 
-# Images of mixed/ by the beginning of their names, with the task that they have labels of.
+# Images of mixed/ by the beginning of their names, and what is scored on them.
 ELSEWHERE = {"bsds500": "edges", "ecssd": "saliency"}
 ELSEWHERE_SIZE = (224, 224)  # upright and lying images fit into it
 SHOWN = 4  # photographs in a picture
@@ -86,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="a hub folder of DINOv2 ViT-S/14")
     parser.add_argument("--photographs", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--tuned", choices=METHODS_OF, default="frozen", help="what of the backbone learns")
+    parser.add_argument("--data", choices=("people", "people+mixed"), default="people")
+    parser.add_argument("--tuned", choices=("frozen", "lora"), default="frozen", help="what of the backbone learns")
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
     parser.add_argument("--seeds", type=int, help="fewer than planned")
     parser.add_argument("--results", type=Path, help="where the numbers go too, for the page of results")
@@ -98,24 +106,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     console = Console()
 
-    photographs, setting = arguments.photographs.resolve(), f"people, {arguments.tuned}"
-    given = [f"--config.backbone_weights={arguments.weights.resolve()}"]
-    if arguments.tuned == "frozen":
-        given.append(f"--config.backbone_cache={(arguments.out / 'taps').resolve()}")
+    photographs, out = arguments.photographs.resolve(), arguments.out.resolve()
+    methods, planned = SETTINGS[arguments.data, arguments.tuned]
+    views = {start: view(photographs / "mixed", tasks, start, out) for start, tasks in MIXED.items()}
     config = f"{CONFIG}:root={photographs},tuned={arguments.tuned}"
-    runs = Runs(config, [*given, *overrides], STEPS, arguments.out / arguments.tuned, arguments.cache_dir)
+    given = [f"--config.backbone_weights={arguments.weights.resolve()}"]
+    if arguments.data != "people":
+        config += f",views={out / 'views'}"
+    elif arguments.tuned == "frozen":
+        given.append(f"--config.backbone_cache={out / 'taps'}")
+    setting = f"{arguments.data}, {arguments.tuned}"
+    folder = out / (arguments.tuned if arguments.data == "people" else f"mixed_{arguments.tuned}")
+    runs = Runs(config, [*given, *overrides], STEPS, folder, arguments.cache_dir)
     tasks = runs.build(("none", {}), seed=0).tasks
-    cases: dict[str, Method] = {name: METHODS[name] for name in METHODS_OF[arguments.tuned]}
+    cases: dict[str, Method] = {name: METHODS[name] for name in methods}
     if "widened" in cases:
         width = equal_mlp_width(runs.build(METHODS["kem_plain"], seed=0))
         cases["widened"] = ("none", {"interactions.none.mlp_width": str(width)})
     cases |= single_task_models(tasks)
+    made = {name: of_case(runs, name) for name in (*cases, NASH)}
     if arguments.pictures:
-        draw(runs, cases, arguments.pictures, console)
+        draw(made, cases, arguments.pictures, console)
         return 0
 
     clock = Clock(console)
-    rates = {name: runs.tune(name, method, RATES, clock.begun) for name, method in cases.items()}
+    rates = {name: made[name].tune(name, method, RATES, clock.begun) for name, method in cases.items()}
     best = best_exchange(rates, tasks)
     interaction, options = cases[best]
     cases[NASH] = (interaction, {**options, **BY_REPRESENTATION, "objective": NASH})
@@ -123,11 +138,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = {name: with_rate(method, rates[name]["chosen"]) for name, method in cases.items()}
     forget_checkpoints(runs.out / "tuning")
 
-    seeds = SEEDS[arguments.tuned] if arguments.seeds is None else arguments.seeds
+    seeds = planned if arguments.seeds is None else arguments.seeds
     for seed in range(seeds):
         for name, method in chosen.items():
             clock.begun(f"{name}, seed {seed}")
-            runs.make(name, method, seed)
+            made[name].make(name, method, seed)
             if seed:  # the first seed's are kept: for pictures, and for what they find elsewhere
                 forget_checkpoints(runs.folder(name, seed))
             jax.clear_caches()  # what is compiled is on the disk
@@ -140,14 +155,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             "runs": without_repeats(found),
         }
         keep(summary, setting, arguments)
-    views = {start: view(photographs / "mixed", task, start, arguments.out) for start, task in ELSEWHERE.items()}
     for name, method in chosen.items():
         clock.begun(f"{name}, elsewhere")
-        summary["elsewhere"] = summary.get("elsewhere", {}) | {name: elsewhere(runs, name, method, views)}
+        summary["elsewhere"] = summary.get("elsewhere", {}) | {name: elsewhere(made[name], name, method, views)}
     keep(summary, setting, arguments)
     clock.begun("done")
     console.print(markdown(summary), elsewhere_table(summary), sep="\n\n", soft_wrap=True)
     return 0
+
+
+def of_case(runs: Runs, name: str) -> Runs:
+    """The runs of a network of one task read the images with labels of it alone."""
+    task = name.removeprefix(SINGLE)
+    return runs if task == name else dataclasses.replace(runs, config=f"{runs.config},tasks={task}")
 
 
 def keep(summary: Mapping[str, Any], setting: str, arguments: argparse.Namespace) -> None:
@@ -184,11 +204,11 @@ def forget_checkpoints(folder: Path) -> None:
         shutil.rmtree(result.parent / "checkpoints", ignore_errors=True)
 
 
-def view(mixed: Path, task: str, start: str, out: Path) -> Path:
+def view(mixed: Path, tasks: Sequence[str], start: str, out: Path) -> Path:
     """A data folder of those images of another whose names begin so, by links to that one's folders."""
     folder = out.resolve() / "views" / start
     (folder / "splits").mkdir(parents=True, exist_ok=True)
-    for name in ("images", task):
+    for name in ("images", *(task.partition("@")[0] for task in tasks)):
         if not (folder / name).is_symlink():
             (folder / name).symlink_to(mixed / name)
     for split in ("train", "validation", "test"):
@@ -199,8 +219,8 @@ def view(mixed: Path, task: str, start: str, out: Path) -> Path:
 
 
 def elsewhere(runs: Runs, name: str, method: Method, views: Mapping[str, Path]) -> dict[str, Any]:
-    """{images: {metric: value in %}} of the first seed's network on images that it was not trained on, of the tasks that
-    it has. Kept beside its other results."""
+    """{images: {metric: value in %}} of the first seed's network on the images of `ELSEWHERE`, of tasks that it has;
+    kept beside its other results."""
     results = Results("real", runs.folder(name, 0) / "elsewhere.json")
     if results.path.exists():
         return results.load()["found"]
@@ -210,7 +230,7 @@ def elsewhere(runs: Runs, name: str, method: Method, views: Mapping[str, Path]) 
         for start in (start for start, labelled in ELSEWHERE.items() if labelled == task.name):
             config = copy.deepcopy(experiment.config)
             with config.unlocked():
-                config.data.root, config.data.size = str(views[start]), ELSEWHERE_SIZE
+                config.data.update({"source": "folder", "root": str(views[start]), "size": ELSEWHERE_SIZE})
             model, mesh = build_model(config, experiment.tasks, experiment.size), experiment.mesh
             data = build_data(config, [task], cache_dir="")
             with jax.set_mesh(mesh), data.evaluation("test") as batches:
@@ -245,7 +265,7 @@ def elsewhere_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: Runs, cases: Mapping[str, Method], folder: Path, console: Console) -> None:
+def draw(made: Mapping[str, Runs], cases: Mapping[str, Method], folder: Path, console: Console) -> None:
     """Predictions above truth on the first photographs of test, a picture for each network of the first seed."""
     if folder.resolve().is_relative_to(ROOT):
         raise SystemExit(
@@ -253,6 +273,7 @@ def draw(runs: Runs, cases: Mapping[str, Method], folder: Path, console: Console
         )
     folder.mkdir(parents=True, exist_ok=True)
     for name, method in cases.items():
+        runs = made[name]
         if not (runs.folder(name, 0) / "result.json").exists():
             console.print(f"{name}: its first run is not complete; no picture.")
             continue
