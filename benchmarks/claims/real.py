@@ -46,6 +46,7 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
+from benchmarks.claims import seeds
 from benchmarks.claims.compare import BY_REPRESENTATION, METHODS
 from benchmarks.claims.comparison import SINGLE, markdown, single_task_models, summarise
 from benchmarks.claims.photographs import MIXED
@@ -138,8 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = {name: with_rate(method, rates[name]["chosen"]) for name, method in cases.items()}
     forget_checkpoints(runs.out / "tuning")
 
-    seeds = planned if arguments.seeds is None else arguments.seeds
-    for seed in range(seeds):
+    for seed in range(planned if arguments.seeds is None else arguments.seeds):
         for name, method in chosen.items():
             clock.begun(f"{name}, seed {seed}")
             made[name].make(name, method, seed)
@@ -248,6 +248,17 @@ def trained_network(runs: Runs, name: str, method: Method) -> tuple[Experiment, 
     experiment = runs.build(method, 0)
     with open_run(runs.folder(name, 0), "last") as run:
         return experiment, restored_state(experiment, run.checkpoints, run.step).variables
+
+
+def by_task(summary: Mapping[str, Any]) -> str:
+    """Markdown: each task's relative gain over its single-task network in %, by pairs of the same seed."""
+    names = [task["name"] for task in summary["tasks"]]
+    runs = {name: found for name, found in summary["runs"].items() if not name.startswith(SINGLE)}
+    alone = [
+        {"metrics": {name: summary["runs"][SINGLE + name][seed]["metrics"][name] for name in names}}
+        for seed in range(summary["seeds"])
+    ]
+    return seeds.by_task({"single": alone, **runs}, f"{CONFIG}:tasks={'+'.join(names)}")
 
 
 def elsewhere_table(summary: Mapping[str, Any]) -> str:

@@ -88,3 +88,15 @@ def test_only_complete_runs_lose_their_checkpoints(tmp_path: Path) -> None:
 def test_no_picture_of_a_photograph_enters_the_repository() -> None:
     with pytest.raises(SystemExit, match="lies in the repository, which may hold no photograph"):
         real.draw({}, {}, real.ROOT / "docs", Console())
+
+
+def test_gains_over_single_task_networks_are_paired_by_seed() -> None:
+    def run(edges: float, saliency: float) -> dict:
+        return {"metrics": {"edges": {"max_f": edges}, "saliency": {"max_f": saliency}}}
+
+    runs = {"none": [run(11, 80), run(22, 80)], "single_edges": [run(10, 1), run(20, 1)]}
+    runs["single_saliency"] = [run(1, 80), run(1, 80)]
+    summary = {"tasks": [{"name": "edges"}, {"name": "saliency"}], "seeds": 2, "runs": runs}
+    head, _, row = real.by_task(summary).splitlines()
+    assert head == "| | edges | saliency |"
+    assert row == "| none | +10.00 [+10.00, +10.00] | +0.00 [+0.00, +0.00] |"
