@@ -145,7 +145,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             made[name].make(name, method, seed)
             if seed:  # the first seed's are kept: for pictures, and for what they find elsewhere
                 forget_checkpoints(runs.folder(name, seed))
-            jax.clear_caches()  # what is compiled is on the disk
         found = runs.results(list(chosen), seed + 1)
         summary = summarise(found, tasks) | {
             "steps": STEPS,

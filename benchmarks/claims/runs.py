@@ -152,3 +152,4 @@ def run(experiment: Experiment, workdir: Path, trunk: Path | None, split: str = 
         "diagnostics": diagnostics,
     }
     Results("compare", workdir / "result.json").write(without_nan(result))
+    jax.clear_caches()  # a hundred runs' programs would fill the memory; the next of this network reads them from disk
