@@ -52,6 +52,29 @@ def kem(etf_vertices: int | None = None) -> dict[str, Any]:
     }
 
 
+def mixture_source(**changed: Any) -> dict[str, Any]:
+    """One source of a mixture, `config.data.mixture.NAME`: these keys, with those changed that are given.
+
+    All else of `config.data` (size, fit, lengths and seed of scenes ...) is the run's.
+    """
+    return {
+        "source": "folder",  # DATA_SETS in sgw_jax/experiment/data_sets.py, but for mixture
+        "root": "",  # these as of config.data: the source's directory
+        "format": "archive",  # archive | prepared
+        "weight": 1.0,  # positive: the source's share of the rows of training is this over the sum of all
+        "num_classes": 12,  # folder: of its semseg, in [2, 255]
+        "num_parts": 7,  # folder: of its human_parts, in [2, 255]
+        "class_names": (),  # folder: of its semseg
+        "part_names": (),  # folder: of its human_parts
+        # The run's tasks that it has labels of. KIND@LABEL, such as semseg@street, is a head of its own for labels of
+        # that kind, in config.tasks too.
+        "tasks": ("semseg",),
+        # Task -> class of the run by class of the source, each in [0, 255], 255 = ignored; a task without: as they are.
+        "maps": {},
+        **changed,
+    }
+
+
 def get_config() -> ConfigDict:
     """The defaults."""
     config = ConfigDict(
@@ -73,10 +96,15 @@ def get_config() -> ConfigDict:
             "data": {
                 # scenes | folder | nyud | ...: DATA_SETS in sgw_jax/experiment/data_sets.py
                 "source": "scenes",
+                # source mixture: NAME -> `mixture_source` of each, which a configuration file adds (docs/your-data.md)
+                "mixture": {},
                 "root": "",  # the data's directory (docs/datasets.md); scenes need none
                 "format": "archive",  # archive: the files as published | prepared: written by data_pipelines.prepare
                 "num_classes": 12,  # folder: of semseg, in [2, 255]
                 "num_parts": 7,  # folder: of human_parts, background included, in [2, 255]
+                # folder: names of these classes, in the order of their numbers; () makes them "class 0", "class 1" ...
+                "class_names": (),  # of semseg
+                "part_names": (),  # of human_parts; of seven parts () is PASCAL-Context's
                 "size": (64, 96),  # height, width that the network sees, in training and evaluation; each in [1, 16384]
                 # How images of other sizes come to it; scores are those of each image's own size, whatever the fit.
                 # resize: enlarged or shrunk to the largest copy inside, before augmentation as in evaluation.
@@ -292,7 +320,9 @@ def get_config() -> ConfigDict:
             "profile_steps": 5,  # how many steps it covers, at least 1
         }
     )
-    return config.lock()  # a mistyped key in a config file is an error, not a new key
+    config.lock()  # a mistyped key in a config file is an error, not a new key
+    config.data.mixture.unlock()  # but here, where keys are names of the user's
+    return config
 
 
 # The full-size networks: backbone and its options. Windows of 12 and ViTs with a class token are what the weights

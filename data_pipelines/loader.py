@@ -59,7 +59,7 @@ class UnreadableExampleError(ExampleError, UserError):
     """The example's files or their contents are at fault, not the program that reads them."""
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def permutation(seed: int, epoch: int, length: int) -> np.ndarray:
     """The order of the items in an epoch: int64 (length,), read-only, a pure function of its arguments.
 
@@ -80,7 +80,8 @@ def _bit_generator(seed: int, *key: int) -> np.random.Philox:
 class Stream:
     """The infinite stream of training examples: `example` is a pure function of n.
 
-    taps: of a frozen backbone, by item, which every example then has too (data_pipelines/tap_cache.py).
+    taps: of a frozen backbone, by item, which every example then has too (data_pipelines/tap_cache.py). first: where
+        the source's items begin among them.
     """
 
     source: Source
@@ -88,6 +89,7 @@ class Stream:
     augmentation: Augmentation
     seed: int
     taps: TapCache | None = None
+    first: int = 0
 
     def position(self, n: int) -> tuple[int, int]:
         """(epoch, item) of the stream's n-th example."""
@@ -100,7 +102,7 @@ class Stream:
         rng = np.random.Generator(_bit_generator(self.seed, AUGMENTATION, epoch, item))
 
         def augmented(raw: Example) -> Example:
-            return with_taps(train_example(raw, rng, self.targets, self.augmentation), self.taps, item)
+            return with_taps(train_example(raw, rng, self.targets, self.augmentation), self.taps, self.first + item)
 
         return read_example(self.source, item, augmented)
 
@@ -243,7 +245,7 @@ def train_batches(
     if not 0 <= start_step <= num_steps:
         raise InputError(f"start_step is {start_step} and num_steps {num_steps}; allowed: 0 <= start_step <= num_steps")
     rows = Rows(batch_size, process_index, process_count)
-    stream = Stream(source, dict(targets), augmentation, int(seed), taps)
+    stream = stream_of(source, targets, augmentation, int(seed), taps)
     dataset = (
         grain.MapDataset.range(start_step * rows.block, num_steps * rows.block)
         .map(rows.n)
@@ -251,6 +253,15 @@ def train_batches(
         .batch(rows.block)
     )
     return batches_over(dataset, num_steps - start_step, num_workers, num_threads, prefetch)
+
+
+def stream_of(
+    source: Any, targets: Mapping[str, Target], augmentation: Augmentation, seed: int, taps: TapCache | None = None
+) -> Any:
+    """The training examples by their number: the source's own stream where it has one (mixture.py), else a `Stream`."""
+    if hasattr(source, "stream"):
+        return source.stream(dict(targets), augmentation, seed, taps)
+    return Stream(source, dict(targets), augmentation, seed, taps)
 
 
 def check_source(source: Source) -> None:

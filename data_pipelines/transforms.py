@@ -25,7 +25,8 @@ Size = tuple[int, int]
 
 KINDS = ("labels", "depth", "disparity", "vectors", "mask")
 FITS = ("resize", "pad")
-RESERVED = ("image", "item", "geometry", "zoom")  # what a batch holds beside its targets
+SOURCE = "source"  # of a mixture's training: which source a row is of
+RESERVED = ("image", "item", "geometry", "zoom", SOURCE)  # what a batch holds beside its targets
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, of values in [0, 1]
 IMAGE_STD = (0.229, 0.224, 0.225)
 CROP_RETRIES = 10

@@ -28,14 +28,14 @@ Objective = Scalarizer | WeightedAggregator
 class Program(NamedTuple):
     """The losses of a model as functions of flat parameters {path: array} and one micro-batch.
 
-    losses(params, part, key) -> one scalar a task. encode(params, part, key) -> z, the pyramid, from the trunk's
-    parameters; decode(z, params, part, key) -> one scalar a task: the two together are losses. losses of micro-batches
-    add up.
+    losses(params, part, key) -> (one scalar a task, {name: another number to log}). encode(params, part, key) -> z, the
+    pyramid, from the trunk's parameters; decode(z, params, part, key) -> as losses: the two together are losses. All
+    numbers of micro-batches add up.
     """
 
-    losses: Callable[[Any, Any, Array], list[Float[Array, ""]]]
+    losses: Callable[[Any, Any, Array], tuple[list[Float[Array, ""]], dict[str, Array]]]
     encode: Callable[[Any, Any, Array], Any]
-    decode: Callable[[Any, Any, Any, Array], list[Float[Array, ""]]]
+    decode: Callable[[Any, Any, Any, Array], tuple[list[Float[Array, ""]], dict[str, Array]]]
 
 
 class Question(NamedTuple):
@@ -96,22 +96,26 @@ def by_scalar(asked: Question, scalarizer: Scalarizer) -> Found:
     """
     program, params, state, mask = asked.program, asked.params, asked.state, asked.mask
 
-    def one(params: Any, part: Any, key: Array) -> tuple[Array, Array]:
-        losses = jnp.stack(program.losses(params, part, key))
-        return scalarizer.apply(losses, state, mask=mask)[0], losses
+    def stack(params: Any, part: Any, key: Array) -> tuple[Array, dict[str, Array]]:
+        losses, said = program.losses(params, part, key)
+        return jnp.stack(losses), said
+
+    def one(params: Any, part: Any, key: Array) -> tuple[Array, Any]:
+        losses, said = stack(params, part, key)
+        return scalarizer.apply(losses, state, mask=mask)[0], (losses, said)
 
     if len(asked.keys) == 1 or scalarizer.linear:
         gradient = jax.value_and_grad(one, has_aux=True)
-        (_, losses), gradients = asked.summed(lambda part, key: gradient(params, part, key))
-        return Found(losses, gradients, scalarizer.apply(losses, state, mask=mask)[1], {})
-    losses = asked.summed(lambda part, key: jnp.stack(program.losses(params, part, key)))
+        (_, (losses, said)), gradients = asked.summed(lambda part, key: gradient(params, part, key))
+        return Found(losses, gradients, scalarizer.apply(losses, state, mask=mask)[1], said)
+    losses, said = asked.summed(lambda part, key: stack(params, part, key))
     (_, new), slope = jax.value_and_grad(lambda x: scalarizer.apply(x, state, mask=mask), has_aux=True)(losses)
 
     def weighted(params: Any, part: Any, key: Array) -> Array:
-        return jnp.sum(slope * jnp.stack(program.losses(params, part, key)))
+        return jnp.sum(slope * stack(params, part, key)[0])
 
     gradients = asked.summed(lambda part, key: jax.grad(weighted)(params, part, key))
-    return Found(losses, gradients, new, {})
+    return Found(losses, gradients, new, said)
 
 
 def by_parameters(asked: Question, aggregator: WeightedAggregator) -> Found:
@@ -127,16 +131,19 @@ def by_parameters(asked: Question, aggregator: WeightedAggregator) -> Found:
             "one task or another; take gradients='representation', or a scalariser."
         )
 
-    def rows(part: Any, key: Array) -> tuple[Array, Any, Any]:
-        losses, pull = jax.vjp(lambda s, p: asked.program.losses({**s, **p}, part, key), shared, private)
+    def rows(part: Any, key: Array) -> tuple[Array, Any, Any, dict[str, Array]]:
+        losses, pull, said = jax.vjp(
+            lambda s, p: asked.program.losses({**s, **p}, part, key), shared, private, has_aux=True
+        )
         jacobian, alone = zip(*rows_of(pull, losses), strict=True)
         # A head's gradient is its task's alone, so the sum over tasks is that gradient, unweighted.
-        return jnp.stack(losses), constrain_rows(stacked(jacobian)), added(alone)
+        return jnp.stack(losses), constrain_rows(stacked(jacobian)), added(alone), said
 
-    losses, jacobian, alone = asked.summed(rows)
+    losses, jacobian, alone, said = asked.summed(rows)
     matrix = gramian(jacobian)
     update, state = aggregator.update(jacobian, asked.state, losses=losses, task_mask=asked.mask)
-    return Found(losses, {**update, **alone}, state, gradient_metrics(matrix, state.weights, asked.names))
+    measured = gradient_metrics(matrix, state.weights, asked.names)
+    return Found(losses, {**update, **alone}, state, {**measured, **said})
 
 
 def by_representation(asked: Question, aggregator: WeightedAggregator) -> Found:
@@ -161,25 +168,29 @@ def by_representation(asked: Question, aggregator: WeightedAggregator) -> Found:
             shared,
             private,
             weigh,
+            has_aux=True,
         )
         gradients = {**found.trunk, **found.shared, **found.own}
-        return Found(found.losses, gradients, found.state, gradient_metrics(found.gramian, found.weights, names))
+        measured = gradient_metrics(found.gramian, found.weights, names)
+        return Found(found.losses, gradients, found.state, {**measured, **found.aux})
 
-    def measure(part: Any, key: Array) -> tuple[Array, Array, Any]:
+    def measure(part: Any, key: Array) -> tuple[Array, Array, Any, dict[str, Array]]:
         z = program.encode(trunk, part, key)
-        losses, pull = jax.vjp(lambda z, p: program.decode(z, {**shared, **p}, part, key), z, private)
+        losses, pull, said = jax.vjp(
+            lambda z, p: program.decode(z, {**shared, **p}, part, key), z, private, has_aux=True
+        )
         by_z, alone = zip(*rows_of(pull, losses), strict=True)
-        return jnp.stack(losses), gramian(stacked(by_z)), added(alone)
+        return jnp.stack(losses), gramian(stacked(by_z)), added(alone), said
 
-    losses, matrix, alone = asked.summed(measure)
+    losses, matrix, alone, said = asked.summed(measure)
     weights, state = weigh(matrix, losses)
 
     def weighted(kept: Any, part: Any, key: Array) -> Array:
-        losses = jnp.stack(program.losses({**kept, **private}, part, key))
+        losses = jnp.stack(program.losses({**kept, **private}, part, key)[0])
         return jnp.sum(jnp.where(weights == 0, 0, weights * losses))
 
     gradients = asked.summed(lambda part, key: jax.grad(weighted)({**trunk, **shared}, part, key))
-    return Found(losses, {**gradients, **alone}, state, gradient_metrics(matrix, weights, names))
+    return Found(losses, {**gradients, **alone}, state, {**gradient_metrics(matrix, weights, names), **said})
 
 
 def gradient_metrics(

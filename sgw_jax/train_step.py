@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.tap_cache import TAPS
+from sgw_jax.data_pipelines.transforms import SOURCE
 from sgw_jax.differentiate import (
     GRADIENTS,
     Objective,
@@ -173,6 +174,7 @@ def make_train_step(
     rngs: Sequence[str] = (DROP_PATH,),
     apply: Apply | None = None,
     trained: Trained | None = None,
+    sources: Mapping[str, Sequence[str]] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """Builds ``step(state, batch) -> (state, metrics)``; jit it with the state donated.
 
@@ -200,12 +202,15 @@ def make_train_step(
       trained: the part of the parameters that learns, see `Trained`; None is all. The rest is frozen: no gradient is
         taken of it (of what lies below all that learns there is no backward pass), and it has no moments, no average,
         no decay and no share in any norm.
+      sources: of a mixture its sources' tasks by name, in the order of the numbers in the batch's "source", int32
+        (batch,). None: there is no mixture.
 
     Returns:
       (state, {"image": (batch, H, W, 3), task: target}) -> (state, metrics); with ``taps/NAME`` in the batch too the
       backbone begins at its taps (`taps_of`). Metrics are float32 scalars: "loss" (the weighted sum, whatever the
       objective), "loss/TASK" (unweighted; 0 for a weight of 0), "grad_norm" (of the update), with an aggregator those
-      of `gradient_metrics`.
+      of `gradient_metrics`; of a task that several of the ``sources`` share "loss/TASK/SOURCE" too, the loss on the
+      rows of each.
 
     Raises:
       ValueError: weights of the tasks that are all 0; ``ema_decay`` outside [0, 1); unknown ``gradients``;
@@ -253,6 +258,7 @@ def make_train_step(
         raise InputError(f"train step: rngs is {rngs!r}; give a sequence of names, ({rngs!r},).")
     call = _default_apply(model, "train step") if apply is None else apply
     mixes = getattr(getattr(model, "interaction", None), "mixes_tasks", True)
+    shared = _shared_tasks(tasks, sources or {})
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         if (state.ema is None) != (ema_decay is None):
@@ -263,10 +269,17 @@ def make_train_step(
         _check_batch(tasks, batch, "train step")
         statistics = {task.name: task.batch_statistics(batch[task.name]) for task in tasks}
         mask = jnp.stack([statistics[name]["count"] > 0 for name in names])
+        counts = {name: task.batch_statistics(only(batch))["count"] for name, task, only in shared}
 
-        def weighted_losses(predictions: Any, part: Batch) -> list[Array]:
+        def weighted_losses(predictions: Any, part: Batch) -> tuple[list[Array], dict[str, Array]]:
             losses = task_losses(tasks, predictions, part, statistics)
-            return [factor * loss for factor, loss in zip(scale, losses, strict=True)]
+            alone = {
+                f"loss/{name}": task_losses(
+                    [task], predictions, {task.name: only(part)}, {task.name: {**statistics[task.name], "count": n}}
+                )[0]
+                for (name, task, only), n in zip(shared, counts.values(), strict=True)
+            }
+            return [factor * loss for factor, loss in zip(scale, losses, strict=True)], alone
 
         def variables(params: Any) -> dict[str, Any]:
             return {"params": unflat(params, state.params), "constants": state.constants}
@@ -274,14 +287,14 @@ def make_train_step(
         def options(key: Array) -> dict[str, Any]:
             return {"train": True, "rngs": {stream: _stream_key(key, stream) for stream in rngs}}
 
-        def losses(params: Any, part: Batch, key: Array) -> list[Array]:
+        def losses(params: Any, part: Batch, key: Array) -> tuple[list[Array], dict[str, Array]]:
             return weighted_losses(call(variables(params), part["image"], **options(key), **taps_of(part)), part)
 
         def encode(params: Any, part: Batch, key: Array) -> Any:
             known = taps_of(part)
             return model.apply(variables(params), part["image"], **options(key), **known, method="encode")
 
-        def decode(z: Any, params: Any, part: Batch, key: Array) -> list[Array]:
+        def decode(z: Any, params: Any, part: Batch, key: Array) -> tuple[list[Array], dict[str, Array]]:
             size = part["image"].shape[1:3]
             return weighted_losses(model.apply(variables(params), z, size, **options(key), method="decode"), part)
 
@@ -345,6 +358,31 @@ def taps_of(batch: Batch) -> dict[str, Any]:
         for name, value in found.items()
     }
     return {"taps": typed} if typed else {}
+
+
+def _shared_tasks(
+    tasks: Sequence[Task], sources: Mapping[str, Sequence[str]]
+) -> list[tuple[str, Task, Callable[[Batch], Array]]]:
+    """("TASK/SOURCE", task, batch -> its target with the rows of that source alone) of tasks that several sources have.
+
+    The loss of a task that one source has is that source's.
+    """
+
+    def rows_of(place: int, task: Task) -> Callable[[Batch], Array]:
+        def only(batch: Batch) -> Array:
+            target = batch[task.name]
+            rows = (batch[SOURCE] == place).reshape(-1, *(1,) * (target.ndim - 1))
+            return jnp.where(rows, target, jnp.asarray(task.target["fill"], target.dtype))
+
+        return only
+
+    return [
+        (f"{task.name}/{name}", task, rows_of(place, task))
+        for task in tasks
+        if sum(task.name in own for own in sources.values()) > 1
+        for place, (name, own) in enumerate(sources.items())
+        if task.name in own
+    ]
 
 
 def micro_batches(batch: Batch, parts: int) -> dict[str, Array]:

@@ -16,7 +16,7 @@ from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.experiment.build import build, build_model
 from sgw_jax.experiment.checks import check_config
 from sgw_jax.experiment.experiment import Boundary, flatten
-from sgw_jax.experiment.keys import ALLOWED, check_keys
+from sgw_jax.experiment.keys import ALLOWED, ANY, check_keys
 from sgw_jax.experiment.ranges import Either, Interval, Kind, Names, OneOf, Pair, Several
 from sgw_jax.multi_objective import AGGREGATORS, SCALARIZERS
 from sgw_jax.tasks import TASKS
@@ -37,13 +37,20 @@ def leaves(config, prefix=""):
     return found
 
 
-KEYS = leaves(base.get_config())
+def example():
+    """The defaults, with a source in the mixture, whose name is free."""
+    config = base.get_config()
+    config.data.mixture[ANY] = base.mixture_source(maps={ANY: (0, 255)})
+    return config
+
+
+KEYS = leaves(example())
 RANGES = flatten(ALLOWED)
 
 
 def changed(key, value):
     """A plain configuration with one value changed: what a file can make of it, whatever the types."""
-    values = base.get_config().to_dict()
+    values = example().to_dict()
     *sections, name = key.split(".")
     section = values
     for part in sections:
@@ -69,8 +76,8 @@ def inside(range):
             return [tuple(inside(of)[:1] * 2), tuple(inside(of)[-1:] * 2), list(inside(of)[:1] * 2)]
         case Several(of=of):
             return [(), tuple(inside(of)), inside(of)]
-        case Names():
-            return [("depth",), ["depth", "edges"]]
+        case Names(or_none=or_none):
+            return [("depth",), ["depth", "edges"], *[()] * or_none]
         case Either(of=of, other=other):
             return [*inside(of), other]
     raise AssertionError(range)
@@ -95,8 +102,8 @@ def outside(range):
             return [(), (good,), (good, good, good), 3, None, *((good, bad) for bad in outside(of)), *falling]
         case Several(of=of):
             return [3, None, "many", *((bad,) for bad in outside(of))]
-        case Names():
-            return [(), ("depth", "depth"), (1,), "depth", None]
+        case Names(or_none=or_none):
+            return [*[()] * (not or_none), ("depth", "depth"), (1,), "depth", None]
         case Either(of=of, other=other):
             return [value for value in outside(of) if value != other]
     raise AssertionError(range)
@@ -140,10 +147,16 @@ def comments():
     def section(node, prefix, outer=""):
         found = {}
         for key, value in zip(node.keys, node.values, strict=True):
+            if key is None:  # **changed
+                continue
             name, line = f"{prefix}{key.value}", key.lineno - 1
             over = above(line - 1, node.lineno - 1) or outer
             if isinstance(value, ast.Dict) and value.keys:
                 found |= section(value, f"{name}.", f"{beside(line)} {above(line - 1, line - 2)}")
+            elif name == "data.mixture":
+                found |= section(source, f"{name}.{ANY}.")
+            elif name == f"data.mixture.{ANY}.maps":
+                found[f"{name}.{ANY}"] = f"{beside(line)} {over}"
             elif isinstance(value, ast.Call) and value.func.id == "kem":
                 found |= section(kem, f"{name}.")
             else:
@@ -152,6 +165,8 @@ def comments():
 
     functions = {node.name: node for node in ast.parse(SOURCE).body if isinstance(node, ast.FunctionDef)}
     (kem,) = [node for node in ast.walk(functions["kem"]) if isinstance(node, ast.Dict)]
+    (source,) = [node for node in functions["mixture_source"].body if isinstance(node, ast.Return)]
+    source = source.value
     whole = next(node for node in ast.walk(functions["get_config"]) if isinstance(node, ast.Dict))
     return section(whole, "")
 

@@ -208,9 +208,8 @@ def encode(params, part, key):
 
 def decode(z, params, part, key):
     z = jnp.sin(z @ params["neck"])
-    return (
-        jnp.stack([jnp.mean((z @ params["head_a/w"]) ** 2), jnp.mean((z[:, 0] - 1) ** 2), jnp.mean(z[:, 1] ** 2)]) / 4
-    )
+    losses = jnp.stack([jnp.mean((z @ params["head_a/w"]) ** 2), jnp.mean((z[:, 0] - 1) ** 2), jnp.mean(z[:, 1] ** 2)])
+    return losses / 4, {"loss/a/b": losses[0] / 8}
 
 
 PROGRAM = Program(lambda p, part, key: decode(encode(p, part, key), p, part, key), encode, decode)
@@ -272,7 +271,8 @@ def test_every_aggregator_accumulates_and_keeps_its_state(name, function):
 @pytest.mark.parametrize("function", [by_parameters, by_representation])
 def test_opposed_tasks_raise_the_flag(function):
     def opposed(z, params, part, key):
-        return decode(z, params, part, key)[1] * jnp.array([1.0, -1.0, 1.0])
+        losses, said = decode(z, params, part, key)
+        return losses[1] * jnp.array([1.0, -1.0, 1.0]), said
 
     program = Program(lambda p, part, key: opposed(encode(p, part, key), p, part, key), encode, opposed)
     found = run(function, upgrad(3), PARTS[:1], program, frozenset(), (True, True, False))

@@ -49,7 +49,7 @@ class Runs:
         keys |= {"eval_every": steps, "keep": 1, **({} if tuning else {"data.lengths.validation": 0}), **options}
         given = [f"--config.{key}={value}" for key, value in keys.items()]
         experiment = build(read_config(self.config, [*self.overrides, *given]), self.cache_dir)
-        for source in experiment.data.sources.values():
+        for source in experiment.data.each_source().values():
             prepare = getattr(source, "prepare", None)
             if prepare is not None:  # rendered once, read from then on
                 prepare()

@@ -111,10 +111,11 @@ class ViT(nn.Module):
 
     Call: (image (batch, H, W, 3), train, taps) -> {stride: (batch, h, w, width)} with strides 4, 8, 16 and 32, h =
     ceil(H / stride), w = ceil(W / stride), of any image size: the image is padded to whole patches, a map to whole
-    cells of the next (zeros, at the bottom and on the right), and what reaches beyond the image is cropped. With ``output="taps"``
-    {layer: (batch, floor(H / patch_size), floor(W / patch_size), width)}, as in the originals. A pyramid from patches
-    whose size is no power of two is made on the image resized so that patches lie as those of the next power do: 14 of
-    16 pixels. ``taps``: of the same image, if they are known: nothing below them is computed, see `known_taps`.
+    cells of the next (zeros, at the bottom and on the right), and what reaches beyond the image is cropped. With
+    ``output="taps"`` {layer: (batch, floor(H / patch_size), floor(W / patch_size), width)}, as in the originals. A
+    pyramid from patches whose size is no power of two is made on the image resized so that patches lie as those of the
+    next power do: 14 of 16 pixels. ``taps``: of the same image, if they are known: nothing below them is computed, see
+    `known_taps`.
 
     Raises:
       ValueError: a pyramid from other than four taps; taps of an image smaller than a patch; an attribute out of the

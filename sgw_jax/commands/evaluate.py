@@ -10,7 +10,7 @@ from sgw_jax.commands import sources
 from sgw_jax.data_pipelines.errors import MissingFileError, files_named
 from sgw_jax.data_pipelines.paths import user_path
 from sgw_jax.experiment.build import build
-from sgw_jax.experiment.config_files import UsageError, with_overrides
+from sgw_jax.experiment.config_files import UsageError, data_roots, with_overrides
 from sgw_jax.experiment.experiment import EVALUATION_KEYS
 from sgw_jax.report.results import finish
 from sgw_jax.run.saved_run import open_run
@@ -21,11 +21,11 @@ def run(arguments: argparse.Namespace, overrides: Sequence[str], console: Consol
     which = arguments.step or arguments.checkpoint
     with open_run(arguments.workdir, which) as run:
         config = with_overrides(run.config, overrides, EVALUATION_KEYS)
-        root = config.data.root
-        if root and not Path(user_path(root)).exists():
-            raise MissingFileError(
-                f"config.data.root: {root} does not exist here; where the data lies is said by --config.data.root=DIR."
-            )
+        for key, root in data_roots(config).items():
+            if not Path(user_path(root)).exists():
+                raise MissingFileError(
+                    f"config.{key}: {root} does not exist here; where the data lies is said by --config.{key}=DIR."
+                )
         mesh = make_mesh(mesh_sizes(arguments.mesh)) if arguments.mesh else None
         experiment = build(config, arguments.cache_dir, run.tasks, mesh, tuple(run.config.data.size))
     if arguments.split not in experiment.data.sources:

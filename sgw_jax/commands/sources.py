@@ -43,11 +43,12 @@ def say_what_is_shrunk(data: Data, console: Console) -> None:
 def prepare(data: Data, console: Console) -> None:
     """Lets sources say what they found and render what they need: first on the first process, so that a shared disk
     gets it once."""
-    for sentence in {source.describe() for source in data.sources.values() if hasattr(source, "describe")}:
+    each = data.each_source().values()
+    for sentence in {source.describe() for source in each if hasattr(source, "describe")}:
         console.print(sentence, soft_wrap=True, markup=False)
 
     def render() -> None:
-        for source in data.sources.values():
+        for source in each:
             if hasattr(source, "prepare"):
                 source.prepare()
 

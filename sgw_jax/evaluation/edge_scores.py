@@ -51,6 +51,37 @@ def edge_scores(
       max_dist, outline_targets, suppress: see `boundary.evaluate`.
       total: images, for the progress bar.
     """
+    counts = edge_counts(
+        model,
+        variables,
+        batches,
+        mesh,
+        task=task,
+        max_dist=max_dist,
+        outline_targets=outline_targets,
+        suppress=suppress,
+        workers=workers,
+        console=console,
+        total=total,
+    )
+    return scores_of(counts, task.protocol == "published")
+
+
+def edge_counts(
+    model: nn.Module,
+    variables: Any,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    *,
+    task: Task,
+    max_dist: float,
+    outline_targets: bool = False,
+    suppress: bool = False,
+    workers: int = 0,
+    console: Console | None = None,
+    total: int | None = None,
+) -> np.ndarray:
+    """What `edge_scores` makes scores of: the `boundary.counts_of` of all processes' images, one after another."""
     published = task.protocol == "published"
 
     def images() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -68,9 +99,7 @@ def edge_scores(
             console=console,
             total=total,
         )
-    if jax.process_count() > 1:
-        counts = _from_all_processes(counts)
-    return scores_of(counts, published)
+    return _from_all_processes(counts) if jax.process_count() > 1 else counts
 
 
 def scores_of(counts: np.ndarray, published: bool) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Metric sums added on the host, and what compares results over tasks: delta_m and the mean rank."""
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -40,6 +41,11 @@ def add_all(sums: Iterable[Any]) -> Any | None:
             total = add_sums(total, jax.device_get(waiting))
         waiting = new
     return total if waiting is None else add_sums(total, jax.device_get(waiting))
+
+
+def added(sums: Iterable[Any]) -> Any:
+    """The total of sums that lie on the host, at least one of them; see `add_sums`."""
+    return functools.reduce(add_sums, sums, None)
 
 
 def delta_m(

@@ -110,6 +110,12 @@ def evaluate(
     Args:
       block: as of `fit`.
     """
+    total = sums_of(probe, batches, tasks, block)
+    return {task.name: task.metric_values(total[task.name]) for task in tasks}
+
+
+def sums_of(probe: Probe, batches: Iterable[Batch], tasks: Sequence[Task], block: int | None = None) -> dict[str, Any]:
+    """{task name: metric sums}, from which `evaluate` has the metrics."""
     metric_sums = jax.jit(
         lambda values, target, task: task.metric_sums(task.from_regression(values), target), static_argnums=2
     )
@@ -125,8 +131,7 @@ def evaluate(
     total = add_all(sums())
     if total is None:
         raise InputError("probe: there are no batches to evaluate; give at least one.")
-    total = over_processes(total, block)
-    return {task.name: task.metric_values(total[task.name]) for task in tasks}
+    return over_processes(total, block)
 
 
 def _product(phi: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -42,11 +42,16 @@ def saliency_scores(
       batches: as `eval_batches` yields them; rows without an item do not count.
       task: with its protocol "published" probabilities are cut down to 8 bits first, as the field saves them.
     """
+    return means_of(*saliency_sums(model, variables, batches, mesh, task=task))
+
+
+def saliency_sums(model: nn.Module, variables: Any, batches: Iterable[Batch], mesh: Mesh, *, task: Task) -> np.ndarray:
+    """What `saliency_scores` makes means of: the `sums_of` all processes' images, added."""
     total = no_sums()
     with jax.set_mesh(mesh):
         for probability, labels in probabilities(model, variables, batches, mesh, task):
             total += sums_of(probability, labels, task.protocol == "published")
-    return means_of(*over_processes(total))
+    return over_processes(total)
 
 
 WIDTHS = tuple(LEVELS + 1 if name.endswith("curve") else 1 for name in FIELDS)

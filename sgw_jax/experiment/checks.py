@@ -8,6 +8,7 @@ from sgw_jax.backbones.dinov2 import SIZES as DINOV2S
 from sgw_jax.backbones.dinov3 import SIZES as DINOV3S
 from sgw_jax.backbones.vit import SIZES as VITS
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.experiment.data_sets import DATA_SETS
 from sgw_jax.experiment.keys import check_keys
 from sgw_jax.multi_objective import SCALARIZERS
 from sgw_jax.sharding import read_rules
@@ -21,6 +22,7 @@ def check_config(config: ConfigDict) -> None:
       InputError: names the keys, their values and what is allowed.
     """
     check_keys(config)
+    DATA_SETS[config.data.source].check(config)
     read_rules(config.mesh.get("rules"))  # no key in checkpoints of earlier releases
     _check_steps(config)
     _check_depths(config)

@@ -18,6 +18,8 @@ from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.paths import PathError, user_path
 from sgw_jax.experiment.experiment import among
+from sgw_jax.experiment.keys import range_of
+from sgw_jax.experiment.ranges import Names
 
 INTERNAL = ("__init__", "base")
 # What ml_collections says of a value of another type than the key's.
@@ -26,7 +28,8 @@ CAST = re.compile(
     r"'(?P<found>[\w.]+)'> and cannot be casted to type <class '(?P<needed>[\w.]+)'>",
     re.DOTALL,
 )
-PATHS = ("data.root", "backbone_weights", "backbone_cache")  # the keys that are
+ROOTS = ("data.root", "data.mixture.*.root")
+PATHS = (*ROOTS, "backbone_weights", "backbone_cache")  # the keys that are
 
 
 class UsageError(InputError):
@@ -69,6 +72,7 @@ def with_overrides(config: ConfigDict, overrides: Sequence[str], allowed: Sequen
       UsageError: another key (it names those allowed), a value of another type.
     """
     base = base_config()  # knows the types, which JSON does not
+    base.data.mixture.update(config.data.get("mixture", {}))  # whose free keys are text
     config = copy.deepcopy(config).unlock()
     for key, text in map(_key_and_text, overrides):
         if not among(key, allowed) or key not in _leaves(base):
@@ -87,7 +91,7 @@ def with_whole_paths(config: ConfigDict) -> ConfigDict:
       InputError: a path that cannot be meant; it names the key.
     """
     config = copy.deepcopy(config)
-    for key in PATHS:
+    for key in (key for key in _leaves(config) if among(key, PATHS)):
         section, name = _owner(config, key)
         if section.get(name):  # no key in checkpoints of earlier releases
             try:
@@ -95,6 +99,12 @@ def with_whole_paths(config: ConfigDict) -> ConfigDict:
             except PathError as error:
                 raise InputError(f"config.{key}={error}.") from error
     return config
+
+
+def data_roots(config: ConfigDict) -> dict[str, str]:
+    """Key -> directory, of the keys that say where the data lie; empty ones left out."""
+    found = {key: _held(config, key) for key in _leaves(config) if among(key, ROOTS)}
+    return {key: root for key, root in found.items() if root}
 
 
 def _key_and_text(override: str) -> tuple[str, str]:
@@ -245,21 +255,27 @@ def _parse(key: str, text: str, old: Any) -> Any:
     try:
         if optional and kind is tuple:
             raise ValueError("what only a file can set, a tuple of pairs,")
-        return _tuple(text, old) if kind is tuple else _scalar(text, kind)
+        return _tuple(text, old, _item_type(key, old)) if kind is tuple else _scalar(text, kind)
     except ValueError as error:
         wanted = f"{error}{' or None' if optional else ''}"
         now = old.get() if optional else old
         raise UsageError(f"--config.{key}={text}: expected {wanted}; it is {now!r} now.") from error
 
 
-def _tuple(text: str, old: tuple) -> tuple:
+def _item_type(key: str, old: tuple) -> type:
+    """Of what the tuple holds; of one that holds nothing now the range of the key says it."""
+    if old:
+        return type(old[0])
+    return str if isinstance(range_of(key), Names) else float
+
+
+def _tuple(text: str, old: tuple, kind: type) -> tuple:
     """As many numbers as there were (any, if there were none), or any number of names; brackets and quotes are
     optional."""
-    kind = type(old[0]) if old else float
     separators = ",+" if kind is str else ","
     parts = [part.strip(" '\"") for part in re.split(f"[{separators}]", text.strip("()[]"))]
     values = tuple(_scalar(part, kind) for part in parts if part)
-    if not old:  # whole numbers where they are
+    if not old and kind is not str:  # whole numbers where they are
         return tuple(int(value) if value == int(value) and "." not in text else value for value in values)
     if kind is not str and len(values) != len(old):
         raise ValueError(f"{len(old)} numbers with a comma between them")

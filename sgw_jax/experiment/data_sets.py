@@ -1,10 +1,9 @@
 """The data sets that a configuration can name: which source reads each, its splits, and what its tasks are there."""
 
-import abc
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -20,33 +19,10 @@ from sgw_jax.data_pipelines.nyud import Nyud
 from sgw_jax.data_pipelines.pascal_context import PascalContext
 from sgw_jax.data_pipelines.prepared import Prepared
 from sgw_jax.data_pipelines.transforms import Target
+from sgw_jax.experiment.data_set import CLASS_KEYS, SPLITS, DataSet, own_classes
+from sgw_jax.experiment.mixture import MixedDataSets
 
-SPLITS = ("train", "validation", "test")
 FORMATS = ("archive", "prepared")
-
-
-class DataSet(abc.ABC):
-    """How a data set enters: what a configuration says is read here, and the source gets plain arguments.
-
-    rendered: whether the items are our own rendering, in which there is nothing to check.
-    fixed_classes: whether the classes are the data set's own, not the user's choice.
-    """
-
-    rendered: ClassVar[bool] = False
-    fixed_classes: ClassVar[bool] = True
-
-    @abc.abstractmethod
-    def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
-        """Task name -> its fields that are not the task's defaults, such as the classes; ``data`` is `config.data`."""
-
-    @abc.abstractmethod
-    def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
-        """The sources by split."""
-
-    def name_findings(self, sources: Mapping[str, Source]) -> Sequence[Finding]:
-        """What is odd about the names of the files, by what the data set's form says."""
-        del sources
-        return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +77,13 @@ class RenderedScenes(DataSet):
         }
 
 
-# Task -> the key of config.data that says how many classes a user's own labels have.
-CLASS_KEYS = {"semseg": "num_classes", "human_parts": "num_parts"}
-
-
 class OwnFolder(DataSet):
     """A user's own files, with the splits that lists of images name."""
 
     fixed_classes = False
 
     def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
-        return {task: {"num_classes": data[key]} for task, key in CLASS_KEYS.items()}
+        return {task: own_classes(data, task) for task in CLASS_KEYS}
 
     def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
         root = _root(config)
@@ -170,3 +142,4 @@ DATA_SETS: dict[str, DataSet] = {
         MtanCityscapes, {"semseg": {"num_classes": 7}, "depth": {"quantity": "inverse_depth"}}
     ),
 }
+DATA_SETS["mixture"] = MixedDataSets(DATA_SETS)

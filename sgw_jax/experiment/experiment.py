@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import optax
@@ -15,6 +15,7 @@ from sgw_jax.backbones.freezing import Freezing
 from sgw_jax.data_pipelines.evaluation import View, eval_batches, image_sizes
 from sgw_jax.data_pipelines.images import ImageRows, image_batches
 from sgw_jax.data_pipelines.loader import Batches, Source, train_batches
+from sgw_jax.data_pipelines.mixture import Chosen, Mixture
 from sgw_jax.data_pipelines.predictions import Predictions
 from sgw_jax.data_pipelines.tap_cache import TapCache
 from sgw_jax.data_pipelines.transforms import Augmentation, Size, Target
@@ -28,6 +29,7 @@ from sgw_jax.tasks.base import Task
 FREE_KEYS = (
     *("log_every", "keep", "mesh", "data.workers", "data.threads", "data.root", "data.format", "boundary"),
     *("profile_after", "profile_steps", "checkpoint_every", "eval_every"),
+    *("data.mixture.*.root", "data.mixture.*.format"),
     "data.check",  # a look at the data changes none
     "backbone_weights",  # read at step 0 alone
     "backbone_cache",  # what it holds is what would be computed
@@ -135,6 +137,43 @@ class Data:
         rows = ImageRows(self.sources[split], self.augmentation.size, self.augmentation.fit, ((item, False),))
         return rows.example(0)["image"]
 
+    def by_source(self, split: str) -> dict[str, Self]:
+        """The data of each source of a mixture that has the split, by name; empty where there is no mixture."""
+        if split not in self._by_source:  # kept, as they know their images' sizes
+            source = self.sources[split]
+            parts = source.parts if isinstance(source, Mixture) else {}
+            found = {name: dataclasses.replace(self, sources={split: part}) for name, part in parts.items()}
+            self._by_source[split] = found
+        return self._by_source[split]
+
+    @functools.cached_property
+    def _by_source(self) -> dict[str, dict[str, Self]]:
+        return {}
+
+    def examples(self, split: str, count: int) -> tuple[Self, list[str]]:
+        """Data whose first batch of the split begins with items to show, and the source of each of these, "" where
+        there is no mixture: the first ``count`` items, or as many of every source (`Mixture.spread`)."""
+        source = self.sources[split]
+        if not isinstance(source, Mixture):
+            return self, [""] * min(count, self.batch_size, len(source))
+        items, names = zip(*source.spread(count), strict=True)
+        rows = -(-len(items) // self.parts) * self.parts
+        return dataclasses.replace(self, sources={split: Chosen(source, items)}, batch_size=rows), list(names)
+
+    @property
+    def source_tasks(self) -> dict[str, tuple[str, ...]]:
+        """Source -> its tasks, in the order of a training batch's numbers of them; empty where there is no mixture."""
+        source = self.sources.get("train")
+        return {name: tuple(part.names) for name, part in source.parts.items()} if isinstance(source, Mixture) else {}
+
+    def each_source(self) -> dict[str, Source]:
+        """The sources by split; those of a mixture one by one, as "SOURCE SPLIT"."""
+        found: dict[str, Source] = {}
+        for split, source in self.sources.items():
+            parts = {f"{name} {split}": data.sources[split] for name, data in self.by_source(split).items()}
+            found |= parts or {split: source}
+        return found
+
     def sizes(self, split: str) -> tuple[Size, ...]:
         """(height, width) of every image of the split; looked up once."""
         if split not in self._sizes:
@@ -224,8 +263,12 @@ class Experiment:
 
 
 def among(key: str, keys: Iterable[str]) -> bool:
-    """Whether a dotted key is one of those, or lies in a section that is one."""
-    return any(key == other or key.startswith(f"{other}.") for other in keys)
+    """Whether a dotted key is one of those, or lies in a section that is one; * stands for any name."""
+    return any(_leads(other.split("."), key.split(".")) for other in keys)
+
+
+def _leads(first: Sequence[str], names: Sequence[str]) -> bool:
+    return len(first) <= len(names) and all(a in ("*", b) for a, b in zip(first, names, strict=False))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -60,6 +60,7 @@ WIDTH = whole(1, 8192)  # of an array of the network
 ROUNDS = whole(1, 64)  # each is traced by itself
 CLASSES = whole(2, 255)  # 255 is the ignored label
 WORKERS = whole(0, 1024)
+ANY = "*"  # in a table: every other name of the section
 ZOOM = Interval(0, 16, "(]")
 DEVICES = optional(Either(COUNT, -1))
 
@@ -104,6 +105,22 @@ ALLOWED: Table = {
         "format": OneOf(FORMATS),
         "num_classes": CLASSES,
         "num_parts": CLASSES,
+        "class_names": Names(or_none=True),
+        "part_names": Names(or_none=True),
+        "mixture": {
+            ANY: {
+                "source": OneOf(DATA_SETS),
+                "root": TEXT,
+                "format": OneOf(FORMATS),
+                "weight": POSITIVE,
+                "num_classes": CLASSES,
+                "num_parts": CLASSES,
+                "class_names": Names(or_none=True),
+                "part_names": Names(or_none=True),
+                "tasks": Names(),
+                "maps": {ANY: Several(whole(0, 255))},
+            }
+        },
         "size": Pair(whole(1, 16384)),
         "fit": OneOf(FITS),
         "seed": SEED,
@@ -244,6 +261,14 @@ ALLOWED: Table = {
 }
 
 
+def range_of(key: str) -> Range | None:
+    """Of a key, such as "data.size"; None for a section, and for what is no key of configs/base.py."""
+    found: Any = ALLOWED
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Range) else None
+
+
 def check_keys(config: ConfigDict) -> None:
     """Raises for the first key whose value is not allowed.
 
@@ -260,7 +285,7 @@ def _check(values: Any, allowed: Table, name: str) -> None:
     if not isinstance(values, Mapping):
         raise InputError(f"{name} is {values!r}; it must be a section with the keys {sorted(allowed)}.")
     for key, value in values.items():
-        match allowed.get(key):
+        match allowed.get(key, allowed.get(ANY)):
             case Range() as range:
                 range.check(f"{name}.{key}", value)
             case Mapping() as section:

@@ -118,10 +118,11 @@ class RepresentationGradients(NamedTuple):
       weights: (T,), of the weighting.
       state: of the weighting.
       gramian: (T, T), of the gradients in the representation.
+      aux: what the heads returned beside the losses; None without ``has_aux``.
 
     >>> from sgw_jax.multi_objective import RepresentationGradients
     >>> RepresentationGradients._fields
-    ('losses', 'trunk', 'shared', 'own', 'weights', 'state', 'gramian')
+    ('losses', 'trunk', 'shared', 'own', 'weights', 'state', 'gramian', 'aux')
     """
 
     losses: Float[Array, " tasks"]
@@ -131,17 +132,19 @@ class RepresentationGradients(NamedTuple):
     weights: Float[Array, " tasks"]
     state: Any
     gramian: Float[Array, "tasks tasks"]
+    aux: Any = None
 
 
 def representation_gradients(
     trunk: Callable[[Any], Any],
-    heads: Callable[[Any, Any, Any], Losses],
+    heads: Callable[[Any, Any, Any], Any],
     trunk_params: Any,
     shared_params: Any,
     own_params: Any,
     weighting: Callable[[Array, Array], tuple[Array, Any]],
     *,
     mode: Literal["map", "vmap", "unroll"] = "unroll",
+    has_aux: bool = False,
 ) -> RepresentationGradients:
     """Weights from gradients in a representation z = trunk(trunk_params); one backward pass of the trunk whatever T is.
 
@@ -159,6 +162,7 @@ def representation_gradients(
       own_params: parameters that one task alone uses; they take their task's gradient unweighted.
       weighting: (gramian (T, T), losses (T,)) -> (weights (T,), its state).
       mode: as of `task_gradients`.
+      has_aux: whether ``heads`` returns (losses, anything else), which is passed on.
 
     Returns:
       The gradients, and what they were weighted by.
@@ -181,7 +185,8 @@ def representation_gradients(
     (7.5, 1.5, 3.0)
     """
     z, pull_trunk = jax.vjp(trunk, trunk_params)
-    losses, pull = jax.vjp(heads, z, shared_params, own_params)
+    beside = heads if has_aux else lambda *at: (heads(*at), None)
+    losses, pull, aux = jax.vjp(beside, z, shared_params, own_params, has_aux=True)
     by_z, by_shared, by_own = zip(*rows_of(pull, losses, mode), strict=True)
     by_z, losses = stacked(by_z), jnp.stack(losses)
     matrix = gramian(by_z)
@@ -195,4 +200,5 @@ def representation_gradients(
         weights=weights,
         state=state,
         gramian=matrix,
+        aux=aux,
     )

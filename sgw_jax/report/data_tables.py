@@ -75,9 +75,15 @@ def _task_rows(found: Inspection, tasks: tuple[Task, ...]) -> Rows:
     rows = [
         (task.name if i == 0 else "", split, *_task_cells(task, found, split))
         for task in tasks
-        for i, split in enumerate(found.splits)
+        for i, split in enumerate(_splits_with(found, task))
     ]
     return Rows("labels", ("task", "split", "what they hold", "images", "ignored"), 3, tuple(rows))
+
+
+def _splits_with(found: Inspection, task: Task) -> list[str]:
+    """The splits, of a mixture ("SOURCE SPLIT") those alone that have labels of the task."""
+    mixed = any(" " in split for split in found.splits)
+    return [split for split, facts in found.splits.items() if not mixed or task.name in facts.tasks]
 
 
 def _task_cells(task: Task, found: Inspection, split: str) -> tuple[str, str, str]:
@@ -103,13 +109,17 @@ def _task_cells(task: Task, found: Inspection, split: str) -> tuple[str, str, st
 
 def _class_rows(found: Inspection, task: Task) -> Rows:
     """Of each class the share of the labelled pixels in each split, and the images of the first that show it."""
-    columns = ("", "class", *found.splits, f"images of {next(iter(found.splits))}")
+    splits = _splits_with(found, task)
+    columns = ("", "class", *splits, *(f"images of {split}" for split in splits[:1]))
     rows = []
     for value, (name, _) in enumerate(task.legend()):
-        cells = [_share(found, split, task.name, value) for split in found.splits]
-        first = next(iter(found.splits.values())).tasks.get(task.name)
-        images = f"{first.levels.images[value]:,}" if first is not None and first.levels is not None else MISSING
-        rows.append((str(value), name, *cells, images))
+        cells = [_share(found, split, task.name, value) for split in splits]
+        for split in splits[:1]:
+            first = found.splits[split].tasks.get(task.name)
+            cells.append(
+                f"{first.levels.images[value]:,}" if first is not None and first.levels is not None else MISSING
+            )
+        rows.append((str(value), name, *cells))
     return Rows(f"classes of {task.name}, % of labelled pixels", columns, 2, tuple(rows))
 
 

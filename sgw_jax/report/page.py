@@ -12,7 +12,7 @@ from sgw_jax.pictures.album import Album
 from sgw_jax.pictures.charts import Values, loss_curves
 from sgw_jax.report.interaction import interaction_part
 from sgw_jax.report.record import Results
-from sgw_jax.report.tables import MISSING, Record, all_metrics, cards, duration, headline_table, number
+from sgw_jax.report.tables import MISSING, Record, all_metrics, cards, duration, headline_table, number, source_table
 
 
 def write_report(path: Path, results: Results, examples: Values | None, history: Sequence[Values]) -> None:
@@ -51,6 +51,7 @@ def page_of(results: Results, examples: Values | None, history: Sequence[Values]
         "headline": headline_table(results),
         "metrics": all_metrics(results),
         "classes": _classes(results),
+        "sources": _sources(results),
         "curves": loss_curves([task.name for task in results.tasks], history),
         "examples": _examples(examples, album),
         "interaction": None
@@ -94,6 +95,17 @@ def _classes(results: Results) -> list[Record]:
     ]
 
 
+def _sources(results: Results) -> Record | None:
+    """Of a mixture the headline by source, and each source's own tables."""
+    if not results.sources:
+        return None
+    alone = {name: results.of_source(name) for name in results.sources}
+    return {
+        "headline": source_table(results),
+        "each": [{"name": name, "metrics": all_metrics(own)} for name, own in alone.items()],
+    }
+
+
 def _facts(results: Results) -> list[Record]:
     """Short tables: speed, parameters, environment."""
     parameters = [(name, f"{value:,}") for name, value in results.parameters.items()]
@@ -130,7 +142,8 @@ def _examples(examples: Values | None, album: Album) -> Record | None:
             }
             for name, found in examples["tasks"].items()
         ]
-        rows.append({"image": album.add(image, f"image {i + 1}", photo=True), "cells": cells})
+        source = examples.get("sources", [""] * (i + 1))[i]
+        rows.append({"image": album.add(image, f"image {i + 1}", photo=True), "source": source, "cells": cells})
     legends = [
         {"task": name, "entries": [{"text": text, "colour": f"#{bytes(colour).hex()}"} for text, colour in legend]}
         for name, found in examples["tasks"].items()

@@ -71,12 +71,25 @@ class Speed:
 
 
 @dataclasses.dataclass(frozen=True)
+class SourceResults:
+    """What a checkpoint does on one source of a mixture, of the tasks that have labels there; as of `Results`."""
+
+    images: int
+    metrics: Metrics
+    losses: dict[str, float]
+    per_class: Metrics
+    references: dict[str, Metrics]
+    delta_m: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
 class Results:
     """What a checkpoint is and does on one split.
 
     references, delta_m: of each reference predictor its metrics, and the network's mean gain over it (NaN where it is
     not defined). diagnostics: None where the interaction has none. config, identity: the configuration, and what else
-    the run depends on, on one level of keys. speed: None where no training was measured.
+    the run depends on, on one level of keys. speed: None where no training was measured. sources: of a mixture each
+    source by itself.
     """
 
     name: str
@@ -96,6 +109,21 @@ class Results:
     identity: dict[str, Any]
     checkpoint: str
     speed: Speed | None
+    sources: dict[str, SourceResults] = dataclasses.field(default_factory=dict)
+
+    def of_source(self, name: str) -> Self:
+        """The record as it is of one source alone."""
+        found = self.sources[name]
+        return dataclasses.replace(
+            self,
+            tasks=[task for task in self.tasks if task.name in found.metrics],
+            metrics=found.metrics,
+            losses=found.losses,
+            per_class=found.per_class,
+            references=found.references,
+            delta_m=found.delta_m,
+            sources={},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, null for NaN and {} for a speed that was not measured."""

@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -18,15 +18,24 @@ from sgw_jax.data_pipelines.errors import files_named
 from sgw_jax.data_pipelines.progress import counted
 from sgw_jax.evaluation import probe
 from sgw_jax.evaluation.diagnostics import collect_examples, diagnose
-from sgw_jax.evaluation.edge_scores import SCORES, edge_scores
+from sgw_jax.evaluation.edge_scores import SCORES, edge_counts, scores_of
 from sgw_jax.evaluation.evaluate import Evaluation
-from sgw_jax.evaluation.metrics import mean_gain
+from sgw_jax.evaluation.metrics import added, mean_gain
 from sgw_jax.evaluation.saliency_scores import SCORES as SALIENCY_SCORES
-from sgw_jax.evaluation.saliency_scores import saliency_scores
-from sgw_jax.experiment.experiment import Experiment, flatten
+from sgw_jax.evaluation.saliency_scores import means_of, saliency_sums
+from sgw_jax.experiment.experiment import Data, Experiment, flatten
 from sgw_jax.pictures.gallery import gallery
 from sgw_jax.report.page import write_report
-from sgw_jax.report.record import Diagnostics, Metrics, Results, Speed, TaskDescription, read_results, read_value
+from sgw_jax.report.record import (
+    Diagnostics,
+    Metrics,
+    Results,
+    SourceResults,
+    Speed,
+    TaskDescription,
+    read_results,
+    read_value,
+)
 from sgw_jax.report.tables import print_table
 from sgw_jax.run.logs import read_metrics
 from sgw_jax.run.saved_run import open_run
@@ -38,6 +47,8 @@ from sgw_jax.train_step import TrainState
 PACKAGES = ("sgw_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 REFERENCES = ("constant", "linear")
 EXAMPLES = 4  # test images drawn in the report
+
+Sums = TypeVar("Sums")
 
 
 def finish(
@@ -55,9 +66,10 @@ def finish(
     measured = Speed(**speed) if speed else earlier_speed(workdir)
     with jax.set_mesh(experiment.mesh):
         found = evaluate(experiment, state, split, console)
-        references = reference_predictors(experiment, split, console)
+        predicted = reference_predictors(experiment, split, console)
         diagnostics = diagnosis(experiment, state, split)
         pictures = examples(experiment, state, split)
+    references, delta_m = compared(experiment, found, predicted[""])
     results = Results(
         name=f"{experiment.config.interaction} on {experiment.config.data.source}",
         step=int(state.step),
@@ -68,7 +80,7 @@ def finish(
         losses=found.losses,
         per_class=found.per_class,
         references=references,
-        delta_m={name: mean_gain(found.metrics, values, experiment.tasks) for name, values in references.items()},
+        delta_m=delta_m,
         diagnostics=diagnostics,
         parameters=count_parameters(state.params),
         environment=environment(experiment),
@@ -76,11 +88,34 @@ def finish(
         identity=experiment.identity(),
         checkpoint=which if isinstance(which, str) else "chosen",
         speed=measured,
+        sources={
+            name: source_results(
+                experiment, alone, len(experiment.data.by_source(split)[name].sources[split]), predicted[name]
+            )
+            for name, alone in found.sources.items()
+        },
     )
     print_table(consoles.results(console), results)
     if jax.process_index() == 0:
         write(results, pictures, workdir, console)
     return results
+
+
+def compared(
+    experiment: Experiment, found: Evaluation, references: Mapping[str, Metrics]
+) -> tuple[dict[str, Metrics], dict[str, float]]:
+    """The references' metrics of the tasks that were evaluated, and the mean gain over each."""
+    tasks = [task for task in experiment.tasks if task.name in found.metrics]
+    own = {name: {task.name: values[task.name] for task in tasks} for name, values in references.items()}
+    return own, {name: mean_gain(found.metrics, values, tasks) for name, values in own.items()}
+
+
+def source_results(
+    experiment: Experiment, found: Evaluation, images: int, references: Mapping[str, Metrics]
+) -> SourceResults:
+    """The record of one source of a mixture."""
+    own, delta_m = compared(experiment, found, references)
+    return SourceResults(images, found.metrics, found.losses, found.per_class, own, delta_m)
 
 
 def earlier_speed(workdir: Path) -> Speed | None:
@@ -92,53 +127,85 @@ def earlier_speed(workdir: Path) -> Speed | None:
 def evaluate(experiment: Experiment, state: TrainState, split: str, console: Console) -> Evaluation:
     """Metrics of the split, with what is computed on the host of boundaries and of saliency where that is asked for."""
     found = evaluate_split(experiment, compiled_eval_step(experiment), state.variables, split)
-    metrics = dict(found.metrics)
     for task in experiment.tasks:
         if task.boundary_scores and experiment.boundary.max_dist is not None:
-            metrics[task.name] = metrics[task.name] | boundary_scores(experiment, state, task, split, console)
+            found = with_scores(found, task, boundary_scores(experiment, state, task, split, console))
         if task.scores_images:
-            metrics[task.name] = metrics[task.name] | scores_by_image(experiment, state, task, split)
-    return dataclasses.replace(found, metrics=metrics)
+            found = with_scores(found, task, scores_by_image(experiment, state, task, split))
+    return found
+
+
+def with_scores(found: Evaluation, task: Task, scores: Mapping[str, dict[str, float]]) -> Evaluation:
+    """The evaluation with a task's further scores by source, under "" those of all."""
+
+    def more(known: Evaluation, source: str) -> Evaluation:
+        if task.name not in known.metrics:
+            return known
+        return dataclasses.replace(
+            known, metrics={**known.metrics, task.name: known.metrics[task.name] | scores[source]}
+        )
+
+    return dataclasses.replace(more(found, ""), sources={name: more(own, name) for name, own in found.sources.items()})
+
+
+def by_source(
+    data: Data, split: str, measure: Callable[[Data], Sums], join: Callable[[list[Sums]], Sums]
+) -> dict[str, Sums]:
+    """What is measured on a split, under "": of a mixture on each source by its name, and those joined."""
+    parts = data.by_source(split)
+    found = {name: measure(part) for name, part in (parts or {"": data}).items()}
+    return {**found, "": join(list(found.values()))}
 
 
 def boundary_scores(
     experiment: Experiment, state: TrainState, task: Task, split: str, console: Console
-) -> dict[str, float]:
-    """ODS, OIS and AP of a task of boundaries."""
-    with experiment.data.evaluation(split) as batches:
-        return edge_scores(
-            experiment.model,
-            state.variables,
-            batches,
-            experiment.mesh,
-            task=task,
-            total=len(experiment.data.sources[split]),
-            console=console,
-            **dataclasses.asdict(experiment.boundary),
-        )
+) -> dict[str, dict[str, float]]:
+    """ODS, OIS and AP of a task of boundaries, by source."""
+
+    def counts(data: Data) -> np.ndarray:
+        with data.evaluation(split) as batches:
+            return edge_counts(
+                experiment.model,
+                state.variables,
+                batches,
+                experiment.mesh,
+                task=task,
+                total=len(data.sources[split]),
+                console=console,
+                **dataclasses.asdict(experiment.boundary),
+            )
+
+    found = by_source(experiment.data, split, counts, np.concatenate)
+    return {name: scores_of(own, task.protocol == "published") for name, own in found.items()}
 
 
-def scores_by_image(experiment: Experiment, state: TrainState, task: Task, split: str) -> dict[str, float]:
-    """The saliency measures that are means over images."""
-    with experiment.data.evaluation(split) as batches:
-        return saliency_scores(
-            experiment.model,
-            state.variables,
-            batches,
-            experiment.mesh,
-            task=task,
-        )
+def scores_by_image(experiment: Experiment, state: TrainState, task: Task, split: str) -> dict[str, dict[str, float]]:
+    """The saliency measures that are means over images, by source."""
+
+    def sums(data: Data) -> np.ndarray:
+        with data.evaluation(split) as batches:
+            return saliency_sums(experiment.model, state.variables, batches, experiment.mesh, task=task)
+
+    found = by_source(experiment.data, split, sums, lambda parts: np.sum(parts, axis=0))
+    return {name: means_of(*own) for name, own in found.items()}
 
 
-def reference_predictors(experiment: Experiment, split: str, console: Console) -> dict[str, Metrics]:
-    """The constant predictor and the linear probe on colour and position, fitted on the training split."""
-    found, data = {}, experiment.data
+def reference_predictors(experiment: Experiment, split: str, console: Console) -> dict[str, dict[str, Metrics]]:
+    """The constant predictor and the linear probe on colour and position, fitted on the training split, by source."""
+    data, tasks = experiment.data, experiment.tasks
+    metrics: dict[str, dict[str, Metrics]] = {}
     for features in counted(REFERENCES, "reference predictors", len(REFERENCES), console):
         with data.evaluation("train", "own") as batches:
-            fitted = probe.fit(batches, experiment.tasks, features, block=data.block[0])
-        with data.evaluation(split, "own") as batches:
-            found[features] = probe.evaluate(fitted, batches, experiment.tasks, block=data.block[0])
-    return found
+            fitted = probe.fit(batches, tasks, features, block=data.block[0])
+
+        def sums(part: Data, fitted: probe.Probe = fitted) -> dict[str, Any]:
+            with part.evaluation(split, "own") as batches:
+                return probe.sums_of(fitted, batches, tasks, block=data.block[0])
+
+        for name, total in by_source(data, split, sums, added).items():
+            found = {task.name: task.metric_values(total[task.name]) for task in tasks}
+            metrics.setdefault(name, {})[features] = found
+    return metrics
 
 
 def diagnosis(experiment: Experiment, state: TrainState, split: str) -> Diagnostics | None:
@@ -149,12 +216,13 @@ def diagnosis(experiment: Experiment, state: TrainState, split: str) -> Diagnost
 
 
 def examples(experiment: Experiment, state: TrainState, split: str) -> dict[str, Any]:
-    """Pictures for the report: the split's first images as the network sees them, predictions, truth and what the slots
-    read."""
-    with experiment.data.evaluation(split, "network") as batches:
+    """Pictures for the report: the split's first images, of a mixture some of every source, as the network sees them,
+    predictions, truth and what the slots read; and the images' sources."""
+    data, sources = experiment.data.examples(split, EXAMPLES)
+    with data.evaluation(split, "network") as batches:
         batch = next(iter(batches))
-    count = min(EXAMPLES, len(experiment.data.sources[split]))
-    return collect_examples(experiment.model, state.variables, batch, experiment.mesh, experiment.tasks, count)
+    found = collect_examples(experiment.model, state.variables, batch, experiment.mesh, experiment.tasks, len(sources))
+    return {**found, "sources": sources}
 
 
 def describe(task: Task, metrics: Mapping[str, float]) -> TaskDescription:
@@ -205,5 +273,5 @@ def write(results: Results, pictures: Mapping[str, Any], workdir: Path, console:
         write_atomically(numbers, json.dumps(results.to_dict(), indent=1, allow_nan=False))
         write_report(page, results, pictures, read_metrics(workdir / "metrics.jsonl"))
         with replacing(workdir / f"examples{suffix}.png") as temporary:
-            gallery(pictures).save(temporary, "PNG")
+            gallery(pictures, max(2, len(results.sources))).save(temporary, "PNG")
     consoles.results(console).print(f"Report: {page}   numbers: {numbers}", soft_wrap=True)

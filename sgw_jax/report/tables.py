@@ -40,6 +40,22 @@ def print_table(console: Console, results: Results) -> None:
         table.add_section()
         table.add_row("mean gain", "", "", *_interleaved([Text()] * len(means), means))
     console.print(table)
+    if results.sources:
+        print_sources(console, results)
+
+
+def print_sources(console: Console, results: Results) -> None:
+    """The network's headline metrics by source; a source is a column, and has a dash for a task without labels."""
+    found = source_table(results)
+    table = Table(title=Text("by source"), title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("task")
+    table.add_column("metric", no_wrap=True)
+    for name in found["columns"]:
+        table.add_column(Text(name), justify="right")
+    for row in found["rows"]:
+        metric = " ".join(part for part in (row["metric"], row["unit"], row["arrow"]) if part)
+        table.add_row(Text(row["task"]), Text(metric), *map(Text, row["values"]))
+    console.print(table)
 
 
 def print_metrics(console: Console, title: str, tasks: Sequence[TaskDescription], metrics: Metrics) -> None:
@@ -143,6 +159,25 @@ def headline_table(results: Results) -> Record:
         )
     means = [percent(gain) for _, gain in references.values()]
     return {"columns": ["network", *references], "gains": list(references), "rows": rows, "means": means}
+
+
+def source_table(results: Results) -> Record:
+    """Headline metrics of the network in all and by source."""
+    rows = []
+    for task in results.tasks:
+        found = [results.metrics, *(source.metrics for source in results.sources.values())]
+        values = [metrics.get(task.name, {}).get(task.metric, math.nan) for metrics in found]
+        rows.append(
+            {
+                "task": task.name,
+                "metric": task.metric,
+                "unit": task.unit,
+                **arrow_of(task.higher_is_better),
+                "values": [number(value, task.unit) for value in values],
+            }
+        )
+    images = {name: f"{source.images:,} images" for name, source in results.sources.items()}
+    return {"columns": ["all", *images], "images": images, "rows": rows}
 
 
 def arrow_of(higher_is_better: bool | None) -> Record:

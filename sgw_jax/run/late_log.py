@@ -35,6 +35,7 @@ class LateLog:
             return
         step, values = waiting[0], {name: float(value) for name, value in jax.device_get(waiting[1]).items()}
         check_finite_step(step, values)
-        self._progress.update(step, {name: value for name, value in values.items() if name.startswith("loss")})
+        shown = {name: value for name, value in values.items() if name.startswith("loss") and name.count("/") < 2}
+        self._progress.update(step, shown)
         if step % self._settings.log_every == 0 or step == self._settings.steps:
             self._writer.write(step, "train", {**values, "learning_rate": float(self._rates[step - 1])})

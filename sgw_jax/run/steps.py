@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from sgw_jax.evaluation.evaluate import Evaluation, evaluate
+from sgw_jax.evaluation.evaluate import Evaluation, evaluation_of, evaluation_of_mixture, evaluation_sums
 from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.sharding import replicated
 from sgw_jax.train_step import TrainState, make_eval_step, make_train_step
@@ -23,6 +23,7 @@ def compiled_steps(experiment: Experiment, state: TrainState) -> tuple[Any, Any]
         accumulate=settings.accumulate,
         ema_decay=settings.ema_decay,
         trained=experiment.trained,
+        sources=experiment.data.source_tasks,
     )
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return (
@@ -37,6 +38,12 @@ def compiled_eval_step(experiment: Experiment) -> Any:
 
 
 def evaluate_split(experiment: Experiment, eval_step: Callable, variables: Any, split: str) -> Evaluation:
-    """The metrics of one split."""
-    with experiment.data.evaluation(split) as batches:
-        return evaluate(eval_step, variables, batches, experiment.mesh, experiment.tasks)
+    """The metrics of one split, of a mixture those of each source too."""
+    parts = experiment.data.by_source(split)
+    sums = {}
+    for name, data in (parts or {"": experiment.data}).items():
+        with data.evaluation(split) as batches:
+            sums[name] = evaluation_sums(eval_step, variables, batches, experiment.mesh)
+    if parts:
+        return evaluation_of_mixture(sums, experiment.tasks)
+    return evaluation_of(sums[""], experiment.tasks)

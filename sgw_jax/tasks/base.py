@@ -14,6 +14,8 @@ from sgw_jax.data_pipelines.errors import InputError
 PROTOCOLS = ("exact", "published")
 IGNORED_COLOUR = (40, 40, 40)
 
+HEAD_MARK = "@"  # in a task's name: KIND@LABEL is another task of a kind, with a head of its own
+
 Sums = dict[str, Any]
 Legend = list[tuple[str, tuple[int, int, int]]]
 
@@ -241,6 +243,16 @@ class Task(abc.ABC):
                 "they must be equal."
             )
         return jnp.asarray(target)
+
+
+def kind_of(name: str) -> str:
+    """The kind of task that a configuration's name of one stands for: what is before `HEAD_MARK`.
+
+    >>> from sgw_jax.tasks.base import kind_of
+    >>> kind_of("semseg@street"), kind_of("depth")
+    ('semseg', 'depth')
+    """
+    return name.partition(HEAD_MARK)[0]
 
 
 def scalar_map(values: Array) -> Array:
