@@ -35,6 +35,7 @@ MADE_BY = {
         "objectives": "benchmarks/speed/objective_cost.py",
         "objectives_scenes": "benchmarks/claims/compare.py --results=FILE",
         "products": "benchmarks/speed/products.py",
+        "real": "benchmarks/claims/real.py --weights=DIR --results=FILE",
         "pytorch": "benchmarks/speed/pytorch.py",
         "scaling": "benchmarks/speed/scaling.py",
         "stability": "benchmarks/claims/stability.py",

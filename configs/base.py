@@ -59,11 +59,13 @@ def mixture_source(**changed: Any) -> dict[str, Any]:
     """
     return {
         "source": "folder",  # DATA_SETS in sgw_jax/experiment/data_sets.py, but for mixture
-        "root": "",  # these three as of config.data: the source's directory
+        "root": "",  # these as of config.data: the source's directory
         "format": "archive",  # archive | prepared
         "weight": 1.0,  # positive: the source's share of the rows of training is this over the sum of all
         "num_classes": 12,  # folder: of its semseg, in [2, 255]
         "num_parts": 7,  # folder: of its human_parts, in [2, 255]
+        "class_names": (),  # folder: of its semseg
+        "part_names": (),  # folder: of its human_parts
         # The run's tasks that it has labels of. KIND@LABEL, such as semseg@street, is a head of its own for labels of
         # that kind, in config.tasks too.
         "tasks": ("semseg",),
@@ -100,6 +102,9 @@ def get_config() -> ConfigDict:
                 "format": "archive",  # archive: the files as published | prepared: written by data_pipelines.prepare
                 "num_classes": 12,  # folder: of semseg, in [2, 255]
                 "num_parts": 7,  # folder: of human_parts, background included, in [2, 255]
+                # folder: names of these classes, in the order of their numbers; () makes them "class 0", "class 1" ...
+                "class_names": (),  # of semseg
+                "part_names": (),  # of human_parts; of seven parts () is PASCAL-Context's
                 "size": (64, 96),  # height, width that the network sees, in training and evaluation; each in [1, 16384]
                 # How images of other sizes come to it; scores are those of each image's own size, whatever the fit.
                 # resize: enlarged or shrunk to the largest copy inside, before augmentation as in evaluation.
@@ -165,6 +170,9 @@ def get_config() -> ConfigDict:
             # Pretrained: a folder with config.json and model.safetensors, or its shards and their index (as the hub has
             # them), or an AugReg .npz; read when a run starts.
             "backbone_weights": "",
+            # A directory for what a frozen backbone makes of the images, computed once and read by every run that has
+            # the same backbone, images and size; made if it is not there. Empty = it is computed in every step.
+            "backbone_cache": "",
             "backbones": {
                 "vit": {
                     "size": "small",  # tiny | small | base | large; the next three override it

@@ -1,8 +1,9 @@
 """Files and directories that appear whole: whenever the process dies, what a path holds is the old or the new."""
 
 import contextlib
+import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -37,6 +38,23 @@ def publish(partial: Path, directory: Path) -> None:
         sync(path)
     os.rename(partial, directory)
     sync(directory.parent)
+
+
+@contextlib.contextmanager
+def alone(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
+    """Holds a file's lock, which the kernel releases however its holder ends; waits for another process that has it.
+
+    Args:
+      path: of the file, which stays, empty.
+      waiting: called once, before a wait.
+    """
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def sync(path: Path) -> None:

@@ -25,6 +25,7 @@ import numpy as np
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.loader import Batches, Rows, Source, batches_over, check_source, read_example, read_item
+from sgw_jax.data_pipelines.tap_cache import TapCache, with_taps
 from sgw_jax.data_pipelines.transforms import (
     Example,
     Size,
@@ -179,6 +180,7 @@ class EvalStream:
     geometry: bool
     lots: tuple[Lot, ...]
     block: tuple[int, int]  # this process's, of how many blocks of a batch's rows
+    taps: TapCache | None = None  # as of `Stream`
 
     def batch(self, number: int) -> Example:
         """This process's rows of a batch."""
@@ -190,9 +192,13 @@ class EvalStream:
     def _row(self, lot: Lot, row: int) -> Example:
         if row >= len(lot.items):
             empty = empty_example(self.targets, lot.canvas if self.view == "own" else self.size, lot.canvas)
+            if self.taps is not None:
+                empty |= self.taps.empty()
             return {**empty, **self._about(-1, NO_GEOMETRY, 1.0)}
         item = lot.items[row]
-        return read_example(self.source, item, lambda example: self._seen(example, item, lot.canvas))
+        return read_example(
+            self.source, item, lambda example: with_taps(self._seen(example, item, lot.canvas), self.taps, item)
+        )
 
     def _seen(self, example: Example, item: int, canvas: Size) -> Example:
         check_example(example, self.targets)
@@ -239,6 +245,7 @@ def eval_batches(
     num_workers: int = 0,
     num_threads: int = 2,
     prefetch: int = 4,
+    taps: TapCache | None = None,
 ) -> Batches:
     """Every item once, unaugmented; see the module.
 
@@ -253,7 +260,7 @@ def eval_batches(
       sizes: of the items, `image_sizes`, if they are known.
       parts: what the number of a batch's rows must be a multiple of.
       exact_frames: no padding beside an image, for metrics that look at its frame: a canvas for each size.
-      process_index, process_count, num_workers, num_threads, prefetch: as of `train_batches`.
+      process_index, process_count, num_workers, num_threads, prefetch, taps: as of `train_batches`.
 
     Raises ValueError for an empty source and for counts that do not fit; an example that cannot be read raises
     ExampleError when its batch is reached.
@@ -271,6 +278,7 @@ def eval_batches(
     else:
         in_order = _groups(range(len(source)), batch_size)
         planned, geometry = tuple(Lot(items, batch_size, frame) for items in in_order), False
-    stream = EvalStream(source, dict(targets), frame, fit, view, geometry, planned, (process_index, process_count))
+    block = (process_index, process_count)
+    stream = EvalStream(source, dict(targets), frame, fit, view, geometry, planned, block, taps)
     dataset = grain.MapDataset.range(len(planned)).map(stream.batch)
     return batches_over(dataset, len(planned), num_workers, num_threads, prefetch)

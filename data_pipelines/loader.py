@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 
 from sgw_jax.data_pipelines.errors import InputError, UserError
+from sgw_jax.data_pipelines.tap_cache import TapCache, with_taps
 from sgw_jax.data_pipelines.transforms import (
     Augmentation,
     Example,
@@ -77,12 +78,18 @@ def _bit_generator(seed: int, *key: int) -> np.random.Philox:
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """The infinite stream of training examples: `example` is a pure function of n."""
+    """The infinite stream of training examples: `example` is a pure function of n.
+
+    taps: of a frozen backbone, by item, which every example then has too (data_pipelines/tap_cache.py). first: where
+        the source's items begin among them.
+    """
 
     source: Source
     targets: Mapping[str, Target]
     augmentation: Augmentation
     seed: int
+    taps: TapCache | None = None
+    first: int = 0
 
     def position(self, n: int) -> tuple[int, int]:
         """(epoch, item) of the stream's n-th example."""
@@ -93,7 +100,11 @@ class Stream:
         """The stream's n-th example, augmented, at the model's door."""
         epoch, item = self.position(n)
         rng = np.random.Generator(_bit_generator(self.seed, AUGMENTATION, epoch, item))
-        return read_example(self.source, item, lambda raw: train_example(raw, rng, self.targets, self.augmentation))
+
+        def augmented(raw: Example) -> Example:
+            return with_taps(train_example(raw, rng, self.targets, self.augmentation), self.taps, self.first + item)
+
+        return read_example(self.source, item, augmented)
 
 
 def read_example(source: Source, item: int, transform: Callable[[Example], Example]) -> Example:
@@ -215,12 +226,14 @@ def train_batches(
     num_workers: int = 0,
     num_threads: int = 2,
     prefetch: int = 4,
+    taps: TapCache | None = None,
 ) -> Batches:
     """The batches of steps start_step, ..., num_steps - 1: dicts of arrays (batch_size / process_count, ...).
 
     batch_size: rows of the global batch, over all processes. seed: a non-negative integer. num_workers: 0 reads with
     `num_threads` threads of this process, `prefetch` batches ahead; more starts as many processes (spawned: the main
     module needs its `if __name__ == "__main__"` guard), each with its threads. None of the three changes a batch.
+    taps: as of `Stream`.
 
     Raises ValueError for an empty source and for counts that do not fit; an example that cannot be read raises
     ExampleError when its batch is reached.
@@ -232,7 +245,7 @@ def train_batches(
     if not 0 <= start_step <= num_steps:
         raise InputError(f"start_step is {start_step} and num_steps {num_steps}; allowed: 0 <= start_step <= num_steps")
     rows = Rows(batch_size, process_index, process_count)
-    stream = stream_of(source, targets, augmentation, int(seed))
+    stream = stream_of(source, targets, augmentation, int(seed), taps)
     dataset = (
         grain.MapDataset.range(start_step * rows.block, num_steps * rows.block)
         .map(rows.n)
@@ -242,11 +255,13 @@ def train_batches(
     return batches_over(dataset, num_steps - start_step, num_workers, num_threads, prefetch)
 
 
-def stream_of(source: Any, targets: Mapping[str, Target], augmentation: Augmentation, seed: int) -> Any:
+def stream_of(
+    source: Any, targets: Mapping[str, Target], augmentation: Augmentation, seed: int, taps: TapCache | None = None
+) -> Any:
     """The training examples by their number: the source's own stream where it has one (mixture.py), else a `Stream`."""
     if hasattr(source, "stream"):
-        return source.stream(dict(targets), augmentation, seed)
-    return Stream(source, dict(targets), augmentation, seed)
+        return source.stream(dict(targets), augmentation, seed, taps)
+    return Stream(source, dict(targets), augmentation, seed, taps)
 
 
 def check_source(source: Source) -> None:

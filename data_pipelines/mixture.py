@@ -8,6 +8,7 @@ another.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -20,6 +21,7 @@ from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.loader import Source, Stream
 from sgw_jax.data_pipelines.predictions import item_names
 from sgw_jax.data_pipelines.readers import first_few
+from sgw_jax.data_pipelines.tap_cache import TapCache
 from sgw_jax.data_pipelines.transforms import SOURCE, Augmentation, Example, Size, Target
 
 IGNORED = 255  # of labels
@@ -133,11 +135,14 @@ class Mixture:
     parts: Mapping[str, Part]
     weights: Mapping[str, float]
 
-    def stream(self, targets: Mapping[str, Target], augmentation: Augmentation, seed: int) -> MixedStream:
-        """The training examples, from each part in its share of the rows."""
+    def stream(
+        self, targets: Mapping[str, Target], augmentation: Augmentation, seed: int, taps: TapCache | None = None
+    ) -> MixedStream:
+        """The training examples, from each part in its share of the rows; taps: of the mixture's items."""
+        firsts = itertools.accumulate(map(len, self.parts.values()), initial=0)
         streams = tuple(
-            Stream(part, targets, _augmented(augmentation, part), part_seed(seed, place))
-            for place, part in enumerate(self.parts.values())
+            Stream(part, targets, _augmented(augmentation, part), part_seed(seed, place), taps, first)
+            for place, (part, first) in enumerate(zip(self.parts.values(), firsts, strict=False))
         )
         return MixedStream(streams, Shares(tuple(self.weights[name] for name in self.parts)))
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sgw_jax.backbones.taps import Taps
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.heads import PredictionHead, TaskStem
 from sgw_jax.layers import parameter_names as names
@@ -44,6 +45,7 @@ class MultiTaskModel(nn.Module):
       image: (batch, H, W, 3), normalised, of any size. Features have ceil(H / stride) rows and ceil(W / stride)
         columns, each cell over the pixels that the stride says; predictions beyond the image are cropped.
       train: whether it is training, which drops paths and adds outputs.
+      taps: of the backbone, if they are known (backbones/taps.py): the image then says its size alone.
 
     Returns:
       {task: (batch, H, W, head width)} float32 raw outputs; with ``preliminary`` and ``train`` also
@@ -82,14 +84,19 @@ class MultiTaskModel(nn.Module):
     dtype: jnp.dtype = jnp.float32
     lora: LoRA | None = None
 
-    def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[str, Array]:
-        return self.decode(self.encode(image, train), (image.shape[1], image.shape[2]), train)
+    def __call__(
+        self, image: Float[Array, "batch height width 3"], train: bool = False, taps: Taps | None = None
+    ) -> dict[str, Array]:
+        return self.decode(self.encode(image, train, taps), (image.shape[1], image.shape[2]), train)
 
-    def encode(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[int, Array]:
+    def encode(
+        self, image: Float[Array, "batch height width 3"], train: bool = False, taps: Taps | None = None
+    ) -> dict[int, Array]:
         """The backbone's pyramid {stride: (batch, h, w, width)}: all that tasks have in common."""
         image = constrain_activations(resize(image, self._seen((image.shape[1], image.shape[2]))))
+        known = {} if taps is None else {"taps": taps}  # somebody's own backbone may have none
         with adapting(self.lora):
-            return self.backbone(image, train=train)
+            return self.backbone(image, train=train, **known)
 
     @nn.compact
     def decode(self, pyramid: dict[int, Array], size: tuple[int, int], train: bool = False) -> dict[str, Array]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from sgw_jax.data_pipelines.errors import InputError, files_named
 from sgw_jax.evaluation.evaluate import Evaluation
 from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.run.backbone_cache import check_backbone_cache, with_backbone_cache
 from sgw_jax.run.checkpoints import Checkpoints
 from sgw_jax.run.finite import check_finite, check_finite_losses
 from sgw_jax.run.late_log import LateLog
@@ -88,6 +89,7 @@ def train(
             state = restored_state(experiment, checkpoints, start)
         else:
             state = first_state(experiment, init_from, console)
+        experiment = with_backbone_cache(experiment, state.params, console)
         missed = bool(start) and _evaluates(experiment, start) and not checkpoints.is_scored(start)
         with files_named(f"--workdir={workdir}"):
             metrics_writer = MetricsWriter(workdir, resume_step=start, evaluate_again=missed)
@@ -161,6 +163,7 @@ def check_start(
 ) -> None:
     """Raises all that `train` would refuse at its beginning, without having rendered, compiled or written anything."""
     state = abstract_state(experiment)
+    check_backbone_cache(experiment, state.params)
     with files_named(f"--workdir={workdir}"):
         check_workdir(Path(workdir), experiment, accept_changed_data)
         check_free(Path(workdir))

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 
 from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.data_pipelines.tap_cache import TAPS
 from sgw_jax.data_pipelines.transforms import SOURCE
 from sgw_jax.differentiate import (
     GRADIENTS,
@@ -205,10 +206,11 @@ def make_train_step(
         (batch,). None: there is no mixture.
 
     Returns:
-      (state, {"image": (batch, H, W, 3), task: target}) -> (state, metrics), float32 scalars: "loss" (the weighted sum,
-      whatever the objective), "loss/TASK" (unweighted; 0 for a weight of 0), "grad_norm" (of the update), with an
-      aggregator those of `gradient_metrics`; of a task that several of the ``sources`` share "loss/TASK/SOURCE" too,
-      the loss on the rows of each.
+      (state, {"image": (batch, H, W, 3), task: target}) -> (state, metrics); with ``taps/NAME`` in the batch too the
+      backbone begins at its taps (`taps_of`). Metrics are float32 scalars: "loss" (the weighted sum, whatever the
+      objective), "loss/TASK" (unweighted; 0 for a weight of 0), "grad_norm" (of the update), with an aggregator those
+      of `gradient_metrics`; of a task that several of the ``sources`` share "loss/TASK/SOURCE" too, the loss on the
+      rows of each.
 
     Raises:
       ValueError: weights of the tasks that are all 0; ``ema_decay`` outside [0, 1); unknown ``gradients``;
@@ -286,10 +288,11 @@ def make_train_step(
             return {"train": True, "rngs": {stream: _stream_key(key, stream) for stream in rngs}}
 
         def losses(params: Any, part: Batch, key: Array) -> tuple[list[Array], dict[str, Array]]:
-            return weighted_losses(call(variables(params), part["image"], **options(key)), part)
+            return weighted_losses(call(variables(params), part["image"], **options(key), **taps_of(part)), part)
 
         def encode(params: Any, part: Batch, key: Array) -> Any:
-            return model.apply(variables(params), part["image"], **options(key), method="encode")
+            known = taps_of(part)
+            return model.apply(variables(params), part["image"], **options(key), **known, method="encode")
 
         def decode(z: Any, params: Any, part: Batch, key: Array) -> tuple[list[Array], dict[str, Array]]:
             size = part["image"].shape[1:3]
@@ -344,6 +347,17 @@ def task_losses(
         return total / jnp.maximum(known["count"], 1)
 
     return [loss(task) for task in tasks]
+
+
+def taps_of(batch: Batch) -> dict[str, Any]:
+    """What a call of the model is told of the batch's taps, ``taps/NAME`` each: of a frozen backbone, read from a cache
+    (data_pipelines/tap_cache.py), bfloat16 as its 16 bits. Nothing where there are none."""
+    found = {name.removeprefix(TAPS): value for name, value in batch.items() if name.startswith(TAPS)}
+    typed = {
+        name: jax.lax.bitcast_convert_type(value, jnp.bfloat16) if value.dtype == jnp.uint16 else value
+        for name, value in found.items()
+    }
+    return {"taps": typed} if typed else {}
 
 
 def _shared_tasks(
@@ -436,7 +450,7 @@ def make_eval_step(
 
     def step(variables: Any, batch: Batch) -> dict[str, Any]:
         _check_batch(tasks, batch, "evaluation step")
-        predictions: Any = call(variables, batch["image"], train=False, rngs={})
+        predictions: Any = call(variables, batch["image"], train=False, rngs={}, **taps_of(batch))
         _check_predictions(tasks, predictions, "evaluation step")
         predictions = at_labels(tasks, predictions, batch)
         sums = {}
@@ -477,8 +491,8 @@ def _stream_key(key: Array, stream: str) -> Array:
 def _default_apply(model: Any, what: str) -> Apply:
     _check_call(model, what, "apply=lambda variables, image, *, train, rngs: model.apply(variables, image, rngs=rngs)")
 
-    def apply(variables: Any, image: Array, /, *, train: bool, rngs: dict[str, Array]) -> Any:
-        return model.apply(variables, image, train=train, rngs=rngs)
+    def apply(variables: Any, image: Array, /, *, train: bool, rngs: dict[str, Array], **known: Any) -> Any:
+        return model.apply(variables, image, train=train, rngs=rngs, **known)
 
     return apply
 

@@ -54,6 +54,7 @@ def override(text):
         ("augment.scale=1,1.5", "augment.scale", (1.0, 1.5)),
         ("tasks=semseg,depth", "tasks", ("semseg", "depth")),
         ("tasks=('depth',)", "tasks", ("depth",)),
+        ("data.class_names=road,traffic light", "data.class_names", ("road", "traffic light")),
         ("tasks=semseg+depth", "tasks", ("semseg", "depth")),
         ("augment.flip=False", "augment.flip", False),
         ("augment.colour=true", "augment.colour", True),
@@ -186,7 +187,7 @@ def test_a_file_of_ones_own_works_from_anywhere(tmp_path):
     [
         (
             ["--config=scens"],
-            ["no file 'scens'", "'nyud', 'pascal_context', 'scenes']", "Did you mean 'scenes'?"],
+            ["no file 'scens'", "'nyud', 'pascal_context', 'people', 'scenes']", "Did you mean 'scenes'?"],
         ),
         (["--config=scenes:interation=none"], ["'interation=none'", "['interaction', 'tasks']"]),
         (["--config=scenes", "--config.step=1"], ["Did you mean --config.steps?"]),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.claims import compare, comparison, seeds
+from benchmarks.claims import comparison, runs, seeds
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.tasks import Depth, SemSeg
@@ -61,7 +61,7 @@ def test_widened_has_as_many_parameters_as_kem():
         return experiment, sum(leaf.size for leaf in jax.tree.leaves(params))
 
     kem, wanted = count("kem")
-    _, found = count("none", compare.equal_mlp_width(kem))
+    _, found = count("none", runs.equal_mlp_width(kem))
     assert abs(found - wanted) <= (2 * kem.config.channels + 1) / 2
 
 
@@ -80,18 +80,18 @@ def test_a_result_of_another_configuration_is_refused(tmp_path):
 
     def write(workdir, seed, trunk=None):
         workdir.mkdir()
-        made = compare.made_by(experiment(seed), trunk)
+        made = runs.made_by(experiment(seed), trunk)
         (workdir / "result.json").write_text(json.dumps({"made_by": made}), encoding="utf-8")
         return workdir
 
     trunk, other = write(tmp_path / "trunk", 5), write(tmp_path / "other", 6)
     workdir = write(tmp_path / "run", 7, trunk)
-    assert not compare.done(experiment(7), tmp_path / "none", trunk)
-    assert compare.done(experiment(7), workdir, trunk)
+    assert not runs.done(experiment(7), tmp_path / "none", trunk)
+    assert runs.done(experiment(7), workdir, trunk)
     with pytest.raises(SystemExit, match=r"made with another seed: give another --out"):
-        compare.done(experiment(8), workdir, trunk)
+        runs.done(experiment(8), workdir, trunk)
     with pytest.raises(SystemExit, match="made with another trunk"):
-        compare.done(experiment(7), workdir, other)
+        runs.done(experiment(7), workdir, other)
 
 
 def test_confidence_intervals_are_students():

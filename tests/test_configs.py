@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgw_jax.configs.base import SYSTEMS
+from sgw_jax.configs.base import SYSTEMS, mixture_source
 from sgw_jax.data_pipelines.cityscapes import Cityscapes
 from sgw_jax.experiment.build import build, build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config
@@ -119,6 +119,32 @@ def test_classes_of_the_data_sets():
         "mtan_cityscapes": {"semseg": 7},
     }
     assert {name: counts[name] for name in expected} == expected
+
+
+def test_a_folder_names_its_classes():
+    semseg, parts = build_tasks(read_config("people:tasks=semseg+human_parts"))
+    assert (semseg.class_names[:3], parts.class_names[-2:]) == (("background", "hair", "skin"), ("feet", "dress"))
+    assert [task.colours[0] for task in (semseg, parts)] == [(0, 0, 0)] * 2
+    assert len(set(semseg.colours)) == 14
+    keys = ["--config.data.source=folder", "--config.data.num_classes=3"]
+    (unnamed,) = build_tasks(read_config("scenes:tasks=semseg", keys))
+    assert unnamed.class_names == ("class 0", "class 1", "class 2")
+    keys.append("--config.data.class_names=road,traffic light,sky")
+    (named,) = build_tasks(read_config("scenes:tasks=semseg", keys))
+    assert named.class_names == ("road", "traffic light", "sky")
+    with pytest.raises(ValueError, match=r"config.data.class_names are 3 names, road, .*config.data.num_classes is 4:"):
+        build_tasks(read_config("scenes:tasks=semseg", [*keys, "--config.data.num_classes=4"]))
+
+
+def test_a_source_of_a_mixture_names_its_own_classes():
+    config = read_config("people:tasks=semseg", ["--config.data.source=mixture"])  # whose 14 names are another's
+    street = mixture_source(num_classes=2, class_names=("road", "sky"))
+    config.data.mixture.street = street
+    (semseg,) = build_tasks(config)
+    assert semseg.class_names == ("road", "sky")
+    config.data.mixture.street = {**street, "num_classes": 3}
+    with pytest.raises(ValueError, match=r"config.data.mixture.street.class_names are 2 names, road, sky; .* is 3:"):
+        build_tasks(config)
 
 
 def test_mtan_knows_its_two_sets():

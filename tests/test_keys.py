@@ -76,8 +76,8 @@ def inside(range):
             return [tuple(inside(of)[:1] * 2), tuple(inside(of)[-1:] * 2), list(inside(of)[:1] * 2)]
         case Several(of=of):
             return [(), tuple(inside(of)), inside(of)]
-        case Names():
-            return [("depth",), ["depth", "edges"]]
+        case Names(or_none=or_none):
+            return [("depth",), ["depth", "edges"], *[()] * or_none]
         case Either(of=of, other=other):
             return [*inside(of), other]
     raise AssertionError(range)
@@ -102,8 +102,8 @@ def outside(range):
             return [(), (good,), (good, good, good), 3, None, *((good, bad) for bad in outside(of)), *falling]
         case Several(of=of):
             return [3, None, "many", *((bad,) for bad in outside(of))]
-        case Names():
-            return [(), ("depth", "depth"), (1,), "depth", None]
+        case Names(or_none=or_none):
+            return [*[()] * (not or_none), ("depth", "depth"), (1,), "depth", None]
         case Either(of=of, other=other):
             return [value for value in outside(of) if value != other]
     raise AssertionError(range)

@@ -65,6 +65,13 @@ def test_flops_are_those_of_an_image(plans):
     assert recomputed.flops > plans["data"].flops
 
 
+@pytest.mark.slow
+def test_what_is_frozen_has_no_backward_pass(plans):
+    frozen = planned("--config.mesh.name=data", "--config.optimizer.frozen_layers=4")
+    assert frozen.flops < 0.9 * plans["data"].flops
+    assert frozen.flops == pytest.approx(frozen.useful, rel=0.2)  # as above, of less
+
+
 def test_copies_exchange_gradients_alone(plans):
     """Twice the parameters' bytes round the ring, and losses and counts."""
     (sent,) = plans["data"].exchanged.values()

@@ -16,35 +16,25 @@ on with the first run that is missing.
 """
 
 import argparse
-import io
-import json
+import dataclasses
+import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from rich.console import Console
 from rich.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.claims.comparison import SINGLE, markdown, page, summarise
+from benchmarks.claims.comparison import markdown, page, single_task_models, summarise
+from benchmarks.claims.runs import Method, Runs, done, equal_mlp_width, read_result, run, with_rate, without_repeats
 from benchmarks.measure import Results, environment
 from sgw_jax.data_pipelines.atomic import write_atomically
-from sgw_jax.evaluation.diagnostics import diagnose
-from sgw_jax.experiment.build import build
-from sgw_jax.experiment.config_files import read_config
-from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.host import keep_freed_memory
-from sgw_jax.report.results import count_parameters
 from sgw_jax.run.logs import without_nan
-from sgw_jax.run.steps import evaluate_split
-from sgw_jax.sharding import replicated
-from sgw_jax.train import train
-from sgw_jax.train_step import make_eval_step
 
 TASKS = ("semseg", "depth", "normals", "edges", "saliency", "human_parts")
 UNWEIGHTED = {f"task_weights.{task}": "1" for task in TASKS}
@@ -55,7 +45,7 @@ WITHIN_PLAIN = {"interactions.within_tasks.task_gate": "false"}
 
 # What is compared: the interaction, and options over the configuration's; "widened" gets its MLP in `main`. The
 # objectives have no interaction and start from weights of 1: "none" is the sum with the configuration's tuned weights.
-METHODS: dict[str, tuple[str, dict[str, str]]] = {
+METHODS: dict[str, Method] = {
     "none": ("none", {}),
     "widened": ("none", {}),
     "within_tasks": ("within_tasks", {}),
@@ -85,7 +75,6 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "skem_selection": ("skem", SKEM_PLAIN | {"interactions.skem.etf_for": "selection"}),
 }
 INTERACTIONS = ("none", "widened", "within_tasks", "cross_attention", "shared_workspace", "kem", "kem_sharp", "skem")
-TUNING_SEED = 500  # none of those that are compared
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,52 +97,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     console = Console()
 
-    tasks = build_run(arguments, overrides, "none", {}, seed=0).tasks
+    runs = Runs(arguments.config, overrides, arguments.steps, arguments.out, arguments.cache_dir)
+    tasks = runs.build(("none", {}), seed=0).tasks
     trunk = arguments.trunk or (arguments.out / "trunk" if arguments.trunk_steps else None)
     if trunk is None:
         pass
     elif arguments.trunk is None:
-        experiment = build_run(arguments, overrides, "none", {}, seed=1000, steps=arguments.trunk_steps)
+        experiment = runs.build(("none", {}), seed=1000, steps=arguments.trunk_steps)
         if not done(experiment, trunk, None):
             console.print(f"The trunk: {arguments.trunk_steps} steps without interaction.")
             run(experiment, trunk, None)
     elif not (trunk / "result.json").exists():
         raise SystemExit(f"--trunk: {trunk} is no trunk of a comparison: it has no result.json.")
     trunk_steps = 0 if trunk is None else read_result(trunk)["made_by"]["steps"]
-    cases: dict[str, tuple[str, dict[str, str]]] = {name: METHODS[name] for name in arguments.methods}
+    runs = dataclasses.replace(runs, trunk=trunk)
+    cases: dict[str, Method] = {name: METHODS[name] for name in arguments.methods}
     if "widened" in cases:
-        width = equal_mlp_width(build_run(arguments, overrides, "kem", {}, seed=0))
+        width = equal_mlp_width(runs.build(("kem", {}), seed=0))
         cases["widened"] = ("none", {"interactions.none.mlp_width": str(width)})
     if not arguments.no_singles:
-        cases |= {SINGLE + task.name: ("none", {"tasks": task.name}) for task in tasks}
+        cases |= single_task_models(tasks)
     with Progress(console=console) as progress:
         bar = progress.add_task("runs", total=len(cases) * (arguments.seeds + len(arguments.tune)))
-        rates = {}
-        for name, (interaction, options) in cases.items():
-            losses = {}
-            for rate in arguments.tune:
-                progress.update(bar, description=f"{name}, learning rate {rate}")
-                workdir, flag = arguments.out / "tuning" / name / rate, {"optimizer.learning_rate": rate}
-                experiment = build_run(arguments, overrides, interaction, options | flag, TUNING_SEED, tuning=True)
-                if not done(experiment, workdir, trunk):
-                    run(experiment, workdir, trunk, "validation")
-                losses[rate] = read_result(workdir)["loss"]
-                progress.advance(bar)
-            if losses:
-                rates[name] = {"chosen": min(losses, key=losses.__getitem__), "validation_loss": losses}
-                cases[name] = (interaction, options | {"optimizer.learning_rate": rates[name]["chosen"]})
-        for seed in range(arguments.seeds):
-            for name, (interaction, options) in cases.items():
-                progress.update(bar, description=f"{name}, seed {seed}")
-                workdir = arguments.out / name / f"seed{seed}"
-                experiment = build_run(arguments, overrides, interaction, options, seed)
-                if not done(experiment, workdir, trunk):
-                    run(experiment, workdir, trunk)
-                progress.advance(bar)
 
-    found = {
-        name: [read_result(arguments.out / name / f"seed{seed}") for seed in range(arguments.seeds)] for name in cases
-    }
+        numbers = itertools.count()
+
+        def begun(what: str) -> None:
+            progress.update(bar, description=what, completed=next(numbers))
+
+        rates = {}
+        for name in cases if arguments.tune else ():
+            rates[name] = runs.tune(name, cases[name], arguments.tune, begun)
+            cases[name] = with_rate(cases[name], rates[name]["chosen"])
+        for seed in range(arguments.seeds):
+            for name, method in cases.items():
+                begun(f"{name}, seed {seed}")
+                runs.make(name, method, seed)
+        begun("runs")
+
+    found = runs.results(list(cases), arguments.seeds)
     summary = summarise(found, tasks) | {
         "config": arguments.config,
         "overrides": overrides,
@@ -163,97 +145,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rates": rates,
         "environment": environment(),
     }
-    once = ("made_by", "environment")  # the same for all
-    runs = {name: [{k: v for k, v in r.items() if k not in once} for r in results] for name, results in found.items()}
     for path in (arguments.out / "compare.json", arguments.results):
         if path is not None:
-            Results("compare", path).write(without_nan({**summary, "runs": runs}))
+            Results("compare", path).write(without_nan({**summary, "runs": without_repeats(found)}))
     write_atomically(arguments.out / "compare.html", page(summary))
     console.print(markdown(summary), soft_wrap=True)
     console.print(f"\n{arguments.out / 'compare.html'}   {arguments.out / 'compare.json'}")
     return 0
-
-
-def build_run(
-    arguments: argparse.Namespace,
-    overrides: Sequence[str],
-    interaction: str,
-    options: Mapping[str, str],
-    seed: int,
-    steps: int | None = None,
-    tuning: bool = False,
-) -> Experiment:
-    """The experiment of one run: the user's configuration, the method's options, no evaluation on the way, and only
-    with ``tuning`` a validation split."""
-    steps = steps or arguments.steps
-    keys = {"interaction": interaction, "seed": seed, "steps": steps, "checkpoint_every": steps, "eval_every": steps}
-    keys |= {"keep": 1, **({} if tuning else {"data.lengths.validation": 0}), **options}
-    method = [f"--config.{key}={value}" for key, value in keys.items()]
-    experiment = build(read_config(arguments.config, [*overrides, *method]), arguments.cache_dir)
-    for source in experiment.data.each_source().values():
-        prepare = getattr(source, "prepare", None)
-        if prepare is not None:  # rendered once, read from then on
-            prepare()
-    return experiment
-
-
-def equal_mlp_width(kem: Experiment) -> int:
-    """The hidden width at which no interaction with an MLP has as many parameters as this KEM, to half a unit."""
-    image = jax.ShapeDtypeStruct((1, *kem.size, 3), jnp.float32)
-    params = jax.eval_shape(kem.model.init, jax.random.key(0), image)["params"]
-    count = sum(leaf.size for leaf in jax.tree.leaves(params["interaction"]))
-    channels = kem.config.channels
-    # Layer norm 2 c, kernels 2 c h, biases h + c.
-    return round((count - 3 * channels) / (2 * channels + 1))
-
-
-def made_by(experiment: Experiment, trunk: Path | None) -> dict[str, Any]:
-    """What a result depends on: its configuration and its trunk's, wherever that lies."""
-    return {**json.loads(experiment.config.to_json_best_effort()), "trunk": trunk and read_result(trunk)["made_by"]}
-
-
-def read_result(workdir: Path) -> dict[str, Any]:
-    """A complete run's result.json."""
-    return Results("compare", workdir / "result.json").load()
-
-
-def done(experiment: Experiment, workdir: Path, trunk: Path | None) -> bool:
-    """Whether this run is complete already; exits if what is there was made by another configuration or trunk."""
-    path = workdir / "result.json"
-    if not path.exists():
-        return False
-    old, new = read_result(workdir).get("made_by", {}), made_by(experiment, trunk)
-    other = [key for key in new if old.get(key) != new[key]]
-    if other:
-        raise SystemExit(
-            f"{path} was made with another {', '.join(other)}: give another --out, or delete {workdir} to run it anew."
-        )
-    return True
-
-
-def run(experiment: Experiment, workdir: Path, trunk: Path | None, split: str = "test") -> None:
-    """Trains, evaluates on a split and writes result.json, the sign that the run is complete."""
-    trained = train(experiment, workdir, Console(file=io.StringIO()), init_from=trunk)
-    if trained.stopped_by is not None:
-        raise SystemExit(f"Stopped by {trained.stopped_by.name}; the same command goes on.")
-    model, tasks, variables = experiment.model, experiment.tasks, trained.state.variables
-    with jax.set_mesh(experiment.mesh):
-        eval_step = jax.jit(make_eval_step(model, tasks), out_shardings=replicated(experiment.mesh))
-        found = evaluate_split(experiment, eval_step, variables, split)
-    diagnostics = None
-    if split == "test":
-        with experiment.data.evaluation(split) as batches:
-            diagnostics = diagnose(model, variables, batches, experiment.mesh, tasks)
-    result = {
-        "made_by": made_by(experiment, trunk),
-        "metrics": found.metrics,
-        "loss": found.loss,
-        "losses": found.losses,
-        "parameters": count_parameters(trained.state.params)["total"],
-        "images_per_second": trained.images_per_second,
-        "diagnostics": diagnostics,
-    }
-    Results("compare", workdir / "result.json").write(without_nan(result))
 
 
 if __name__ == "__main__":

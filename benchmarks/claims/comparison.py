@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 from scipy import stats
 
+from benchmarks.claims.runs import Method
 from benchmarks.measure import DASH, select
 from sgw_jax.evaluation.metrics import delta_m
 from sgw_jax.tasks.base import Task
@@ -22,6 +23,11 @@ NUMBERS = (
     "selection_between_images",
     "update_ratio",
 )
+
+
+def single_task_models(tasks: Sequence[Task]) -> dict[str, Method]:
+    """The networks of one task, under the names by which `summarise` finds them."""
+    return {SINGLE + task.name: ("none", {"tasks": task.name}) for task in tasks}
 
 
 def summarise(found: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Sequence[Task]) -> dict[str, Any]:

@@ -32,8 +32,8 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.claims.compare import build_run
 from benchmarks.claims.comparison import shown, spread
+from benchmarks.claims.runs import Method, Runs
 from benchmarks.measure import DASH, Results, select
 from sgw_jax.etf.neural_collapse import class_means, collapse_sums, collapse_values, disagreement_sums
 from sgw_jax.evaluation.selection import jaccard, selection_between_images
@@ -48,7 +48,7 @@ LOOKS = 3  # evenly over the steps
 IMAGES = 64
 DOT = {"dot_regression": "0.1"}
 PROJECTION = "interactions.skem.projection"
-VARIANTS: dict[str, tuple[str, dict[str, str]]] = {
+VARIANTS: dict[str, Method] = {
     "kem": ("kem", {}),
     "skem": ("skem", {}),
     "direction": ("skem", {PROJECTION: "direction"}),
@@ -127,14 +127,14 @@ def collapse(features: np.ndarray, labels: np.ndarray, classes: int) -> dict[str
     return collapse_values(sums, classifier.T, differ)
 
 
-def measure(arguments: argparse.Namespace, overrides: list[str], name: str, seed: int) -> list[dict[str, Any]]:
+def measure(runs: Runs, name: str, seed: int) -> list[dict[str, Any]]:
     """Trains one variant from the trunk and looks at it on the way."""
     interaction, options = VARIANTS[name]
-    every = arguments.steps // LOOKS
+    every = runs.steps // LOOKS
     options = {**options, "checkpoint_every": str(every), "eval_every": str(every), "keep": str(LOOKS + 1)}
-    experiment = build_run(arguments, overrides, interaction, options, seed)
-    workdir = arguments.out / "stability" / name.replace(" ", "") / f"seed{seed}"
-    trained = train(experiment, workdir, Console(file=io.StringIO()), init_from=arguments.out / "trunk")
+    experiment = runs.build((interaction, options), seed)
+    workdir = runs.out / "stability" / name.replace(" ", "") / f"seed{seed}"
+    trained = train(experiment, workdir, Console(file=io.StringIO()), init_from=runs.trunk)
     if trained.stopped_by is not None:
         raise SystemExit(f"Stopped by {trained.stopped_by.name}; the same command goes on.")
     with experiment.data.evaluation("test", "network") as batches:
@@ -188,15 +188,17 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)
     keep_freed_memory()
     console = Console()
-    if not (arguments.out / "trunk" / "checkpoints").exists():
-        trunk = build_run(arguments, overrides, "none", {}, seed=1000, steps=arguments.trunk_steps)
-        train(trunk, arguments.out / "trunk", Console(file=io.StringIO()))
+    trunk = arguments.out / "trunk"
+    runs = Runs(arguments.config, overrides, arguments.steps, arguments.out, arguments.cache_dir, trunk)
+    if not (trunk / "checkpoints").exists():
+        experiment = runs.build(("none", {}), seed=1000, steps=arguments.trunk_steps)
+        train(experiment, trunk, Console(file=io.StringIO()))
     results = Results("stability", arguments.output, steps=arguments.steps, images=IMAGES)
     known = results.rows()
     for seed, name in itertools.product(range(arguments.seeds), arguments.variants):
         if any((row["variant"], row["seed"]) == (name, seed) for row in known):
             continue
-        known = results.add(measure(arguments, overrides, name, seed), "variant", "seed", "step")
+        known = results.add(measure(runs, name, seed), "variant", "seed", "step")
         console.print(f"{name}, seed {seed}: done")
     console.print("\n".join(table(known)), soft_wrap=True)
 

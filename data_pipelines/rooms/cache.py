@@ -5,9 +5,7 @@ its holder ends) lets one process of a machine render while the others wait; bet
 whoever renames first wins, and the other discards its own, equal copy.
 """
 
-import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -15,13 +13,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sgw_jax.data_pipelines.atomic import publish
+from sgw_jax.data_pipelines.atomic import alone, publish
 from sgw_jax.data_pipelines.consoles import messages
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.json_files import json_object
@@ -41,7 +39,12 @@ def prepare(collection: Collection, cache_dir: Path, workers: int | None, progre
     cache_dir.mkdir(parents=True, exist_ok=True)
     loud = collection.length >= QUIET_BELOW if progress is None else progress
     prefix = f".{directory.name}.{socket.gethostname()}."
-    with _locked(directory, loud):
+
+    def waiting() -> None:
+        if loud:
+            print(f"waiting for another process that is preparing {directory}", file=sys.stderr, flush=True)
+
+    with alone(directory.parent / f".{directory.name}.lock", waiting):
         if directory.exists():
             return
         for leftover in cache_dir.iterdir():  # we hold the lock, so whoever wrote these on this machine is gone
@@ -94,18 +97,6 @@ def _damaged(path: Path, finding: str) -> InputError:
 
 def _remedy(directory: Path) -> str:
     return f"Delete the directory {directory} and prepare again."
-
-
-@contextlib.contextmanager
-def _locked(directory: Path, loud: bool) -> Iterator[None]:
-    with (directory.parent / f".{directory.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if loud:
-                print(f"waiting for another process that is preparing {directory}", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _render_into(directory: Path, collection: Collection, workers: int | None, loud: bool) -> None:

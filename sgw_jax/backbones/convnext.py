@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sgw_jax.backbones.taps import Taps, known_taps
 from sgw_jax.backbones.vit import OUTPUTS
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.layers.drop_path import DropPath
@@ -76,8 +77,8 @@ class ConvNeXt(nn.Module):
       frozen_layers: the lowest blocks, counted from stage to stage, through which no gradient goes and in which no path
         is dropped, see layers/stack.py.
 
-    Call: (image (batch, H, W, 3), train) -> {stride: (batch, h, w, width stride / 4)} with strides 4, 8, 16 and 32, h =
-    ceil(H / stride), w = ceil(W / stride); with "taps" floor in place of ceil.
+    Call: (image (batch, H, W, 3), train, taps) -> {stride: (batch, h, w, width stride / 4)} with strides 4, 8, 16 and
+    32, h = ceil(H / stride), w = ceil(W / stride); with "taps" floor in place of ceil. ``taps``: see `known_taps`.
 
     Raises:
       ValueError: an attribute out of the range given above; taps of an image smaller than 32 pixels.
@@ -100,8 +101,15 @@ class ConvNeXt(nn.Module):
         return sum(self.depths)
 
     @nn.compact
-    def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[int, Array]:
+    def __call__(
+        self, image: Float[Array, "batch height width 3"], train: bool = False, taps: Taps | None = None
+    ) -> dict[int, Array]:
         self._check((image.shape[1], image.shape[2]))
+        taps = known_taps(self, taps, lambda: self._taps(image, train))
+        return {stride: self._normed(stage, taps[f"stride{stride}"]) for stage, stride in enumerate(self.strides)}
+
+    def _taps(self, image: Array, train: bool) -> dict[str, Array]:
+        """The stages' maps, the last by the pretrained norm if that is asked for."""
         pad, patch = self.output == "pyramid", self.strides[0]
         image = image.astype(self.dtype)
         image = pad_to_multiple(image, patch) if pad else image
@@ -111,7 +119,7 @@ class ConvNeXt(nn.Module):
         # Known when traced: at rate 0 no random number is drawn.
         dropping = train and self.drop_path > 0 and self.frozen_layers < self.num_layers
         rates = drop_rates(self.drop_path, self.num_layers, self.frozen_layers)
-        maps = {}
+        taps = {}
         for stage, stride in enumerate(self.strides):
             if stage:
                 grid = constrain_activations(Downsample(pad, dtype=self.dtype, name=f"downsample{stage}")(grid))
@@ -119,14 +127,18 @@ class ConvNeXt(nn.Module):
             block = rematerialised(ConvNeXtBlock, self.remat)(dropping, dtype=self.dtype, name=f"stage{stage + 1}")
             frozen = frozen_of(self.frozen_layers, first, depth)
             grid, _ = scan_blocks(block, grid, rates[first : first + depth], length=depth, frozen=frozen)
-            maps[stride] = self._normed(stage, grid)
-        return maps
+            taps[f"stride{stride}"] = grid
+        return taps | {f"stride{stride}": self._norm("norm")(grid)} if self._normed_last() else taps
+
+    def _normed_last(self) -> bool:
+        return self.output == "pyramid" or self.final_norm
 
     def _normed(self, stage: int, grid: Array) -> Array:
-        last = stage + 1 == len(self.strides)
+        """A map as it leaves: all but the last are normalised here, in a pyramid."""
         if self.output == "taps":
-            return self._norm("norm")(grid) if last and self.final_norm else grid
-        return constrain_activations(self._norm("norm" if last else f"norm_stage{stage + 1}")(grid))
+            return grid
+        last = stage + 1 == len(self.strides)
+        return constrain_activations(grid if last else self._norm(f"norm_stage{stage + 1}")(grid))
 
     def _norm(self, name: str) -> nn.LayerNorm:
         return nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name=name)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sgw_jax.backbones.taps import Taps, known_taps
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.layers.drop_path import DropPath
 from sgw_jax.layers.mlp import MLP
@@ -125,8 +126,8 @@ class Swin(nn.Module):
       frozen_layers: the lowest blocks, in whole pairs, through which no gradient goes and in which no path is dropped,
         see layers/stack.py.
 
-    Call: (image (batch, H, W, 3), train) -> {stride: (batch, h, w, width stride / 4)} with strides 4, 8, 16 and 32,
-    h = ceil(H / stride), w = ceil(W / stride).
+    Call: (image (batch, H, W, 3), train, taps) -> {stride: (batch, h, w, width stride / 4)} with strides 4, 8, 16 and
+    32, h = ceil(H / stride), w = ceil(W / stride). ``taps``: see `known_taps`.
 
     Raises:
       ValueError: an attribute out of the range given above.
@@ -153,8 +154,20 @@ class Swin(nn.Module):
         return sum(self.depths)
 
     @nn.compact
-    def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[int, Array]:
+    def __call__(
+        self, image: Float[Array, "batch height width 3"], train: bool = False, taps: Taps | None = None
+    ) -> dict[int, Array]:
         self.check()
+        taps = known_taps(self, taps, lambda: self._taps(image, train))
+        maps = {}
+        for stage, stride in enumerate(self.strides):
+            grid = taps[f"stride{stride}"]
+            normed = self._norm(f"norm_stage{stage + 1}")(grid) if self.output_norms else grid
+            maps[stride] = constrain_activations(normed)
+        return maps
+
+    def _taps(self, image: Array, train: bool) -> dict[str, Array]:
+        """The stages' maps."""
         patch = self.strides[0]
         image = pad_to_multiple(image.astype(self.dtype), patch)
         grid, _ = PatchEmbed(patch, self.width, dtype=self.dtype, name="patch_embed")(image)
@@ -163,7 +176,7 @@ class Swin(nn.Module):
         # Known when traced: at rate 0 no random number is drawn.
         dropping = train and self.drop_path > 0 and self.frozen_layers < self.num_layers
         rates = drop_rates(self.drop_path, self.num_layers, self.frozen_layers)
-        maps = {}
+        taps = {}
         for stage, stride in enumerate(self.strides):
             if stage:
                 grid = constrain_activations(PatchMerging(dtype=self.dtype, name=f"merge{stage}")(grid))
@@ -181,9 +194,8 @@ class Swin(nn.Module):
             )
             own, frozen = rates[first : first + depth].reshape(-1, 2), frozen_of(self.frozen_layers, first, depth)
             grid, _ = scan_blocks(pairs, grid, own, length=depth // 2, frozen=frozen // 2)
-            normed = self._norm(f"norm_stage{stage + 1}")(grid) if self.output_norms else grid
-            maps[stride] = constrain_activations(normed)
-        return maps
+            taps[f"stride{stride}"] = grid
+        return taps
 
     def _norm(self, name: str) -> nn.LayerNorm:
         return nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name=name)

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sgw_jax.backbones.taps import Taps, known_taps
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.layers.attention import QKVBias, SelfAttention
 from sgw_jax.layers.drop_path import DropPath
@@ -108,12 +109,13 @@ class ViT(nn.Module):
       frozen_layers: the lowest blocks, through which no gradient goes and in which no path is dropped, see
         layers/stack.py.
 
-    Call: (image (batch, H, W, 3), train) -> {stride: (batch, h, w, width)} with strides 4, 8, 16 and 32, h = ceil(H /
-    stride), w = ceil(W / stride), of any image size: the image is padded to whole patches, a map to whole cells of the
-    next (zeros, at the bottom and on the right), and what reaches beyond the image is cropped. With ``output="taps"``
-    {layer: (batch, floor(H / patch_size), floor(W / patch_size), width)}, as in the originals. A pyramid from patches
-    whose size is no power of two is made on the image resized so that patches lie as those of the next power do: 14 of
-    16 pixels.
+    Call: (image (batch, H, W, 3), train, taps) -> {stride: (batch, h, w, width)} with strides 4, 8, 16 and 32, h =
+    ceil(H / stride), w = ceil(W / stride), of any image size: the image is padded to whole patches, a map to whole
+    cells of the next (zeros, at the bottom and on the right), and what reaches beyond the image is cropped. With
+    ``output="taps"`` {layer: (batch, floor(H / patch_size), floor(W / patch_size), width)}, as in the originals. A
+    pyramid from patches whose size is no power of two is made on the image resized so that patches lie as those of the
+    next power do: 14 of 16 pixels. ``taps``: of the same image, if they are known: nothing below them is computed, see
+    `known_taps`.
 
     Raises:
       ValueError: a pyramid from other than four taps; taps of an image smaller than a patch; an attribute out of the
@@ -152,9 +154,20 @@ class ViT(nn.Module):
         return self.depth
 
     @nn.compact
-    def __call__(self, image: Float[Array, "batch height width 3"], train: bool = False) -> dict[int, Array]:
+    def __call__(
+        self, image: Float[Array, "batch height width 3"], train: bool = False, taps: Taps | None = None
+    ) -> dict[int, Array]:
         size = (image.shape[1], image.shape[2])
         self._check(size)
+        taps = known_taps(self, taps, lambda: self._taps(image, train))
+        maps = [taps[f"layer{layer}"] for layer in self._layers()]
+        if self.output == "taps":
+            return dict(zip(self._layers(), maps, strict=True))
+        return self._pyramid(maps, {stride: taps[f"stride{stride}"] for stride in self._finer()}, size)
+
+    def _taps(self, image: Array, train: bool) -> dict[str, Array]:
+        """The maps of the tapped layers and, with `ConvStem`, those of its strides."""
+        size = (image.shape[1], image.shape[2])
         image = image.astype(self.dtype)
         if self.output == "pyramid":
             image = resize(pad_to_multiple(image, self._stride()), self._patched_size(size))
@@ -189,16 +202,22 @@ class ViT(nn.Module):
         rates = drop_rates(self.drop_path, self.depth, self.frozen_layers)
         _, outputs = scan_blocks(block, tokens, rates, rotation, length=self.depth, frozen=self.frozen_layers)
 
-        taps = {}
+        taps = {f"stride{stride}": finer[stride] for stride in self._finer()}
         for layer in self._layers():
             tap = outputs[layer - 1]
             if layer == self.depth:
                 tap = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(tap)
-            taps[layer] = tap[:, int(self.class_token) + self.registers :].reshape(grid.shape)
-        return taps if self.output == "taps" else self._pyramid(list(taps.values()), finer, size)
+            taps[f"layer{layer}"] = tap[:, int(self.class_token) + self.registers :].reshape(grid.shape)
+        return taps
 
     def _layers(self) -> tuple[int, ...]:
         return tuple(self.depth * i // 4 for i in (1, 2, 3, 4)) if self.tapped is None else tuple(self.tapped)
+
+    def _finer(self) -> tuple[int, ...]:
+        """Strides of the patch embedding's own maps that join the pyramid."""
+        if self.patch_embed != "conv" or self.output == "taps":
+            return ()
+        return tuple(stride for stride in self.strides if stride < self.patch_size)
 
     def _pyramid(self, taps: list[Array], finer: dict[int, Array], size: tuple[int, int]) -> dict[int, Array]:
         maps = {}

@@ -78,6 +78,7 @@ def build(
         objective=build_objective(config, len(tasks), data),
         gradients=config.gradients,
         backbone_weights=config.backbone_weights,
+        backbone_cache=config.get("backbone_cache", ""),  # no key in checkpoints of earlier releases
     )
 
 

@@ -18,6 +18,8 @@ from ml_collections import ConfigDict, FieldReference, FrozenConfigDict
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.paths import PathError, user_path
 from sgw_jax.experiment.experiment import among
+from sgw_jax.experiment.keys import range_of
+from sgw_jax.experiment.ranges import Names
 
 INTERNAL = ("__init__", "base")
 # What ml_collections says of a value of another type than the key's.
@@ -27,7 +29,7 @@ CAST = re.compile(
     re.DOTALL,
 )
 ROOTS = ("data.root", "data.mixture.*.root")
-PATHS = (*ROOTS, "backbone_weights")  # the keys that are
+PATHS = (*ROOTS, "backbone_weights", "backbone_cache")  # the keys that are
 
 
 class UsageError(InputError):
@@ -91,7 +93,7 @@ def with_whole_paths(config: ConfigDict) -> ConfigDict:
     config = copy.deepcopy(config)
     for key in (key for key in _leaves(config) if among(key, PATHS)):
         section, name = _owner(config, key)
-        if section[name]:
+        if section.get(name):  # no key in checkpoints of earlier releases
             try:
                 section[name] = os.path.abspath(user_path(section[name]))
             except PathError as error:
@@ -253,21 +255,27 @@ def _parse(key: str, text: str, old: Any) -> Any:
     try:
         if optional and kind is tuple:
             raise ValueError("what only a file can set, a tuple of pairs,")
-        return _tuple(text, old) if kind is tuple else _scalar(text, kind)
+        return _tuple(text, old, _item_type(key, old)) if kind is tuple else _scalar(text, kind)
     except ValueError as error:
         wanted = f"{error}{' or None' if optional else ''}"
         now = old.get() if optional else old
         raise UsageError(f"--config.{key}={text}: expected {wanted}; it is {now!r} now.") from error
 
 
-def _tuple(text: str, old: tuple) -> tuple:
+def _item_type(key: str, old: tuple) -> type:
+    """Of what the tuple holds; of one that holds nothing now the range of the key says it."""
+    if old:
+        return type(old[0])
+    return str if isinstance(range_of(key), Names) else float
+
+
+def _tuple(text: str, old: tuple, kind: type) -> tuple:
     """As many numbers as there were (any, if there were none), or any number of names; brackets and quotes are
     optional."""
-    kind = type(old[0]) if old else float
     separators = ",+" if kind is str else ","
     parts = [part.strip(" '\"") for part in re.split(f"[{separators}]", text.strip("()[]"))]
     values = tuple(_scalar(part, kind) for part in parts if part)
-    if not old:  # whole numbers where they are
+    if not old and kind is not str:  # whole numbers where they are
         return tuple(int(value) if value == int(value) and "." not in text else value for value in values)
     if kind is not str and len(values) != len(old):
         raise ValueError(f"{len(old)} numbers with a comma between them")

@@ -7,13 +7,17 @@ from typing import Any, ClassVar
 
 from ml_collections import ConfigDict
 
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.inspection.findings import Finding
 from sgw_jax.data_pipelines.loader import Source
 from sgw_jax.data_pipelines.transforms import Target
+from sgw_jax.tasks.colours import spread_colours
 
 SPLITS = ("train", "validation", "test")
-# Task -> the key of config.data that says how many classes a user's own labels have.
+# Task -> the keys of config.data that say how many classes a user's own labels have, and their names.
 CLASS_KEYS = {"semseg": "num_classes", "human_parts": "num_parts"}
+NAME_KEYS = {"semseg": "class_names", "human_parts": "part_names"}
+BACKGROUND, BLACK = "background", (0, 0, 0)
 
 
 class DataSet(abc.ABC):
@@ -42,3 +46,23 @@ class DataSet(abc.ABC):
         """What is odd about the names of the files, by what the data set's form says."""
         del sources
         return ()
+
+
+def own_classes(data: ConfigDict, task: str) -> dict[str, Any]:
+    """Number and, if the user gives them, names and colours of a task's classes, by the keys of ``data``.
+
+    A first class that is named background is black, and leaves the colours to the others.
+
+    Raises:
+      InputError: another number of names than of classes.
+    """
+    number, names = data[CLASS_KEYS[task]], tuple(data.get(NAME_KEYS[task], ()))  # no key in earlier checkpoints
+    if not names:
+        return {"num_classes": number}
+    if len(names) != number:
+        raise InputError(
+            f"config.data.{NAME_KEYS[task]} are {len(names)} names, {', '.join(names)}; config.data.{CLASS_KEYS[task]} "
+            f"is {number}: give as many, or none."
+        )
+    colours = (BLACK, *spread_colours(number - 1)) if names[0] == BACKGROUND else ()
+    return {"num_classes": number, "class_names": names, "colours": colours}

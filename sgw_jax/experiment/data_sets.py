@@ -19,7 +19,7 @@ from sgw_jax.data_pipelines.nyud import Nyud
 from sgw_jax.data_pipelines.pascal_context import PascalContext
 from sgw_jax.data_pipelines.prepared import Prepared
 from sgw_jax.data_pipelines.transforms import Target
-from sgw_jax.experiment.data_set import CLASS_KEYS, SPLITS, DataSet
+from sgw_jax.experiment.data_set import CLASS_KEYS, SPLITS, DataSet, own_classes
 from sgw_jax.experiment.mixture import MixedDataSets
 
 FORMATS = ("archive", "prepared")
@@ -83,7 +83,7 @@ class OwnFolder(DataSet):
     fixed_classes = False
 
     def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
-        return {task: {"num_classes": data[key]} for task, key in CLASS_KEYS.items()}
+        return {task: own_classes(data, task) for task in CLASS_KEYS}
 
     def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
         root = _root(config)

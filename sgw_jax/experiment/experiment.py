@@ -6,15 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sgw_jax.backbones.freezing import Freezing
 from sgw_jax.data_pipelines.evaluation import View, eval_batches, image_sizes
+from sgw_jax.data_pipelines.images import ImageRows, image_batches
 from sgw_jax.data_pipelines.loader import Batches, Source, train_batches
 from sgw_jax.data_pipelines.mixture import Chosen, Mixture
 from sgw_jax.data_pipelines.predictions import Predictions
+from sgw_jax.data_pipelines.tap_cache import TapCache
 from sgw_jax.data_pipelines.transforms import Augmentation, Size, Target
 from sgw_jax.differentiate import Objective
 from sgw_jax.experiment.ranges import PROPER_SHARE, optional, whole
@@ -29,6 +32,7 @@ FREE_KEYS = (
     *("data.mixture.*.root", "data.mixture.*.format"),
     "data.check",  # a look at the data changes none
     "backbone_weights",  # read at step 0 alone
+    "backbone_cache",  # what it holds is what would be computed, up to rounding
 )
 
 # What `evaluate` may be told otherwise than the run was.
@@ -81,6 +85,7 @@ class Data:
     threads: int
     parts: int = 1  # of the mesh: the number of a batch's rows is a multiple of it
     exact_frames: bool = False  # whether metrics look at the images' frames
+    taps: Mapping[str, TapCache] = dataclasses.field(default_factory=dict)  # by split, of a frozen backbone
 
     def train(self, start_step: int, steps: int) -> Batches:
         """Augmented batches of this process's rows for steps start_step .. steps - 1."""
@@ -92,6 +97,7 @@ class Data:
             seed=self.seed,
             start_step=start_step,
             num_steps=steps,
+            taps=self.taps.get("train"),
             **self._reading(),
         )
 
@@ -111,15 +117,34 @@ class Data:
             sizes=self.sizes(split),
             parts=self.parts,
             exact_frames=self.exact_frames,
+            taps=self.taps.get(split) if view == "scored" else None,
             **self._reading(),
         )
+
+    def images(self, split: str, wanted: Sequence[tuple[int, bool]], batch_size: int) -> Batches:
+        """Batches of this process's rows of images alone, as the network sees them: (item, whether mirrored) each."""
+        return image_batches(
+            self.sources[split],
+            wanted,
+            batch_size=batch_size,
+            size=self.augmentation.size,
+            fit=self.augmentation.fit,
+            **self._reading(),
+        )
+
+    def image(self, split: str, item: int) -> np.ndarray:
+        """One of them, not mirrored: float32 (H, W, 3)."""
+        rows = ImageRows(self.sources[split], self.augmentation.size, self.augmentation.fit, ((item, False),))
+        return rows.example(0)["image"]
 
     def by_source(self, split: str) -> dict[str, Self]:
         """The data of each source of a mixture that has the split, by name; empty where there is no mixture."""
         if split not in self._by_source:  # kept, as they know their images' sizes
             source = self.sources[split]
             parts = source.parts if isinstance(source, Mixture) else {}
-            found = {name: dataclasses.replace(self, sources={split: part}) for name, part in parts.items()}
+            # Taps are those of the mixture's items, not of a part's.
+            replaced = functools.partial(dataclasses.replace, self, taps={})
+            found = {name: replaced(sources={split: part}) for name, part in parts.items()}
             self._by_source[split] = found
         return self._by_source[split]
 
@@ -135,7 +160,8 @@ class Data:
             return self, [""] * min(count, self.batch_size, len(source))
         items, names = zip(*source.spread(count), strict=True)
         rows = -(-len(items) // self.parts) * self.parts
-        return dataclasses.replace(self, sources={split: Chosen(source, items)}, batch_size=rows), list(names)
+        chosen = {split: Chosen(source, items)}
+        return dataclasses.replace(self, sources=chosen, batch_size=rows, taps={}), list(names)
 
     @property
     def source_tasks(self) -> dict[str, tuple[str, ...]]:
@@ -219,6 +245,7 @@ class Experiment:
     objective: Objective
     gradients: Literal["parameters", "representation"]
     backbone_weights: str  # a pretrained backbone's file or folder; empty for none
+    backbone_cache: str  # a directory for what a frozen backbone makes of the images; empty for none
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for a run to go on: the configuration but for FREE_KEYS, and the data."""

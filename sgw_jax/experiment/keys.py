@@ -105,6 +105,8 @@ ALLOWED: Table = {
         "format": OneOf(FORMATS),
         "num_classes": CLASSES,
         "num_parts": CLASSES,
+        "class_names": Names(or_none=True),
+        "part_names": Names(or_none=True),
         "mixture": {
             ANY: {
                 "source": OneOf(DATA_SETS),
@@ -113,6 +115,8 @@ ALLOWED: Table = {
                 "weight": POSITIVE,
                 "num_classes": CLASSES,
                 "num_parts": CLASSES,
+                "class_names": Names(or_none=True),
+                "part_names": Names(or_none=True),
                 "tasks": Names(),
                 "maps": {ANY: Several(whole(0, 255))},
             }
@@ -157,6 +161,7 @@ ALLOWED: Table = {
     "dot_regression": NOT_NEGATIVE,
     "backbone": OneOf(BACKBONES),
     "backbone_weights": TEXT,
+    "backbone_cache": TEXT,
     "backbones": {
         "vit": {
             **VIT,
@@ -254,6 +259,14 @@ ALLOWED: Table = {
     "profile_after": optional(whole(0)),
     "profile_steps": COUNT,
 }
+
+
+def range_of(key: str) -> Range | None:
+    """Of a key, such as "data.size"; None for a section, and for what is no key of configs/base.py."""
+    found: Any = ALLOWED
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Range) else None
 
 
 def check_keys(config: ConfigDict) -> None:

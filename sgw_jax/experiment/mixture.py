@@ -20,7 +20,7 @@ from sgw_jax.data_pipelines.errors import InputError, UserError, files_named
 from sgw_jax.data_pipelines.loader import Source
 from sgw_jax.data_pipelines.mixture import IGNORED, Mixture, Part
 from sgw_jax.data_pipelines.transforms import Target
-from sgw_jax.experiment.data_set import CLASS_KEYS, SPLITS, DataSet
+from sgw_jax.experiment.data_set import CLASS_KEYS, SPLITS, DataSet, own_classes
 from sgw_jax.experiment.ranges import OneOf
 from sgw_jax.tasks import TASKS
 from sgw_jax.tasks.base import kind_of
@@ -45,15 +45,16 @@ class MixedDataSets(DataSet):
         for name in entries(data):
             part = part_data(data, name)
             for task in part.tasks:
-                said = {} if task in part.maps else self._options(part, task)
+                said = {} if task in part.maps else self._options(name, part, task)
                 found.setdefault(task, {}).update({field: value for field, value in said.items() if value != ()})
         for task, options in found.items():
-            if kind_of(task) in CLASS_KEYS:  # no source has the run's classes: all are mapped
-                options.setdefault("num_classes", data[CLASS_KEYS[kind_of(task)]])
+            if kind_of(task) in CLASS_KEYS and "num_classes" not in options:  # no source has the run's: all are mapped
+                options.update(own_classes(data, kind_of(task)))
         return found
 
-    def _options(self, part: ConfigDict, task: str) -> dict[str, Any]:
-        return dict(self._members[part.source].task_options(part).get(kind_of(task), {}))
+    def _options(self, name: str, part: ConfigDict, task: str) -> dict[str, Any]:
+        with named_part(name):
+            return dict(self._members[part.source].task_options(part).get(kind_of(task), {}))
 
     def check(self, config: ConfigDict) -> None:
         data = config.data
@@ -109,7 +110,7 @@ class MixedDataSets(DataSet):
             part, key = part_data(data, name), f"{SECTION}.{name}"
             if task not in part.maps:
                 continue
-            fields = _fields(kind_of(task), self._options(part, task))
+            fields = _fields(kind_of(task), self._options(name, part, task))
             if "num_classes" not in fields:
                 raise InputError(f"{key}.maps has {task!r}, whose labels are no classes; take the map out.")
             classes, own = part.maps[task], fields["num_classes"]
@@ -132,7 +133,7 @@ class MixedDataSets(DataSet):
             part = part_data(data, name)
             if task in part.maps:
                 continue
-            for field, value in _fields(kind_of(task), self._options(part, task)).items():
+            for field, value in _fields(kind_of(task), self._options(name, part, task)).items():
                 other, known = said.setdefault(field, (name, value))
                 if value != () != known and value != known:  # () is not said
                     remedy = OWN_HEAD.format(task=kind_of(task), source=name, key=f"{SECTION}.{name}")

@@ -133,13 +133,17 @@ class Several(Range):
 
 @dataclasses.dataclass(frozen=True)
 class Names(Range):
-    """Names, at least one, each once; which there are is not said here."""
+    """Names, each once, at least one if not ``or_none``; which there are is not said here."""
 
-    words: str = "one name or more, each once"
+    or_none: bool = False
+
+    @property
+    def words(self) -> str:
+        return "(), or names, each once" if self.or_none else "one name or more, each once"
 
     def __contains__(self, value: Any) -> bool:
         named = isinstance(value, tuple | list) and all(isinstance(name, str) and name for name in value)
-        return named and 0 < len(set(value)) == len(value)
+        return named and len(set(value)) == len(value) and (self.or_none or len(value) > 0)
 
 
 @dataclasses.dataclass(frozen=True)

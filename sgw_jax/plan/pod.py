@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.layers.parameter_names import BACKBONE
 from sgw_jax.plan.chips import GIB, Chip, chip_of
 from sgw_jax.plan.cost import multiply_accumulates
 from sgw_jax.plan.hlo import memory_by, traffic
@@ -30,10 +32,10 @@ class PodPlan:
 
     arguments, temporaries, peak: bytes, the compiler's; peak is arguments, temporaries and what leaves without taking
     an argument's place. flops: of the step as it is, recomputation included, by matrix products and convolutions.
-    useful: FLOPs that count towards MFU: the forward pass, and twice as many for the backward pass. exchanged, number,
-    memory: see `Traffic`. needed: where the step does not fit, the bytes that the compiler asked for, and no other
-    figure of the program. memory_by: memory by part of the network, "rest" for the losses, the optimiser and what the
-    compiler added.
+    useful: FLOPs that count towards MFU: the forward pass, and twice as many for the backward pass of all but what is
+    frozen, which has none. exchanged, number, memory: see `Traffic`. needed: where the step does not fit, the bytes
+    that the compiler asked for, and no other figure of the program. memory_by: memory by part of the network, "rest"
+    for the losses, the optimiser and what the compiler added.
     """
 
     device: str
@@ -125,7 +127,7 @@ def pod_plan(experiment: Experiment) -> PodPlan:
             mesh=dict(mesh.shape),
             batch_size=rows,
             flops=2 * macs / mesh.size,
-            useful=6 * sum(predicted.values()) / mesh.size,
+            useful=_useful(experiment, state.params, predicted) / mesh.size,
         )
         try:
             compiled = step.lower(state, batch).compile()
@@ -149,6 +151,14 @@ def pod_plan(experiment: Experiment) -> PodPlan:
         memory=moved.memory,
         memory_by=memory_by(program, lambda instruction: part_of(instruction.path) or "rest"),
     )
+
+
+def _useful(experiment: Experiment, params: Any, macs: Mapping[str, int]) -> int:
+    """What learns in part counts whole: a stack of blocks of which the lowest are frozen."""
+    learning = params if experiment.trained is None else jax.eval_shape(experiment.trained, params)
+    frozen = params[BACKBONE].keys() - learning.get(BACKBONE, {}).keys()
+    no_backward = re.compile(rf"(?:^|/){BACKBONE}/(?:{'|'.join(frozen)})(?:/|$)" if frozen else "(?!)")
+    return sum((2 if no_backward.search(path) else 6) * number for path, number in macs.items())
 
 
 def print_pod_plan(found: PodPlan, console: Console) -> None:

@@ -41,16 +41,18 @@ class DiskFullError(UserError, OSError):
 
 
 @contextlib.contextmanager
-def disk_full_named(workdir: Path) -> Iterator[None]:
+def disk_full_named(directory: Path) -> Iterator[None]:
     """Turns whatever a full disk raises, in whichever thread and library, into one error that names the directory."""
     try:
         yield
+    except DiskFullError:  # another directory's, named already
+        raise
     except Exception as error:
         if not _is_disk_full(error):
             raise
         raise DiskFullError(
-            f"The disk that holds {workdir} is full. What was saved before is complete; free some space and start the "
-            "same command again: it goes on from the last checkpoint."
+            f"The disk that holds {directory} is full. What was saved before is complete; free some space and start "
+            "the same command again: it goes on from there."
         ) from error
 
 

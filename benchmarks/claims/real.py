@@ -1,0 +1,300 @@
+"""Interactions side by side on real photographs, from real pretrained weights: is anything gained over single tasks?
+
+    python benchmarks/claims/real.py --weights=DIR --photographs=../shared/data --out=runs/real [--results=FILE]
+    python benchmarks/claims/real.py --weights=DIR --tuned=lora
+    python benchmarks/claims/real.py --weights=DIR --data=people+mixed
+    python benchmarks/claims/real.py --weights=DIR --pictures=DIR2
+
+Weights are a hub folder of DINOv2 ViT-S/14, photographs a folder with people/ and mixed/ in the layout of
+docs/your-data.md. Killed at any time and run again, it goes on with the first run that is missing.
+
+Plan, made before the first run. A run is 240 steps of 8 images of 224 x 112, 2.7 passes over the 700 photographs of
+people; frozen, from cached taps of the backbone, about two minutes on two cores; with LoRA of rank 8 about seven.
+Networks: one for each task; all tasks without interaction; a token-wise MLP of as many parameters as KEM;
+cross-attention; the shared workspace; KEM and sKEM as in the paper and with task gates; a KEM within each task; and
+Nash-MTL on the interaction that is best on validation. LoRA and people+mixed have fewer of them; people+mixed is all
+six tasks, with the streets' classes as a seventh head, at 224 x 224, without cached taps about ten minutes a run.
+
+- Tuning, the same for all: each of two learning rates once, with a seed of its own; the lower loss on validation wins.
+  The best interaction is that of the largest delta_m over the single-task networks, on validation, in these runs.
+- Then five seeds (LoRA and people+mixed: three), one after another over all networks, so that an interrupted comparison
+  holds whole seeds. The test split is read once a run, after its last step, by the average of the parameters.
+- Frozen: 14 networks x (2 + 5) runs x 2 minutes, 3 h 20 min; LoRA: 9 x (2 + 3) x 7 minutes, 5 h 15 min;
+  people+mixed: 12 x (2 + 3) x 10 minutes, 10 h.
+- It stops after the last seed, whatever has come out: no seeds are added, no network is tuned again. If time is short,
+  the last seeds are left out for all networks, and the page says how many there are.
+
+Of the first seed's networks there are also ODS and OIS of edges on the BSDS500 images of mixed/, and max-F of saliency
+on its ECSSD images. Those of people alone were not trained for these: there edges are the borders of clothing. Nothing
+is chosen by them. A network of one task sees the images with labels of it alone, and so more of them in people+mixed.
+No photograph may enter the repository: --pictures draws the first seed's predictions elsewhere.
+"""
+
+import argparse
+import copy
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+from rich.console import Console
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
+
+from benchmarks.claims import seeds
+from benchmarks.claims.compare import BY_REPRESENTATION, METHODS
+from benchmarks.claims.comparison import SINGLE, markdown, single_task_models, summarise
+from benchmarks.claims.photographs import MIXED
+from benchmarks.claims.runs import Method, Runs, equal_mlp_width, with_rate, without_repeats
+from benchmarks.measure import DASH, Results
+from sgw_jax.data_pipelines.atomic import replacing
+from sgw_jax.evaluation.diagnostics import collect_examples
+from sgw_jax.evaluation.edge_scores import edge_scores
+from sgw_jax.evaluation.evaluate import evaluate
+from sgw_jax.evaluation.metrics import delta_m
+from sgw_jax.experiment.data import build_data
+from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.experiment.network import build_model
+from sgw_jax.host import keep_freed_memory
+from sgw_jax.pictures.gallery import gallery
+from sgw_jax.run.logs import without_nan
+from sgw_jax.run.saved_run import open_run
+from sgw_jax.run.state import restored_state
+from sgw_jax.tasks.base import Task
+from sgw_jax.train_step import make_eval_step
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = Path(__file__).with_name("photographs.py")
+STEPS = 240
+RATES = ("1e-3", "3e-3")
+EXCHANGES = ("cross_attention", "shared_workspace", "kem_plain", "skem_plain", "kem", "skem", "within_plain")
+FEWER = ("none", "cross_attention", "kem_plain", "kem")
+SETTINGS = {  # data, what of the backbone learns: methods and seeds
+    ("people", "frozen"): (("none", "widened", *EXCHANGES), 5),
+    ("people", "lora"): (FEWER, 3),
+    ("people+mixed", "frozen"): (FEWER, 3),
+    ("people+mixed", "lora"): (FEWER, 3),
+}
+NASH = "nash_mtl"
+
+# Images of mixed/ by the beginning of their names, and what is scored on them.
+ELSEWHERE = {"bsds500": "edges", "ecssd": "saliency"}
+ELSEWHERE_SIZE = (224, 224)  # upright and lying images fit into it
+SHOWN = 4  # photographs in a picture
+MAX_DIST = 0.0075  # of a match, as a share of the diagonal
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains what is missing, writes the results after every seed and prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="a hub folder of DINOv2 ViT-S/14")
+    parser.add_argument("--photographs", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--data", choices=("people", "people+mixed"), default="people")
+    parser.add_argument("--tuned", choices=("frozen", "lora"), default="frozen", help="what of the backbone learns")
+    parser.add_argument("--out", type=Path, default=Path("runs/real"))
+    parser.add_argument("--seeds", type=int, help="fewer than planned")
+    parser.add_argument("--results", type=Path, help="where the numbers go too, for the page of results")
+    parser.add_argument("--pictures", type=Path, help="draw the first seed's predictions there; trains nothing")
+    parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "sgw_jax")
+    arguments, overrides = parser.parse_known_args(argv)
+    jax.config.update("jax_compilation_cache_dir", str(arguments.cache_dir / "xla"))
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every routine save as a warning
+    keep_freed_memory()
+    console = Console()
+
+    photographs, out = arguments.photographs.resolve(), arguments.out.resolve()
+    methods, planned = SETTINGS[arguments.data, arguments.tuned]
+    views = {start: view(photographs / "mixed", tasks, start, out) for start, tasks in MIXED.items()}
+    config = f"{CONFIG}:root={photographs},tuned={arguments.tuned}"
+    given = [f"--config.backbone_weights={arguments.weights.resolve()}"]
+    if arguments.data != "people":
+        config += f",views={out / 'views'}"
+    elif arguments.tuned == "frozen":
+        given.append(f"--config.backbone_cache={out / 'taps'}")
+    setting = f"{arguments.data}, {arguments.tuned}"
+    folder = out / (arguments.tuned if arguments.data == "people" else f"mixed_{arguments.tuned}")
+    runs = Runs(config, [*given, *overrides], STEPS, folder, arguments.cache_dir)
+    tasks = runs.build(("none", {}), seed=0).tasks
+    cases: dict[str, Method] = {name: METHODS[name] for name in methods}
+    if "widened" in cases:
+        width = equal_mlp_width(runs.build(METHODS["kem_plain"], seed=0))
+        cases["widened"] = ("none", {"interactions.none.mlp_width": str(width)})
+    cases |= single_task_models(tasks)
+    made = {name: of_case(runs, name) for name in (*cases, NASH)}
+    if arguments.pictures:
+        draw(made, cases, arguments.pictures, console)
+        return 0
+
+    clock = Clock(console)
+    rates = {name: made[name].tune(name, method, RATES, clock.begun) for name, method in cases.items()}
+    best = best_exchange(rates, tasks)
+    interaction, options = cases[best]
+    cases[NASH] = (interaction, {**options, **BY_REPRESENTATION, "objective": NASH})
+    rates[NASH] = runs.tune(NASH, cases[NASH], RATES, clock.begun)
+    chosen = {name: with_rate(method, rates[name]["chosen"]) for name, method in cases.items()}
+    forget_checkpoints(runs.out / "tuning")
+
+    for seed in range(planned if arguments.seeds is None else arguments.seeds):
+        for name, method in chosen.items():
+            clock.begun(f"{name}, seed {seed}")
+            made[name].make(name, method, seed)
+            if seed:  # the first seed's are kept: for pictures, and for what they find elsewhere
+                forget_checkpoints(runs.folder(name, seed))
+        found = runs.results(list(chosen), seed + 1)
+        summary = summarise(found, tasks) | {
+            "steps": STEPS,
+            "seeds": seed + 1,
+            "rates": rates,
+            "best": best,
+            "runs": without_repeats(found),
+        }
+        keep(summary, setting, arguments)
+    for name, method in chosen.items():
+        clock.begun(f"{name}, elsewhere")
+        summary["elsewhere"] = summary.get("elsewhere", {}) | {name: elsewhere(made[name], name, method, views)}
+    keep(summary, setting, arguments)
+    clock.begun("done")
+    console.print(markdown(summary), elsewhere_table(summary), sep="\n\n", soft_wrap=True)
+    return 0
+
+
+def of_case(runs: Runs, name: str) -> Runs:
+    """The runs of a network of one task read the images with labels of it alone."""
+    task = name.removeprefix(SINGLE)
+    return runs if task == name else dataclasses.replace(runs, config=f"{runs.config},tasks={task}")
+
+
+def keep(summary: Mapping[str, Any], setting: str, arguments: argparse.Namespace) -> None:
+    """Writes the setting's summary beside those of the others."""
+    for path in (arguments.out / "real.json", arguments.results):
+        if path is not None:
+            Results("real", path).label(setting, without_nan(summary))
+
+
+class Clock:
+    """Says which run begins, and how long the one before it took."""
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._before, self._since = console, "", time.monotonic()
+
+    def begun(self, what: str) -> None:
+        """A run begins."""
+        now = time.monotonic()
+        if self._before:
+            self._console.print(f"{self._before}: {now - self._since:.0f} s", soft_wrap=True, highlight=False)
+        self._before, self._since = what, now
+
+
+def best_exchange(rates: Mapping[str, Any], tasks: Sequence[Task]) -> str:
+    """The interaction of the largest delta_m over the single-task networks, on validation with the tuning's seed."""
+    singles = {task.name: rates[SINGLE + task.name]["validation"][task.name] for task in tasks}
+    gains = {name: delta_m(rates[name]["validation"], singles, tasks) for name in EXCHANGES if name in rates}
+    return max(gains, key=gains.__getitem__)
+
+
+def forget_checkpoints(folder: Path) -> None:
+    """Removes the checkpoints of all complete runs below a folder: they hold the whole backbone."""
+    for result in folder.rglob("result.json"):
+        shutil.rmtree(result.parent / "checkpoints", ignore_errors=True)
+
+
+def view(mixed: Path, tasks: Sequence[str], start: str, out: Path) -> Path:
+    """A data folder of those images of another whose names begin so, by links to that one's folders."""
+    folder = out.resolve() / "views" / start
+    (folder / "splits").mkdir(parents=True, exist_ok=True)
+    for name in ("images", *(task.partition("@")[0] for task in tasks)):
+        if not (folder / name).is_symlink():
+            (folder / name).symlink_to(mixed / name)
+    for split in ("train", "validation", "test"):
+        ids = (mixed / "splits" / f"{split}.txt").read_text(encoding="utf-8").split()
+        kept = [name for name in ids if name.startswith(start)]
+        (folder / "splits" / f"{split}.txt").write_text("\n".join(kept) + "\n", encoding="utf-8")
+    return folder
+
+
+def elsewhere(runs: Runs, name: str, method: Method, views: Mapping[str, Path]) -> dict[str, Any]:
+    """{images: {metric: value in %}} of the first seed's network on the images of `ELSEWHERE`, of tasks that it has;
+    kept beside its other results."""
+    results = Results("real", runs.folder(name, 0) / "elsewhere.json")
+    if results.path.exists():
+        return results.load()["found"]
+    experiment, variables = trained_network(runs, name, method)
+    found: dict[str, dict[str, float]] = {}
+    for task in experiment.tasks:
+        for start in (start for start, labelled in ELSEWHERE.items() if labelled == task.name):
+            config = copy.deepcopy(experiment.config)
+            with config.unlocked():
+                config.data.update({"source": "folder", "root": str(views[start]), "size": ELSEWHERE_SIZE})
+            model, mesh = build_model(config, experiment.tasks, experiment.size), experiment.mesh
+            data = build_data(config, [task], cache_dir="")
+            with jax.set_mesh(mesh), data.evaluation("test") as batches:
+                if task.boundary_scores:
+                    found[start] = edge_scores(model, variables, batches, mesh, task=task, max_dist=MAX_DIST)
+                else:
+                    scored = evaluate(jax.jit(make_eval_step(model, [task])), variables, batches, mesh, [task])
+                    found[start] = {task.metric: scored.metrics[task.name][task.metric]}
+    results.write({"found": found})
+    return found
+
+
+def trained_network(runs: Runs, name: str, method: Method) -> tuple[Experiment, Any]:
+    """The first seed's experiment, and the variables that it is evaluated by."""
+    experiment = runs.build(method, 0)
+    with open_run(runs.folder(name, 0), "last") as run:
+        return experiment, restored_state(experiment, run.checkpoints, run.step).variables
+
+
+def by_task(summary: Mapping[str, Any]) -> str:
+    """Markdown: each task's relative gain over its single-task network in %, by pairs of the same seed."""
+    names = [task["name"] for task in summary["tasks"]]
+    runs = {name: found for name, found in summary["runs"].items() if not name.startswith(SINGLE)}
+    alone = [
+        {"metrics": {name: summary["runs"][SINGLE + name][seed]["metrics"][name] for name in names}}
+        for seed in range(summary["seeds"])
+    ]
+    return seeds.by_task({"single": alone, **runs}, f"{CONFIG}:tasks={'+'.join(names)}")
+
+
+def elsewhere_table(summary: Mapping[str, Any]) -> str:
+    """Markdown: ODS and OIS on BSDS500's images, max-F on ECSSD's, of each network that has the task."""
+    heads = {
+        "edges ods % ↑": ("bsds500", "ods"),
+        "edges ois % ↑": ("bsds500", "ois"),
+        "saliency max_f % ↑": ("ecssd", "max_f"),
+    }
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for name, found in summary["elsewhere"].items():
+        if found:
+            cells = [f"{found[images][metric]:.1f}" if images in found else DASH for images, metric in heads.values()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(made: Mapping[str, Runs], cases: Mapping[str, Method], folder: Path, console: Console) -> None:
+    """Predictions above truth on the first photographs of test, a picture for each network of the first seed."""
+    if folder.resolve().is_relative_to(ROOT):
+        raise SystemExit(
+            f"--pictures={folder} lies in the repository, which may hold no photograph: give another folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, method in cases.items():
+        runs = made[name]
+        if not (runs.folder(name, 0) / "result.json").exists():
+            console.print(f"{name}: its first run is not complete; no picture.")
+            continue
+        experiment, variables = trained_network(runs, name, method)
+        with experiment.data.evaluation("test", "network") as batches:
+            batch = next(iter(batches))
+        found = collect_examples(experiment.model, variables, batch, experiment.mesh, experiment.tasks, SHOWN)
+        with replacing(folder / f"{name}.png") as temporary:
+            gallery(found, SHOWN).save(temporary, "PNG")
+        console.print(str(folder / f"{name}.png"), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
