@@ -3,14 +3,14 @@
 Command:   python -m sgw_jax train --config=people --config.data.root=DIR --config.backbone_weights=WEIGHTS
            --config.backbone_cache=features --workdir=runs/people
 Weights:   WEIGHTS is a hub folder of a DINOv2 ViT-S/14 (docs/backbones.md). It is frozen: what it makes of the images
-           is computed once, into the directory that backbone_cache names (TAPS_GB GB), and read in every step and by
+           is computed once, into the directory that backbone_cache names (1.07 GB), and read in every step and by
            every other run on these images.
 Data:      DIR as in docs/your-data.md; of other people, clothes and counts set data.num_classes, class_names, num_parts
            and part_names. The result is of Clothing Co-Parsing (700 photographs of 336 x 168 for training, 54 for
            validation, 150 for testing).
 Hardware:  2 CPU cores.
-Time:      TIME
-Result:    RESULT
+Time:      about 800 s of processor time, two cores side by side; less once the features are there.
+Result:    on validation 43 % mIoU of clothing, 63 % of parts, 97 % max-F of saliency, 47 % max-F of edges.
 Variants:  --config=people:interaction=none,tasks=semseg+edges
            fine-tuned: --config.optimizer.backbone_scale=0.03 --config.optimizer.layer_decay=0.75, or low-rank updates
            alone, --config.lora.rank=8; both without backbone_cache, and several times slower.

@@ -41,7 +41,7 @@ def weights() -> Path:
     if not folder.is_dir():
         CACHE.mkdir(parents=True, exist_ok=True)
         begun = CACHE / f"begun-{os.getpid()}"
-        made = subprocess.run(["bash", RECIPE, begun], capture_output=True, text=True, timeout=300)
+        made = subprocess.run(["bash", RECIPE, begun], capture_output=True, text=True, timeout=900)
         if made.returncode:
             pytest.skip(f"the weights cannot be made here: {(made.stderr.strip().splitlines() or ['no word'])[-1]}")
         begun.rename(folder)
@@ -66,7 +66,7 @@ def command(*arguments: str) -> str:
     """Runs the command as people do, on one device; its standard output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     ended = subprocess.run(
-        [sys.executable, "-m", "sgw_jax", *arguments], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", "sgw_jax", *arguments], env=environment, capture_output=True, text=True, timeout=900
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
@@ -137,7 +137,7 @@ def test_features_of_a_photograph_are_those_of_the_paper(weights):
 def test_train_evaluate_and_predict(weights, photographs, tmp_path):
     """A command each, at the photographs' own size. After two passes over 32 photographs saliency is already better
     than the best constant's."""
-    run, drawn, cache = tmp_path / "run", tmp_path / "drawn", f"--cache_dir={tmp_path / 'cache'}"
+    run, drawn, cache = tmp_path / "run", tmp_path / "drawn", f"--cache_dir={CACHE}"
     keys = {"steps": 8, "checkpoint_every": 8, "eval_every": 8, "schedule.warmup_steps": 2, "ema_decay": None}
     command(
         "train", "--config=people", f"--config.data.root={photographs}", f"--config.backbone_weights={weights}",
@@ -166,7 +166,7 @@ def test_low_rank_updates_of_real_weights(weights, photographs, tmp_path):
     keys = {"lora.rank": 4, "data.size": "112,56", "steps": 2, "checkpoint_every": 2, "eval_every": 2}
     command(
         "train", "--config=people:interaction=none", f"--config.data.root={photographs}", f"--workdir={run}",
-        f"--config.backbone_weights={weights}", "--config.schedule.warmup_steps=0", f"--cache_dir={tmp_path / 'cache'}",
+        f"--config.backbone_weights={weights}", "--config.schedule.warmup_steps=0", f"--cache_dir={CACHE}",
         *(f"--config.{key}={value}" for key, value in keys.items()),
     )  # fmt: skip
     assert (run / "report.html").is_file()
