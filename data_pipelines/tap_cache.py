@@ -139,7 +139,7 @@ class TapCache:
                 raise _damaged(path, f"the row of item {item} is not the one that was written")
             return self._arrays(row)
         raise InputError(
-            f"{self.directory} has no row of this image: it holds item {item} as it was when the cache was made. The "
+            f"{self.directory} holds no row of this image of item {item}, only of the one when the cache was made: the "
             "data changed, or their order. Give another config.backbone_cache, or delete this directory."
         )
 

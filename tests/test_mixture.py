@@ -2,16 +2,14 @@
 
 import contextlib
 import dataclasses
-import io
 import json
-import os
 import pickle
+import re
 from fractions import Fraction
+from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from rich.console import Console
 
 from sgw_jax.__main__ import main
 from sgw_jax.configs import base
@@ -23,7 +21,7 @@ from sgw_jax.evaluation.evaluate import evaluation_of, evaluation_of_mixture
 from sgw_jax.evaluation.metrics import add_sums
 from sgw_jax.experiment.build import build, build_tasks
 from sgw_jax.experiment.config_files import data_roots, read_config, with_overrides
-from sgw_jax.experiment.experiment import EVALUATION_KEYS, FREE_KEYS, among
+from sgw_jax.experiment.experiment import EVALUATION_KEYS, FREE_KEYS, Data, among
 from sgw_jax.report.record import Results
 from sgw_jax.tasks import TASKS
 
@@ -187,7 +185,7 @@ def config_of(sources=None, **changes):
         config.data.update(size=SIZE, threads=1)
         config.data.lengths.update({"train": 8, "validation": 4, "test": 4})
         config.backbones.vit.update({"width": 8, "depth": 4, "num_heads": 2, "patch_size": 8})
-        config.update({"channels": 8, "steps": 4, "batch_size": 4, "log_every": 1})
+        config.update({"channels": 8, "steps": 4, "batch_size": 8, "log_every": 1})
         config.update({"checkpoint_every": 2, "eval_every": 2})
         config.update_from_flattened_dict(changes)
     return config
@@ -195,6 +193,18 @@ def config_of(sources=None, **changes):
 
 def folder(classes=4, tasks=("semseg",), **more):
     return {"root": "somewhere", "num_classes": classes, "tasks": tasks, **more}
+
+
+def test_the_snippet_of_your_data_md(tmp_path):
+    page = Path(__file__).parent.parent / "docs" / "your-data.md"
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    (tmp_path / "both.py").write_text(snippet, encoding="utf-8")
+    config = read_config(str(tmp_path / "both.py"), ["--config.data.mixture.people.root=here"])
+    assert config.data.mixture.people.root == "here"
+    classes = {task.name: getattr(task, "num_classes", None) for task in build_tasks(config)}
+    assert classes == {"semseg": 14, "semseg@street": 11, "edges": None, "depth": None}
+    with pytest.raises(InputError, match=r"has no key 'data.mixture.people.wieght'. Did you mean .*weight"):
+        read_config(str(tmp_path / "both.py"), ["--config.data.mixture.people.wieght=2"])
 
 
 def test_heads_of_their_own_are_tasks_of_the_kind():
@@ -304,7 +314,7 @@ def test_all_is_the_sum_of_the_sources_and_a_source_is_itself():
     rng = np.random.default_rng(0)
 
     def sums(rows, with_depth):
-        prediction = {"semseg": rng.normal(size=(rows, 4, 5, 3)), "depth": rng.normal(size=(rows, 4, 5, 1))}
+        prediction = {"semseg": rng.normal(size=(rows, 4, 5, 3)), "depth": rng.uniform(1, 3, (rows, 4, 5, 1))}
         target = {"semseg": rng.choice([0, 1, 2, 255], (rows, 4, 5)), "depth": rng.uniform(1, 2, (rows, 4, 5))}
         target["depth"] *= with_depth
         found = {}
@@ -339,18 +349,12 @@ def test_all_is_the_sum_of_the_sources_and_a_source_is_itself():
 # --- a run
 
 
-def quiet():
-    return Console(file=io.StringIO(), width=200)
-
-
 class Killed(BaseException):
     """Stands for the end of the process."""
 
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_bit_by_bit_and_reports_by_source(tmp_path, monkeypatch, capsys):
-    from sgw_jax.experiment.experiment import Data
-
     (tmp_path / "mixed.py").write_text(
         "from test_mixture import config_of\n\n\ndef get_config():\n    return config_of()\n", encoding="utf-8"
     )
@@ -366,10 +370,13 @@ def test_a_run_that_is_killed_goes_on_bit_by_bit_and_reports_by_source(tmp_path,
         @contextlib.contextmanager
         def until():
             with original(self, start, steps) as found:
-                yield (batch if step != 3 else os_exit() for step, batch in enumerate(found))
+                yield numbered(found)
 
-        def os_exit():
-            raise Killed
+        def numbered(found):
+            for step, batch in enumerate(found):
+                if step == 3:
+                    raise Killed
+                yield batch
 
         return until()
 

@@ -54,6 +54,7 @@ RUN = {
     "docs/extending.md": "tests/test_inside_models.py",
     "docs/objectives.md": "tests/test_aggregators.py",
     "docs/scaling.md": "tests/test_placement.py",
+    "docs/your-data.md": "tests/test_mixture.py",
 }
 
 

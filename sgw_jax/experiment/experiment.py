@@ -32,7 +32,7 @@ FREE_KEYS = (
     *("data.mixture.*.root", "data.mixture.*.format"),
     "data.check",  # a look at the data changes none
     "backbone_weights",  # read at step 0 alone
-    "backbone_cache",  # what it holds is what would be computed
+    "backbone_cache",  # what it holds is what would be computed, up to rounding
 )
 
 # What `evaluate` may be told otherwise than the run was.
@@ -142,7 +142,9 @@ class Data:
         if split not in self._by_source:  # kept, as they know their images' sizes
             source = self.sources[split]
             parts = source.parts if isinstance(source, Mixture) else {}
-            found = {name: dataclasses.replace(self, sources={split: part}) for name, part in parts.items()}
+            # Taps are those of the mixture's items, not of a part's.
+            replaced = functools.partial(dataclasses.replace, self, taps={})
+            found = {name: replaced(sources={split: part}) for name, part in parts.items()}
             self._by_source[split] = found
         return self._by_source[split]
 
@@ -158,7 +160,8 @@ class Data:
             return self, [""] * min(count, self.batch_size, len(source))
         items, names = zip(*source.spread(count), strict=True)
         rows = -(-len(items) // self.parts) * self.parts
-        return dataclasses.replace(self, sources={split: Chosen(source, items)}, batch_size=rows), list(names)
+        chosen = {split: Chosen(source, items)}
+        return dataclasses.replace(self, sources=chosen, batch_size=rows, taps={}), list(names)
 
     @property
     def source_tasks(self) -> dict[str, tuple[str, ...]]:

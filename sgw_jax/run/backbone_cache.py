@@ -148,11 +148,13 @@ def _say(
 ) -> None:
     """How large the cache is and what of it is still to be computed; refuses it where the disk has not the room."""
     root = Path(experiment.backbone_cache)
-    parts = [f"{cache.length} images of {split} x {len(_views(experiment, split))}" for split, cache in caches.items()]
+    parts = [
+        f"{cache.length} {split} images ({', '.join(_views(experiment, split))})" for split, cache in caches.items()
+    ]
     row = next(iter(caches.values())).row_bytes
     rows = sum(cache.length * len(_views(experiment, split)) for split, cache in caches.items())
     left = sum(len(shard.items) for shards in missing.values() for shard in shards)
-    said = f"Frozen backbone: {' and '.join(parts)} (own and mirrored views) in {root}, {_bytes(rows * row)}"
+    said = f"Frozen backbone: {' and '.join(parts)} in {root}, {_bytes(rows * row)}"
     if not left:
         console.print(f"{said}, all there.", soft_wrap=True, markup=False)
         return
