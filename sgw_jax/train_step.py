@@ -273,12 +273,11 @@ def make_train_step(
 
         def weighted_losses(predictions: Any, part: Batch) -> tuple[list[Array], dict[str, Array]]:
             losses = task_losses(tasks, predictions, part, statistics)
-            alone = {
-                f"loss/{name}": task_losses(
-                    [task], predictions, {task.name: only(part)}, {task.name: {**statistics[task.name], "count": n}}
-                )[0]
-                for (name, task, only), n in zip(shared, counts.values(), strict=True)
-            }
+            alone = {}
+            for name, task, only in shared:  # balanced as the whole batch is, over the source's own pixels
+                (loss,) = task_losses([task], predictions, {task.name: only(part)}, statistics)
+                whole = jnp.maximum(statistics[task.name]["count"], 1)
+                alone[f"loss/{name}"] = loss * (whole / jnp.maximum(counts[name], 1))
             return [factor * loss for factor, loss in zip(scale, losses, strict=True)], alone
 
         def variables(params: Any) -> dict[str, Any]:

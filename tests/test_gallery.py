@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from sgw_jax.pictures.gallery import gallery
-from sgw_jax.pictures.panels import GAP, MARGIN
+from sgw_jax.pictures.gallery import LEAST_WIDTH, gallery
+from sgw_jax.pictures.panels import GAP, MARGIN, TEXT_SIZE, Lettering
 
 
 def test_gallery_shows_every_task_of_the_first_images() -> None:
@@ -23,3 +23,12 @@ def test_gallery_shows_every_task_of_the_first_images() -> None:
     above = pixels[picture.height - MARGIN - 2 * 128 - 4 :][:128, picture.width - MARGIN - 192 : -MARGIN]
     np.testing.assert_array_equal(above, prediction[1].repeat(4, 0).repeat(4, 1))
     assert picture.height > 4 * 128 + GAP // 2
+
+
+def test_what_stands_beside_the_rows_is_not_cut_off() -> None:
+    """An upright image of 112 columns is enlarged, one that is wide enough is not."""
+    for width, tile in ((112, 224), (168, 168)):
+        images = np.zeros((1, 2 * width, width, 3), np.uint8)
+        found = gallery({"image": images, "tasks": {"edges": {"pictures": {"truth": images, "prediction": images}}}})
+        assert found.width == 2 * MARGIN + 2 * tile + 4
+    assert Lettering(TEXT_SIZE).length("upper row: predicted") <= LEAST_WIDTH

@@ -8,7 +8,10 @@ import re
 from fractions import Fraction
 from pathlib import Path
 
+import flax.linen as nn
+import jax
 import numpy as np
+import optax
 import pytest
 
 from sgw_jax.__main__ import main
@@ -24,6 +27,7 @@ from sgw_jax.experiment.config_files import data_roots, read_config, with_overri
 from sgw_jax.experiment.experiment import EVALUATION_KEYS, FREE_KEYS, Data, among
 from sgw_jax.report.record import Results
 from sgw_jax.tasks import TASKS
+from sgw_jax.train_step import init_state, make_train_step
 
 SIZE = (32, 32)
 LABELS, MASK = Target("labels", 255), Target("mask", -1.0)
@@ -344,6 +348,35 @@ def test_all_is_the_sum_of_the_sources_and_a_source_is_itself():
     assert flat["semseg/miou/b"] == found.sources["b"].metrics["semseg"]["miou"]
     assert flat["loss/depth/a"] == found.sources["a"].losses["depth"]
     assert not [name for name in flat if name.startswith(("depth", "loss/depth")) and name.endswith("/b")]
+
+
+class Flat(nn.Module):
+    """A prediction of each pixel from its colours."""
+
+    @nn.compact
+    def __call__(self, image, train=False):
+        return {"saliency": nn.Dense(1)(image)}
+
+
+def test_losses_of_a_step_by_source_add_up_to_that_of_all():
+    """A loss that balances itself by the batch too: each source's is of the batch's balance, over its own pixels."""
+    rng, task = np.random.default_rng(0), TASKS["saliency"]()
+    target = (rng.random((4, 8, 8, 1)) < np.array([0.1, 0.5, 0.9, 0.2])[:, None, None, None]).astype(np.float32)
+    target[0, :3] = -1  # ignored
+    batch = {"image": rng.normal(size=(4, 8, 8, 3)).astype(np.float32), "saliency": target}
+    batch["source"] = np.array([1, 0, 1, 0], np.int32)
+    sources, optimizer = {"a": ("saliency",), "b": ("saliency", "depth")}, optax.sgd(0.1)
+    state = jax.jit(lambda image: init_state(Flat(), optimizer, image))(batch["image"])
+    for accumulate in (1, 2):
+        step = jax.jit(make_train_step(Flat(), [task], optimizer, sources=sources, accumulate=accumulate))
+        found = step(state, batch)[1]
+        rows = {"a": [1, 3], "b": [0, 2]}
+        pixels = {name: (target[own] >= 0).sum() for name, own in rows.items()}
+        mean = sum(pixels[name] * float(found[f"loss/saliency/{name}"]) for name in rows) / sum(pixels.values())
+        assert mean == pytest.approx(float(found["loss/saliency"]), rel=1e-5)
+        assert float(found["loss/saliency/a"]) != pytest.approx(float(found["loss/saliency/b"]), rel=1e-2)
+    alone = jax.jit(make_train_step(Flat(), [task], optimizer))(state, batch)[1]
+    assert sorted(alone) == ["grad_norm", "loss", "loss/saliency"]  # no mixture, nothing more
 
 
 # --- a run

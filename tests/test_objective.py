@@ -232,7 +232,7 @@ def same(found, expected, tolerance):
 @functools.cache
 def losses_and_rows():
     """(losses (3,), {path: (3, ...)}) of the whole batch: what every method is measured by, compiled once."""
-    total = jax.jit(lambda params: sum(PROGRAM.losses(params, part, None) for part in PARTS))
+    total = jax.jit(lambda params: sum(PROGRAM.losses(params, part, None)[0] for part in PARTS))
     return total(PARAMS), jax.jit(jax.jacrev(total))(PARAMS)
 
 
@@ -246,6 +246,7 @@ def test_a_scalariser_accumulates_whether_it_is_linear_or_not(name):
     slope = jax.jit(jax.grad(lambda x: objective.apply(x, state)[0]))(losses)
     same(found.gradients, {path: np.tensordot(slope, rows[path], 1) for path in found.gradients}, 64 * EPS32)
     same(found.losses, losses, 64 * EPS32)
+    same(found.metrics["loss/a/b"], losses[0] / 2, 64 * EPS32)  # what is said beside adds up too
     assert jax.tree.structure(found.state) == jax.tree.structure(state)
 
 
@@ -260,6 +261,7 @@ def test_every_aggregator_accumulates_and_keeps_its_state(name, function):
     for leaf, other in zip(jax.tree.leaves(found.state), jax.tree.leaves(before), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.weak_type) == (other.shape, other.dtype, other.weak_type)
     assert not found.state.stationary
+    same(found.metrics["loss/a/b"], losses_and_rows()[0][0] / 2, 64 * EPS32)
     w = np.array([found.metrics[f"weight/{task}"] for task in NAMES])
     assert np.all(np.isfinite(w))
     _, rows = losses_and_rows()

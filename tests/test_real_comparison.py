@@ -31,12 +31,19 @@ def test_the_configuration_says_what_learns() -> None:
         return build(read_config(f"{real.CONFIG}:root=DIR,tuned={tuned}", ["--config.mesh.data=-1"]), cache_dir=None)
 
     frozen, lora = experiment("frozen"), experiment("lora")
+    mixed = experiment("frozen,views=VIEWS,tasks=depth+edges").config
     assert frozen.size == lora.size == (224, 112)
     assert [task.name for task in frozen.tasks] == ["semseg", "human_parts", "saliency", "edges"]
     assert frozen.config.optimizer.backbone_scale == 0
     assert frozen.model.lora is None
     assert lora.model.lora.rank == 8
     assert frozen.config.data.root.endswith("DIR/people")
+    assert {name: tuple(source.tasks) for name, source in mixed.data.mixture.items()} == {
+        "people": ("semseg", "human_parts", "saliency", "edges"),
+        "camvid": ("semseg@street", "edges"),
+        "bsds500": ("edges",),
+        "rgbd": ("depth", "normals"),
+    }
 
 
 def test_a_network_of_one_task_reads_what_has_labels_of_it() -> None:
@@ -47,6 +54,8 @@ def test_a_network_of_one_task_reads_what_has_labels_of_it() -> None:
         "FILE:root=DIR,tasks=saliency",
     ]
     assert real.of_case(runs, "kem") == runs
+    taps = [real.of_case(runs, name, Path("taps")).overrides for name in ("kem", "single_edges")]
+    assert taps == [("--config.backbone_cache=taps/all",), ("--config.backbone_cache=taps/edges",)]
 
 
 def test_a_view_has_the_images_of_one_name(tmp_path: Path) -> None:

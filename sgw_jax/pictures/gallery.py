@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from sgw_jax.pictures.panels import GAP, MARGIN, PAPER, TEXT_SIZE, Lettering
 
 TILE_WIDTH = 192
+LEAST_WIDTH = 144  # of a tile: what stands beside the rows is as wide
 TITLE = 2 * TEXT_SIZE
 INNER = 4  # between the prediction and the truth of one image
 
@@ -21,7 +22,7 @@ def gallery(examples: Mapping[str, Any], count: int = 2) -> Image.Image:
     """
     images, tasks = examples["image"][:count], examples["tasks"]
     height, width = images[0].shape[:2]
-    scale = max(TILE_WIDTH // width, 1)
+    scale = max(TILE_WIDTH // width, -(-LEAST_WIDTH // width))
     tile_width, tile_height = scale * width, scale * height
     columns = 1 + len(tasks)
     block = 2 * tile_height + INNER

@@ -126,9 +126,12 @@ class Results:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, null for NaN and {} for a speed that was not measured."""
+        """Plain data, null for NaN and {} for a speed that was not measured; no sources where there is no mixture."""
         values = without_nan(dataclasses.asdict(self))
-        return {**values, "speed": values["speed"] or {}}
+        left_out = () if self.sources else ("sources",)
+        return {
+            name: value or {} if name == "speed" else value for name, value in values.items() if name not in left_out
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: Path | str = "results") -> Self:
