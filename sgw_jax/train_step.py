@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt32
 
-from sgw_jax.data_pipelines.batch_names import SOURCE, TAPS
+from sgw_jax.backbones.taps import taps_of
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.differentiate import (
     GRADIENTS,
@@ -32,6 +32,7 @@ from sgw_jax.layers.parameter_names import owner
 from sgw_jax.model import FEATURES, PRELIMINARY
 from sgw_jax.multi_objective import Scalarizer, weighted_sum
 from sgw_jax.tasks.base import Task
+from sgw_jax.tasks.by_source import shared_tasks
 from sgw_jax.tasks.own_size import at_labels
 
 Batch = Mapping[str, Array]
@@ -257,7 +258,7 @@ def make_train_step(
         raise InputError(f"train step: rngs is {rngs!r}; give a sequence of names, ({rngs!r},).")
     call = _default_apply(model, "train step") if apply is None else apply
     mixes = getattr(getattr(model, "interaction", None), "mixes_tasks", True)
-    shared = _shared_tasks(tasks, sources or {})
+    shared = shared_tasks(tasks, sources or {})
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         if (state.ema is None) != (ema_decay is None):
@@ -345,42 +346,6 @@ def task_losses(
         return total / jnp.maximum(known["count"], 1)
 
     return [loss(task) for task in tasks]
-
-
-def taps_of(batch: Batch) -> dict[str, Any]:
-    """What a call of the model is told of the batch's taps, ``taps/NAME`` each: of a frozen backbone, read from a cache
-    (data_pipelines/tap_cache.py), bfloat16 as its 16 bits. Nothing where there are none."""
-    found = {name.removeprefix(TAPS): value for name, value in batch.items() if name.startswith(TAPS)}
-    typed = {
-        name: jax.lax.bitcast_convert_type(value, jnp.bfloat16) if value.dtype == jnp.uint16 else value
-        for name, value in found.items()
-    }
-    return {"taps": typed} if typed else {}
-
-
-def _shared_tasks(
-    tasks: Sequence[Task], sources: Mapping[str, Sequence[str]]
-) -> list[tuple[str, Task, Callable[[Batch], Array]]]:
-    """("TASK/SOURCE", task, batch -> its target with the rows of that source alone) of tasks that several sources have.
-
-    The loss of a task that one source has is that source's.
-    """
-
-    def rows_of(place: int, task: Task) -> Callable[[Batch], Array]:
-        def only(batch: Batch) -> Array:
-            target = batch[task.name]
-            rows = (batch[SOURCE] == place).reshape(-1, *(1,) * (target.ndim - 1))
-            return jnp.where(rows, target, jnp.asarray(task.target["fill"], target.dtype))
-
-        return only
-
-    return [
-        (f"{task.name}/{name}", task, rows_of(place, task))
-        for task in tasks
-        if sum(task.name in own for own in sources.values()) > 1
-        for place, (name, own) in enumerate(sources.items())
-        if task.name in own
-    ]
 
 
 def micro_batches(batch: Batch, parts: int) -> dict[str, Array]:

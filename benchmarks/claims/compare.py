@@ -22,18 +22,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-from absl import logging
-from rich.console import Console
 from rich.progress import Progress
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
 from benchmarks.claims.comparison import markdown, page, single_task_models, summarise
-from benchmarks.claims.runs import Method, Runs, done, equal_mlp_width, read_result, run, with_rate, without_repeats
+from benchmarks.claims.runs import (
+    Method,
+    Runs,
+    begin,
+    done,
+    equal_mlp_width,
+    read_result,
+    run,
+    with_rate,
+    without_repeats,
+)
 from benchmarks.measure import Results, environment
 from sgw_jax.data_pipelines.atomic import write_atomically
-from sgw_jax.host import keep_freed_memory
 from sgw_jax.run.logs import without_nan
 
 TASKS = ("semseg", "depth", "normals", "edges", "saliency", "human_parts")
@@ -92,10 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, help="where the numbers go too, for the page of results")
     parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "sgw_jax")
     arguments, overrides = parser.parse_known_args(argv)
-    jax.config.update("jax_compilation_cache_dir", str(arguments.cache_dir / "xla"))
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every routine save as a warning
-    keep_freed_memory()
-    console = Console()
+    console = begin(arguments.cache_dir)
 
     runs = Runs(arguments.config, overrides, arguments.steps, arguments.out, arguments.cache_dir)
     tasks = runs.build(("none", {}), seed=0).tasks

@@ -41,7 +41,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import logging
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
@@ -50,7 +49,7 @@ from benchmarks.claims import seeds
 from benchmarks.claims.compare import BY_REPRESENTATION, METHODS
 from benchmarks.claims.comparison import SINGLE, markdown, single_task_models, summarise
 from benchmarks.claims.photographs import MIXED
-from benchmarks.claims.runs import Method, Runs, equal_mlp_width, with_rate, without_repeats
+from benchmarks.claims.runs import Method, Runs, begin, equal_mlp_width, with_rate, without_repeats
 from benchmarks.measure import DASH, Results
 from sgw_jax.data_pipelines.atomic import replacing
 from sgw_jax.evaluation.diagnostics import collect_examples
@@ -60,7 +59,6 @@ from sgw_jax.evaluation.metrics import delta_m
 from sgw_jax.experiment.data import build_data
 from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.experiment.network import build_model
-from sgw_jax.host import keep_freed_memory
 from sgw_jax.pictures.gallery import gallery
 from sgw_jax.run.logs import without_nan
 from sgw_jax.run.saved_run import open_run
@@ -102,10 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pictures", type=Path, help="draw the first seed's predictions there; trains nothing")
     parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "sgw_jax")
     arguments, overrides = parser.parse_known_args(argv)
-    jax.config.update("jax_compilation_cache_dir", str(arguments.cache_dir / "xla"))
-    logging.set_verbosity(logging.ERROR)  # Orbax reports every routine save as a warning
-    keep_freed_memory()
-    console = Console()
+    console = begin(arguments.cache_dir)
 
     photographs, out = arguments.photographs.resolve(), arguments.out.resolve()
     methods, planned = SETTINGS[arguments.data, arguments.tuned]

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from rich.console import Console
 
 from benchmarks.measure import Results
@@ -16,6 +17,7 @@ from sgw_jax.evaluation.diagnostics import diagnose
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.host import keep_freed_memory
 from sgw_jax.report.results import count_parameters
 from sgw_jax.run.logs import without_nan
 from sgw_jax.run.steps import compiled_eval_step, evaluate_split
@@ -24,6 +26,14 @@ from sgw_jax.train import train
 Method = tuple[str, Mapping[str, str]]  # the interaction, and options over the configuration's
 
 TUNING_SEED = 500  # none of those that are compared
+
+
+def begin(cache_dir: Path) -> Console:
+    """What a script of comparisons does before its first run: programs are kept, and routine words are not said."""
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir / "xla"))
+    logging.set_verbosity(logging.ERROR)  # Orbax reports every routine save as a warning
+    keep_freed_memory()
+    return Console()
 
 
 @dataclasses.dataclass(frozen=True)

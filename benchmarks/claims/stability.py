@@ -27,19 +27,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
 from benchmarks.claims.comparison import shown, spread
-from benchmarks.claims.runs import Method, Runs
+from benchmarks.claims.runs import Method, Runs, begin
 from benchmarks.measure import DASH, Results, select
 from sgw_jax.etf.neural_collapse import class_means, collapse_sums, collapse_values, disagreement_sums
 from sgw_jax.evaluation.selection import jaccard, selection_between_images
 from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.heads import TaskStem
-from sgw_jax.host import keep_freed_memory
 from sgw_jax.run.checkpoints import Checkpoints
 from sgw_jax.run.state import restored_state
 from sgw_jax.train import train
@@ -184,10 +182,7 @@ def main() -> None:
     parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "sgw_jax")
     parser.add_argument("--output", type=Path)
     arguments, overrides = parser.parse_known_args()
-    jax.config.update("jax_compilation_cache_dir", str(arguments.cache_dir / "xla"))
-    logging.set_verbosity(logging.ERROR)
-    keep_freed_memory()
-    console = Console()
+    console = begin(arguments.cache_dir)
     trunk = arguments.out / "trunk"
     runs = Runs(arguments.config, overrides, arguments.steps, arguments.out, arguments.cache_dir, trunk)
     if not (trunk / "checkpoints").exists():

@@ -23,47 +23,13 @@ LEVELS = 255  # the published protocol saves probabilities as 8-bit pictures
 
 
 def edge_scores(
-    model: nn.Module,
-    variables: Any,
-    batches: Iterable[Batch],
-    mesh: Mesh,
-    *,
-    task: Task,
-    max_dist: float,
-    outline_targets: bool = False,
-    suppress: bool = False,
-    workers: int = 0,
-    console: Console | None = None,
-    total: int | None = None,
+    model: nn.Module, variables: Any, batches: Iterable[Batch], mesh: Mesh, *, task: Task, **options: Any
 ) -> dict[str, float]:
     """{"ods", "ois", "ap"} in percent, of the probabilities of an edge task (one logit), at the labels' size.
 
-    An image is cut to the frame of its labelled pixels, which undoes padding, so that distances are shares of the
-    original's diagonal; unlabelled pixels inside it count neither as prediction nor as target. `MaskTask` says which
-    pixels are labelled and which are edges. Images without any label are left out. Each process matches the images that
-    its devices predicted.
-
-    Args:
-      batches: as `eval_batches` yields them; rows without an item do not count.
-      task: its protocol "published" is as InvPT and SEISM compute them. Probabilities are cut down to 8 bits, as they
-        are saved there, and suppressed where they are no crest of a ridge; precision is 1 where nothing is predicted
-        (program "seism").
-      max_dist, outline_targets, suppress: see `boundary.evaluate`.
-      total: images, for the progress bar.
+    Args: as of `edge_counts`.
     """
-    counts = edge_counts(
-        model,
-        variables,
-        batches,
-        mesh,
-        task=task,
-        max_dist=max_dist,
-        outline_targets=outline_targets,
-        suppress=suppress,
-        workers=workers,
-        console=console,
-        total=total,
-    )
+    counts = edge_counts(model, variables, batches, mesh, task=task, **options)
     return scores_of(counts, task.protocol == "published")
 
 
@@ -81,7 +47,21 @@ def edge_counts(
     console: Console | None = None,
     total: int | None = None,
 ) -> np.ndarray:
-    """What `edge_scores` makes scores of: the `boundary.counts_of` of all processes' images, one after another."""
+    """What `edge_scores` makes scores of: the `boundary.counts_of` of all processes' images, one after another.
+
+    An image is cut to the frame of its labelled pixels, which undoes padding, so that distances are shares of the
+    original's diagonal; unlabelled pixels inside it count neither as prediction nor as target. `MaskTask` says which
+    pixels are labelled and which are edges. Images without any label are left out. Each process matches the images that
+    its devices predicted.
+
+    Args:
+      batches: as `eval_batches` yields them; rows without an item do not count.
+      task: its protocol "published" is as InvPT and SEISM compute them. Probabilities are cut down to 8 bits, as they
+        are saved there, and suppressed where they are no crest of a ridge; precision is 1 where nothing is predicted
+        (program "seism").
+      max_dist, outline_targets, suppress: see `boundary.evaluate`.
+      total: images, for the progress bar.
+    """
     published = task.protocol == "published"
 
     def images() -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
