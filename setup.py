@@ -34,13 +34,16 @@ TRAIN = [
     "jinja2>=3.1",
     "matplotlib>=3.10.8",
 ]
+HUB = ["huggingface_hub>=0.36"]  # sgw_jax.from_pretrained("org/name"), Predictor.push_to_hub
 EXTRAS = {
     "train": TRAIN,
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "beam": [*TRAIN, "apache-beam>=2.60"],  # sgw-jax prepare --pipeline=beam
+    "hub": HUB,
     "dev": [
         *TRAIN,
+        *HUB,
         "chex>=0.1.92",
         "pytest>=8",
         "pytest-xdist>=3.6",
