@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import math
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -208,6 +209,17 @@ def test_a_users_own_tasks(predictor, tmp_path: Path) -> None:
     with pytest.raises(PretrainedError, match=r"config\.json describes a network .* Unknown kind of task 'mine'"):
         sgw_jax.from_pretrained(saved)
     assert sgw_jax.from_pretrained(saved, kinds={**TASKS, "mine": Mine}).tasks == tasks
+
+
+def test_the_snippets_of_deploy_md_run(predictor, tmp_path: Path, monkeypatch) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "deploy.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sgw_jax, "load", {"runs/scenes": predictor}.__getitem__)
+    names: dict[str, Any] = {}
+    for snippet in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(snippet, names)
+    assert names["maps"]["depth"].shape == (480, 640)
+    assert names["raw"]["semseg"].shape == (1, *SIZE, 3)
 
 
 # --- writing
@@ -492,6 +504,11 @@ def files(place: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in place.iterdir()}
 
 
+# By its client, where huggingface_hub uploads without Xet.
+uploads = pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
+
+
+@uploads
 def test_there_and_back_by_the_hub(hub: Hub, client, predictor, workdir: Path) -> None:
     client(HF_TOKEN=TOKEN)
     address = predictor.push_to_hub("us/tiny", license="apache-2.0", private=True, message="First")
@@ -504,6 +521,7 @@ def test_there_and_back_by_the_hub(hub: Hub, client, predictor, workdir: Path) -
         sgw_jax.from_pretrained("us/secret")
 
 
+@uploads
 def test_a_later_version_has_no_tensors_of_an_earlier_one(hub: Hub, client, predictor, tmp_path: Path) -> None:
     client(HF_TOKEN=TOKEN)
     many = folder.save_folder(predictor, tmp_path / "many", shard_bytes=4000)
@@ -555,6 +573,7 @@ def test_what_the_hub_does_not_give(hub: Hub, client, model: Path) -> None:
         sgw_jax.from_pretrained("them/new")
 
 
+@uploads
 def test_what_the_hub_does_not_take(hub: Hub, client, predictor) -> None:
     with pytest.raises(HubError, match=r"us/tiny: .* refuses: .*HF_TOKEN|us/tiny is neither"):
         predictor.push_to_hub("us/tiny")
@@ -566,6 +585,11 @@ def test_what_the_hub_does_not_take(hub: Hub, client, predictor) -> None:
         with pytest.raises(HubError, match=f"{name} of the hub is no model of this library"):
             predictor.push_to_hub(name)
     assert hub.versions["us/vit"] == [theirs]
+    hub.publish("us/tiny", {".gitattributes": b""})
+    hub.full = True
+    with pytest.raises(HubError, match=r"us/tiny: Error while uploading .*Nothing was published"):
+        predictor.push_to_hub("us/tiny")
+    assert hub.versions["us/tiny"] == [{".gitattributes": b""}]
     with pytest.raises(ValueError, match="'tiny' is no name of a model on the hub; give org/name"):
         predictor.push_to_hub("tiny")
 

@@ -188,8 +188,8 @@ def read_weights(folder: Path, about: Description) -> dict[str, np.ndarray]:
     tensors, sha256 = read_tensors(files)
     if sha256 != about.sha256:
         raise PretrainedError(
-            f"{files[0]}{' and the others' if files[1:] else ''}: the SHA-256 is {sha256[:16]}..., and {folder / CONFIG} "
-            f"says {about.sha256[:16]}...: a file was altered, or is another model's. {FETCH}"
+            f"{files[0]}{' and the others' if files[1:] else ''}: the SHA-256 is {sha256[:16]}..., but "
+            f"{folder / CONFIG} says {about.sha256[:16]}...: a file was altered, or is another model's. {FETCH}"
         )
     return tensors
 

@@ -134,6 +134,8 @@ def _check_repository(hub: ModuleType, api: Any, name: str) -> None:
 def _hub(what: str) -> ModuleType:
     with extra_named(what, "hub"):
         import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
 
     return huggingface_hub
 
@@ -168,11 +170,16 @@ def _asking(hub: ModuleType, name: str, revision: str | None) -> Iterator[None]:
         raise HubError(f"{name!r} is no name of a model on the hub: {_first_line(error)}") from error
     except errors.HfHubHTTPError as error:
         raise HubError(f"{name}: {endpoint} refuses: {_first_line(error)} {LOG_IN}") from error
+    except RuntimeError as error:  # so a file's upload fails, whatever the reason
+        why = _first_line(error.__cause__ or error)
+        raise HubError(
+            f"{name}: {_first_line(error)} ({why}). Nothing was published; the same call again goes on."
+        ) from error
     except OSError as error:  # a full disk, a cache that cannot be written
         raise FileError(f"{name} of the hub: {error.strerror or _first_line(error)} ({error.filename}).") from error
     except errors.HfHubHTTPError.__bases__[0] as error:  # the HTTP client's own, which changed with the versions
         raise HubError(f"{name}: {endpoint} cannot be reached: {_first_line(error)}") from error
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
