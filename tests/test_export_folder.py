@@ -34,7 +34,8 @@ from sgw_jax.export.hub import HubError, locate
 from sgw_jax.export.start import starting_point
 from sgw_jax.report.record import Results, TaskDescription
 from sgw_jax.run.checkpoints import Checkpoints
-from sgw_jax.run.state import first_state, new_state
+from sgw_jax.run.state import abstract_state, first_state
+from sgw_jax.sharding import make_mesh
 from sgw_jax.tasks import TASKS, SemSeg
 
 SIZE = (32, 32)
@@ -85,15 +86,20 @@ def results(step: int, config: Any) -> Results:
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory: pytest.TempPathFactory):
     config = configuration(tmp_path_factory.mktemp("somebodys_data"))
-    return build(config, None)
+    return build(config, None, mesh=make_mesh({}, jax.devices()[:1]))  # of several, a save takes a part of each array
 
 
 @pytest.fixture(scope="module")
 def workdir(experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with one checkpoint, whose averages differ from its parameters."""
     place = tmp_path_factory.mktemp("somebodys_run") / "run"
-    state = new_state(experiment)
-    state = state.replace(ema=jax.tree.map(lambda leaf: leaf * 1.25, state.ema))
+    rng = np.random.default_rng(0)
+
+    def drawn(leaf: jax.ShapeDtypeStruct) -> jax.Array:  # without a program that makes it
+        value = rng.normal(0, 0.1, leaf.shape) if leaf.dtype == np.float32 else np.zeros(leaf.shape)
+        return jax.device_put(value.astype(leaf.dtype), leaf.sharding)
+
+    state = jax.tree.map(drawn, abstract_state(experiment))
     with Checkpoints(place / "checkpoints") as checkpoints:
         checkpoints.save(STEP, state, experiment.metadata())
     (place / "results.json").write_text(json.dumps(results(STEP, experiment.config).to_dict()))

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from sgw_jax.data_pipelines.errors import FileError, InputError
+from sgw_jax.data_pipelines.json_files import file_bytes
 from sgw_jax.export.description import CONFIG, LIBRARY
 from sgw_jax.export.trained import Trained
 from sgw_jax.layers.parameter_names import PARAMS
@@ -73,7 +74,7 @@ def measured_in(origin: Path, step: int | None) -> Measured:
     """
     if (origin / CONFIG).exists():
         try:
-            card = (origin / CARD).read_text(encoding="utf-8") if (origin / CARD).exists() else None
+            card = file_bytes(origin / CARD).decode() if (origin / CARD).exists() else None
         except (OSError, ValueError) as error:
             raise FileError(
                 f"{origin / CARD} cannot be read ({error}); remove it, and a new one is written."
