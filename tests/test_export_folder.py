@@ -266,7 +266,7 @@ def test_who_comes_second_replaces_nothing(tmp_path: Path) -> None:
 
 def test_a_predictor_put_together_by_hand_has_no_configuration(predictor, tmp_path: Path) -> None:
     by_hand = sgw_jax.Predictor(predictor.module, predictor.variables, predictor.tasks, SIZE)
-    with pytest.raises(ValueError, match="put together by hand"):
+    with pytest.raises(ValueError, match="predictor has no configuration"):
         by_hand.save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

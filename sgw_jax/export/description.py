@@ -54,8 +54,8 @@ class Description:
         """Of a network whose tensors are written."""
         if trained.config is None or trained.step is None:
             raise InputError(
-                "This predictor was put together by hand: it has no configuration, from which a folder's reader builds "
-                "the network. Export one that sgw_jax.load or sgw_jax.from_pretrained gave."
+                "This predictor has no configuration, from which a folder's reader builds the network: it was put "
+                "together by hand, or read from a program. Export one of sgw_jax.load or sgw_jax.from_pretrained."
             )
         config = json.loads(without_paths(trained.config).to_json())
         return cls(
