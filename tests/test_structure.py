@@ -28,6 +28,7 @@ FLOORS = [
     "train_step experiment",
     "evaluation",
     "run",
+    "export",
     "train plan report prediction",
     "commands",
     "__main__",
