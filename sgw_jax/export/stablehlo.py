@@ -14,12 +14,13 @@ same bits as the network's code. A program for any size is one of its own, becau
 order a map's rows and columns are interpolated depends on its sides, where they are known.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -280,8 +281,9 @@ def _programs(
     weights = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
 
     def program(function: Callable[..., dict[str, Array]], shape: tuple[Any, ...], dtype: Any) -> export.Exported:
-        made = export.export(jax.jit(function), platforms=list(platforms))
-        return made(weights, jax.ShapeDtypeStruct(shape, dtype))
+        with _without_source_lines():
+            made = export.export(jax.jit(function), platforms=list(platforms))
+            return made(weights, jax.ShapeDtypeStruct(shape, dtype))
 
     found = {
         PREDICT: program(predict, dimensions.shape(), jnp.uint8),
@@ -296,6 +298,19 @@ def _programs(
                 f"({str(error).splitlines()[0]}); export it with any_size=False."
             ) from error
     return found
+
+
+@contextlib.contextmanager
+def _without_source_lines() -> Iterator[None]:
+    """Programs made inside do not hold from which lines of which files they come: no paths of this machine are
+    published, and the same network makes the same bytes."""
+    flag = "jax_traceback_in_locations_limit"
+    before = getattr(jax.config, flag)
+    jax.config.update(flag, 0)
+    try:
+        yield
+    finally:
+        jax.config.update(flag, before)
 
 
 def _metadata(
@@ -353,7 +368,10 @@ def _checked(path: Path, archive: zipfile.ZipFile) -> dict[str, Any]:
             f"{path} is of the format {metadata['format']!r}, version {metadata['version']}; this package reads "
             f"{FORMAT!r} up to version {VERSION}. Update sgw_jax, or export the network again."
         )
-    least, most = export.minimum_supported_calling_convention_version, export.maximum_supported_calling_convention_version
+    least, most = (
+        export.minimum_supported_calling_convention_version,
+        export.maximum_supported_calling_convention_version,
+    )
     if not least <= metadata["calling_convention"] <= most:
         raise InputError(
             f"{path} was made by JAX {metadata['made_by']['jax']} (calling convention "
