@@ -167,7 +167,9 @@ class MultiTaskModel(nn.Module):
     def _covered(self, features: Array, size: tuple[int, int]) -> tuple[int, int]:
         """What the cells of the features cover of an image of ``size``: more, where it is no multiple of the stride."""
         if self.input_scale == 1:
-            height, width = (max(length, cells * self.stride) for length, cells in zip(size, features.shape[1:3]))
+            height, width = (
+                max(length, cells * self.stride) for length, cells in zip(size, features.shape[1:3], strict=True)
+            )
             return height, width
         height, width = (
             max(length, round(length * cells * self.stride / seen))
