@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from sgw_jax.data_pipelines.batch_names import SOURCE
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.loader import Source, Stream
 from sgw_jax.data_pipelines.predictions import item_names
 from sgw_jax.data_pipelines.readers import first_few
 from sgw_jax.data_pipelines.tap_cache import TapCache
-from sgw_jax.data_pipelines.transforms import SOURCE, Augmentation, Example, Size, Target
+from sgw_jax.data_pipelines.transforms import Augmentation, Example, Size, Target
 
 IGNORED = 255  # of labels
 PART = 2  # the first key of what a part's seed is drawn by; PERMUTATION and AUGMENTATION of loader.py are 0 and 1

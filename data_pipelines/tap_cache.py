@@ -26,11 +26,11 @@ from typing import Any
 import numpy as np
 
 from sgw_jax.data_pipelines.atomic import replacing, write_atomically
+from sgw_jax.data_pipelines.batch_names import TAPS
 from sgw_jax.data_pipelines.errors import FileError, InputError
 from sgw_jax.data_pipelines.json_files import read_object
 from sgw_jax.data_pipelines.transforms import Example
 
-TAPS = "taps/"  # what precedes a tap's name in an example and in a batch
 VIEWS = ("own", "mirrored")
 HEADER = "cache.json"
 VERSION = 1

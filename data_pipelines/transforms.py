@@ -17,6 +17,7 @@ from collections.abc import Mapping
 import cv2
 import numpy as np
 
+from sgw_jax.data_pipelines.batch_names import RESERVED
 from sgw_jax.data_pipelines.colour import ColourDistortion, distort_colour
 from sgw_jax.data_pipelines.errors import InputError
 
@@ -25,8 +26,6 @@ Size = tuple[int, int]
 
 KINDS = ("labels", "depth", "disparity", "vectors", "mask")
 FITS = ("resize", "pad")
-SOURCE = "source"  # of a mixture's training: which source a row is of
-RESERVED = ("image", "item", "geometry", "zoom", SOURCE)  # what a batch holds beside its targets
 IMAGE_MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, of values in [0, 1]
 IMAGE_STD = (0.229, 0.224, 0.225)
 CROP_RETRIES = 10

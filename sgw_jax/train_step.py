@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt32
 
+from sgw_jax.data_pipelines.batch_names import SOURCE, TAPS
 from sgw_jax.data_pipelines.errors import InputError
-from sgw_jax.data_pipelines.tap_cache import TAPS
-from sgw_jax.data_pipelines.transforms import SOURCE
 from sgw_jax.differentiate import (
     GRADIENTS,
     Objective,

@@ -103,7 +103,9 @@ def lines(workdir):
 # ---- where a backbone divides ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    "name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in BACKBONES if name != "vit")]
+)
 def test_taps_stand_for_all_that_is_pretrained(name):
     """They need no parameter that is added, and with them no other is needed: what is not needed is not a number."""
     backbone, image = BACKBONES[name], jnp.asarray(np.random.default_rng(0).normal(size=(2, 30, 22, 3)), jnp.float32)
@@ -160,7 +162,8 @@ def test_a_step_from_the_cache_has_no_forward_pass_of_the_backbone():
 # ---- a run from it equals one without --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_from_the_cache_equals_one_without_bit_for_bit(tmp_path, dtype):
     """Over two epochs with flips, on eight devices, evaluated on the way; also begun without and gone on with."""
     cache, plain = tmp_path / "cache", experiment(dtype=dtype)

@@ -299,6 +299,7 @@ def compiled(function, *args, **options):
     return program, program.cost_analysis()["flops"], memory.temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_costs_its_forward_pass():
     """FLOPs and memory of the compiled step: at most 1.05 times those of the frozen forward pass and of a step of the
     rest. No operation of its backward pass is in the program, and the state holds nothing of it."""

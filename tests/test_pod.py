@@ -39,6 +39,7 @@ def plans():
     return {name: planned(f"--config.mesh.name={name}") for name in ("data", "fsdp")}
 
 
+@pytest.mark.slow
 def test_parts_of_the_parameters_take_less_room(plans):
     data, fsdp = plans["data"], plans["fsdp"]
     assert data.mesh == {"data": 8, "fsdp": 1, "context": 1}
@@ -72,6 +73,7 @@ def test_what_is_frozen_has_no_backward_pass(plans):
     assert frozen.flops == pytest.approx(frozen.useful, rel=0.2)  # as above, of less
 
 
+@pytest.mark.slow
 def test_copies_exchange_gradients_alone(plans):
     """Twice the parameters' bytes round the ring, and losses and counts."""
     (sent,) = plans["data"].exchanged.values()

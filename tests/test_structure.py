@@ -88,7 +88,18 @@ def test_imports_point_down(path: Path) -> None:
 
 
 # What the package takes of the data island beside its sources: what training normalises by, what both sides need.
-SHARED = ("transforms", "atomic", "consoles", "errors", "json_files", "paths", "progress", "readers", "tap_cache")
+SHARED = (
+    "transforms",
+    "atomic",
+    "batch_names",
+    "consoles",
+    "errors",
+    "json_files",
+    "paths",
+    "progress",
+    "readers",
+    "tap_cache",
+)
 
 
 @pytest.mark.parametrize("path", OWN, ids=module_name)

@@ -108,6 +108,7 @@ class ConvNeXt(nn.Module):
         taps = known_taps(self, taps, lambda: self._taps(image, train))
         return {stride: self._normed(stage, taps[f"stride{stride}"]) for stage, stride in enumerate(self.strides)}
 
+    @nn.nowrap  # a part of the call: operations keep their paths
     def _taps(self, image: Array, train: bool) -> dict[str, Array]:
         """The stages' maps, the last by the pretrained norm if that is asked for."""
         pad, patch = self.output == "pyramid", self.strides[0]

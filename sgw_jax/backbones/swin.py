@@ -167,6 +167,7 @@ class Swin(nn.Module):
             maps[stride] = constrain_activations(normed)
         return maps
 
+    @nn.nowrap  # a part of the call: operations keep their paths
     def _taps(self, image: Array, train: bool) -> dict[str, Array]:
         """The stages' maps."""
         patch = self.strides[0]

@@ -174,6 +174,7 @@ class ViT(nn.Module):
             return dict(zip(self._layers(), maps, strict=True))
         return self._pyramid(maps, {stride: taps[f"stride{stride}"] for stride in self._finer()}, size)
 
+    @nn.nowrap  # a part of the call: operations keep their paths
     def _taps(self, image: Array, train: bool) -> dict[str, Array]:
         """The maps of the tapped layers and, with `ConvStem`, those of its strides."""
         size = (image.shape[1], image.shape[2])
