@@ -80,7 +80,7 @@ class Dimensions(NamedTuple):
             return None
         least = self.least // self.multiple
         text = f"batch, {self.multiple}*height, {self.multiple}*width, 3"
-        return export.symbolic_shape(text, constraints=[f"height >= {least}", f"width >= {least}"])
+        return tuple(export.symbolic_shape(text, constraints=[f"height >= {least}", f"width >= {least}"]))
 
     def takes(self, size: tuple[int, ...]) -> bool:
         """Whether images of this height and width can be given."""
@@ -146,7 +146,7 @@ def export_stablehlo(
         with atomic.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
             _add(archive, METADATA, json.dumps(metadata, indent=2, ensure_ascii=False).encode())
             for name, program in programs.items():
-                _add(archive, name, program.serialize())
+                _add(archive, name, bytes(program.serialize()))
             for name, array in arrays.items() if parameters == "inside" else ():
                 with archive.open(zipfile.ZipInfo(f"{name}.npy", EPOCH), "w", force_zip64=True) as member:
                     np.lib.format.write_array(member, array, allow_pickle=False)
@@ -270,7 +270,7 @@ def _programs(
     levels, channel = normalised_levels(), np.arange(3)
 
     def raw(parameters: Parameters, images: Float[Array, "batch height width 3"]) -> dict[str, Array]:
-        predictions = model.apply(unflatten_dict(parameters, sep="/"), images)
+        predictions: Any = model.apply(unflatten_dict(parameters, sep="/"), images)
         return {task.name: predictions[task.name] for task in tasks}
 
     def predict(parameters: Parameters, images: UInt8[Array, "batch height width 3"]) -> dict[str, Array]:
