@@ -41,6 +41,8 @@ from sgw_jax.model import MultiTaskModel
 from sgw_jax.tasks import TASKS, task_from_dict
 from sgw_jax.tasks.base import Task
 
+__all__ = ["PLATFORMS", "StableHLO", "export_stablehlo", "load_stablehlo"]
+
 PLATFORMS = ("cpu", "cuda", "tpu")
 FORMAT, VERSION = "sgw_jax stablehlo", 1
 METADATA, PREDICT, RAW = "metadata.json", "predict.jax_export", "raw.jax_export"
