@@ -121,13 +121,19 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--skip_bad", "--skip-bad", action="store_true", help=help)
     sub.add_argument("inputs", nargs="+", type=user_path, help="image files or directories")
     sub = command("export")
-    sub.add_argument("--output", required=True, type=_directory, help="what to write; it must not exist, or be empty")
-    help = "folder: tensors, configuration and a card, as the hub has them (default: %(default)s)"
-    sub.add_argument("--format", default="folder", help=help)
+    sub.add_argument("--output", required=True, type=user_path, help="directory or file that is not there yet")
+    help = "folder: tensors, configuration and a card, as the hub has them; stablehlo: a file that JAX alone runs"
+    sub.add_argument("--format", default="folder", help=f"{help} (default: %(default)s)")
     help = "of the model, for the card: the hub's identifier, such as apache-2.0 or cc-by-nc-4.0"
     sub.add_argument("--license", help=help)
     help = "leave out examples.png, which shows images of the data set"
     sub.add_argument("--no_pictures", dest="pictures", action="store_false", default=None, help=help)
+    help = "stablehlo: that it is to run on, of cpu, cuda, rocm and tpu, joined by commas (default: cpu,cuda,tpu)"
+    sub.add_argument("--platforms", type=lambda names: tuple(names.split(",")), help=help)
+    help = "stablehlo: where the parameters are (default: inside)"
+    sub.add_argument("--parameters", choices=("inside", "beside"), help=help)
+    help = "stablehlo: leave out the program for images of other sizes"
+    sub.add_argument("--no_any_size", dest="any_size", action="store_false", default=None, help=help)
     sub = command("score", workdir=False, checkpoint=False)
     help = "DIR/TASK/NAME.{png,npy,npz}, or DIR/NAME.npz as predict writes; formats: data_pipelines/predictions.py"
     sub.add_argument("--predictions", required=True, type=_directory, help=help)

@@ -16,7 +16,13 @@ from sgw_jax.export import FORMATS
 from sgw_jax.prediction.predictor import Predictor
 
 # Of the command line, by the name of the parameter that a format has for it.
-OPTIONS = {"license": "--license", "pictures": "--no_pictures"}
+OPTIONS = {
+    "license": "--license",
+    "pictures": "--no_pictures",
+    "platforms": "--platforms",
+    "parameters": "--parameters",
+    "any_size": "--no_any_size",
+}
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str], console: Console) -> int:

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
-from sgw_jax.model import MultiTaskModel
 from sgw_jax.tasks.base import Task
 
 
@@ -14,7 +13,7 @@ class Trained(Protocol):
     """What every format is made from; a `Predictor` is one.
 
     Attributes:
-      module: the network.
+      module: the network, a `MultiTaskModel`; of a predictor from StableHLO the program, of which nothing can be made.
       variables: its collections, "params" and "constants".
       tasks: what it predicts.
       size: (height, width) that it was trained at, in pixels.
@@ -24,7 +23,7 @@ class Trained(Protocol):
     """
 
     @property
-    def module(self) -> MultiTaskModel: ...
+    def module(self) -> Any: ...
     @property
     def variables(self) -> Mapping[str, Any]: ...
     @property

@@ -15,9 +15,11 @@ from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.transforms import normalise, pad, resize_to_fit
 from sgw_jax.export.folder import read_folder, save_folder
 from sgw_jax.export.hub import locate, upload
+from sgw_jax.export.stablehlo import StableHLO, load_stablehlo
 from sgw_jax.layers.resize import places
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.run.saved_run import open_run, saved_model
+from sgw_jax.tasks import TASKS
 from sgw_jax.tasks.base import Task
 
 PIXELS = 2**16  # decoded at once: one compiled program then serves images of every size
@@ -36,7 +38,7 @@ class Predictor:
     `Task.decode` must treat each pixel by itself, as it does in all tasks of the package.
 
     Args:
-      model: the network.
+      model: the network, of modules or read from a StableHLO file.
       variables: its collections.
       tasks: what it predicts.
       size: (height, width) that it was trained at, in pixels.
@@ -74,7 +76,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: MultiTaskModel,
+        model: MultiTaskModel | StableHLO,
         variables: Mapping[str, Any],
         tasks: Sequence[Task],
         size: tuple[int, int],
@@ -182,6 +184,29 @@ class Predictor:
         with tempfile.TemporaryDirectory(prefix="sgw_jax-") as place:
             folder = self.save_pretrained(Path(place) / name.rpartition("/")[2], license=license, pictures=pictures)
             return upload(folder, name, private=private, message=message)
+
+    @classmethod
+    def from_stablehlo(
+        cls, path: Path | str, kinds: dict[str, type[Task]] | None = None, batch_size: int | None = None
+    ) -> Self:
+        """The predictor of a network that was exported as StableHLO: the same maps, without the network's code.
+
+        Args:
+          path: of the file, as `export_stablehlo` wrote it.
+          kinds: task classes by name where the network has a user's own, {**TASKS, "Mine": Mine}.
+          batch_size: as of `Predictor`.
+
+        Returns:
+          The predictor, with the run's step, if the file says it.
+
+        Raises:
+          ImportError: flatbuffers is not installed.
+          OSError: the file cannot be read.
+          ValueError: it is damaged or no such file, or has no program for this platform.
+        """
+        network = load_stablehlo(path, kinds or TASKS)
+        options: dict[str, Any] = {"step": network.step, "batch_size": batch_size}
+        return cls(network, network.parameters, network.tasks, network.size, **options)
 
     def __call__(self, images: Any) -> dict[str, Any]:
         """Decoded maps by task.
