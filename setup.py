@@ -34,13 +34,20 @@ TRAIN = [
     "jinja2>=3.1",
     "matplotlib>=3.10.8",
 ]
+HUB = ["huggingface_hub>=0.36"]  # sgw_jax.from_pretrained("org/name"), Predictor.push_to_hub
+# sgw-jax export --format=stablehlo, and what loads its files.
+EXPORT = ["flatbuffers>=24.3"]  # jax.export writes by it
 EXTRAS = {
     "train": TRAIN,
+    "export": [*TRAIN, *EXPORT],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "beam": [*TRAIN, "apache-beam>=2.60"],  # sgw-jax prepare --pipeline=beam
+    "hub": HUB,
     "dev": [
         *TRAIN,
+        *HUB,
+        *EXPORT,
         "chex>=0.1.92",
         "pytest>=8",
         "pytest-xdist>=3.6",

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,6 +31,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes text (UTF-8) or bytes by `replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path) -> Iterator[Path]:
+    """An empty directory beside `directory` to write files to; it takes its name, on disk, if the block ends without an
+    error. The name must be free, or an empty directory's: nothing is ever replaced.
+
+    A killed process leaves its hidden directory behind, and nothing under the name.
+    """
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process that had this one's number
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        publish(partial, directory)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def publish(partial: Path, directory: Path) -> None:

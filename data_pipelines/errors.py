@@ -25,14 +25,15 @@ class MissingPackageError(UserError, ImportError):
 
 
 @contextlib.contextmanager
-def extra_named(what: str) -> Iterator[None]:
-    """Turns a package that an import inside does not find into a `MissingPackageError` that begins with ``what``."""
+def extra_named(what: str, extra: str = "train") -> Iterator[None]:
+    """Turns a package that an import inside does not find into a `MissingPackageError` that begins with ``what`` and
+    names the extra that brings it."""
     try:
         yield
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] == "sgw_jax":  # a defect
             raise
-        text = f'{what} needs {error.name}, which is not installed: pip install "sgw_jax[train]".'
+        text = f'{what} needs {error.name}, which is not installed: pip install "sgw_jax[{extra}]".'
         raise MissingPackageError(text, name=error.name) from error
 
 

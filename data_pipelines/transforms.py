@@ -375,8 +375,13 @@ def flip(example: Example, targets: Mapping[str, Target]) -> Example:
 
 def normalise(image: np.ndarray) -> np.ndarray:
     """(image / 255 - IMAGE_MEAN) / IMAGE_STD per channel: uint8 (H, W, 3) -> float32 (H, W, 3)."""
-    table = (np.arange(256)[:, None] / 255 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)
-    return cv2.LUT(image, table[None].astype(np.float32))
+    return cv2.LUT(image, normalised_levels()[None])
+
+
+def normalised_levels() -> np.ndarray:
+    """What `normalise` makes of the levels 0 to 255: float32 (256, 3)."""
+    levels = (np.arange(256)[:, None] / 255 - np.array(IMAGE_MEAN)) / np.array(IMAGE_STD)
+    return levels.astype(np.float32)
 
 
 def pad(values: np.ndarray, size: Size, fill: float, corner: bool = False) -> np.ndarray:

@@ -49,6 +49,7 @@ __all__ = [
     "boundary",
     "build",
     "delta_m",
+    "from_pretrained",
     "init_state",
     "load",
     "load_pretrained",
@@ -137,3 +138,39 @@ def load(workdir: str | Path, which: str = "best", **options: Any) -> "Predictor
         from sgw_jax.prediction.predictor import Predictor
 
     return Predictor.from_workdir(workdir, which, **options)
+
+
+def from_pretrained(
+    name: str | Path,
+    revision: str | None = None,
+    kinds: "dict[str, type[Task]] | None" = None,
+    batch_size: int | None = None,
+) -> "Predictor":
+    """The `Predictor` of a model's folder, or of a model of the Hugging Face hub by its name.
+
+    A folder is what `sgw-jax export` and `Predictor.save_pretrained` write. Its tensors are all accounted for by name,
+    shape, type and checksum; nothing in it is run. ``predictor.module`` and ``predictor.variables`` are the Flax module
+    and its parameters, for fine-tuning in a loop of your own; `sgw-jax train --init_from=NAME` takes the same names.
+
+    Args:
+      name: a directory, or "org/name" of the hub, which needs the extra [hub]. A directory here goes first.
+      revision: of the hub's model: a branch, a tag or a commit; None is its main branch.
+      kinds: task classes by name where the model has your own, {**TASKS, "Mine": Mine}.
+      batch_size: as of `Predictor`.
+
+    Returns:
+      A function of images of any size: uint8 (H, W, 3) -> {task: map}.
+
+    Raises:
+      FileNotFoundError: neither a directory nor a name of the hub's form.
+      PretrainedError: a file that is missing, damaged, another library's or of a later release.
+      HubError: no such model or revision, none that you may see, or no connection and nothing in the cache.
+
+    >>> import sgw_jax
+    >>> predictor = sgw_jax.from_pretrained("scenes-model")  # doctest: +SKIP
+    >>> maps = predictor(photo)  # doctest: +SKIP
+    """
+    with _extra_named("sgw_jax.from_pretrained"):
+        from sgw_jax.prediction.predictor import Predictor
+
+    return Predictor.from_pretrained(name, revision, kinds, batch_size)

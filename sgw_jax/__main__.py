@@ -1,6 +1,7 @@
-"""The command: sgw-jax check | train | evaluate | predict | score | plan | prepare | launch (also python -m sgw_jax).
+"""The command: sgw-jax check | train | evaluate | predict | export | score | plan | prepare | launch.
 
-What a command needs is imported when it is chosen: `launch` runs on the standard library, and `prepare` without JAX.
+Also python -m sgw_jax. What a command needs is imported when it is chosen: `launch` runs on the standard library, and
+`prepare` without JAX.
 """
 
 import argparse
@@ -19,6 +20,7 @@ COMMANDS = {
     "train": "Train, or go on where --workdir stands; then evaluate and write report.html.",
     "evaluate": "Evaluate a run's checkpoint on a split.",
     "predict": "Predict on image files: panels (PNG) and arrays (npz).",
+    "export": "Write a run's checkpoint for others: a folder to share, of the hub's form.",
     "score": "Score anybody's predictions of a split, by a configuration's protocol. Needs no network.",
     "plan": "What a configuration costs by module: parameters, MACs, FLOPs, memory. Needs no data.",
     "prepare": "Write an archive of a data set as sharded files.",
@@ -33,6 +35,7 @@ examples:
   python -m sgw_jax train --config=scenes --workdir=runs/tuned --init_from=runs/scenes
   python -m sgw_jax evaluate --workdir=runs/scenes --split=validation
   python -m sgw_jax predict --workdir=runs/scenes --output=pictures photo.jpg folder/
+  python -m sgw_jax export --workdir=runs/scenes --output=scenes-model --license=apache-2.0
   python -m sgw_jax score --predictions=theirs --config=nyud --config.data.root=DIR --config.protocol=published
   python -m sgw_jax plan --config=nyud:swin_l,interaction=skem --topology=v5e:4x4 --config.mesh.name=fsdp
 """
@@ -54,6 +57,7 @@ configuration:
 
 """,
     "predict": "The configuration comes from the checkpoint.\n\n",
+    "export": "The configuration comes from the checkpoint.\n\n",
 }
 
 
@@ -103,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--html", help="file to write a page with examples to")
     sub = command("train", checkpoint=False)
     sub.add_argument("--config", required=True, help="configuration: a name or a file, see below")
-    sub.add_argument("--init_from", type=_directory, help="workdir of another run whose parameters are the start")
+    help = "whose parameters are the start: workdir of another run, a model's folder, or a model of the hub, org/name"
+    sub.add_argument("--init_from", type=_directory, help=help)
     sub.add_argument("--step", type=_whole, help="go on from this checkpoint instead of the last; set later ones aside")
     help = "go on where files of the data changed since the run began; data_changes.json keeps a note"
     sub.add_argument("--accept_changed_data", action="store_true", help=help)
@@ -115,6 +120,20 @@ def _parser() -> argparse.ArgumentParser:
     help = "leave out images that cannot be read, list them at the end on standard error, and end with exit code 0"
     sub.add_argument("--skip_bad", "--skip-bad", action="store_true", help=help)
     sub.add_argument("inputs", nargs="+", type=user_path, help="image files or directories")
+    sub = command("export")
+    sub.add_argument("--output", required=True, type=user_path, help="directory or file that is not there yet")
+    help = "folder: tensors, configuration and a card, as the hub has them; stablehlo: a file that JAX alone runs"
+    sub.add_argument("--format", default="folder", help=f"{help} (default: %(default)s)")
+    help = "of the model, for the card: the hub's identifier, such as apache-2.0 or cc-by-nc-4.0"
+    sub.add_argument("--license", help=help)
+    help = "leave out examples.png, which shows images of the data set"
+    sub.add_argument("--no_pictures", dest="pictures", action="store_false", default=None, help=help)
+    help = "stablehlo: that it is to run on, of cpu, cuda, rocm and tpu, joined by commas (default: cpu,cuda,tpu)"
+    sub.add_argument("--platforms", type=lambda names: tuple(names.split(",")), help=help)
+    help = "stablehlo: where the parameters are (default: inside)"
+    sub.add_argument("--parameters", choices=("inside", "beside"), help=help)
+    help = "stablehlo: leave out the program for images of other sizes"
+    sub.add_argument("--no_any_size", dest="any_size", action="store_false", default=None, help=help)
     sub = command("score", workdir=False, checkpoint=False)
     help = "DIR/TASK/NAME.{png,npy,npz}, or DIR/NAME.npz as predict writes; formats: data_pipelines/predictions.py"
     sub.add_argument("--predictions", required=True, type=_directory, help=help)

@@ -84,6 +84,13 @@ class MultiTaskModel(nn.Module):
     dtype: jnp.dtype = jnp.float32
     lora: LoRA | None = None
 
+    @property
+    def fixed_size(self) -> str:
+        """Why a program for images of any size (jax.export) cannot be made; "" where it can, as far as is known."""
+        if self.input_scale != 1:
+            return f"images are resized by input_scale = {self.input_scale}, and sizes rounded"
+        return getattr(self.backbone, "fixed_size", "") or getattr(self.interaction, "fixed_size", "")
+
     def __call__(
         self, image: Float[Array, "batch height width 3"], train: bool = False, taps: Taps | None = None
     ) -> dict[str, Array]:
@@ -153,10 +160,17 @@ class MultiTaskModel(nn.Module):
 
     def _seen(self, size: tuple[int, int]) -> tuple[int, int]:
         """The size in which the backbone sees an image of ``size``."""
+        if self.input_scale == 1:  # also of lengths that are symbols (jax.export), which nothing rounds
+            return size
         return round(size[0] * self.input_scale), round(size[1] * self.input_scale)
 
     def _covered(self, features: Array, size: tuple[int, int]) -> tuple[int, int]:
         """What the cells of the features cover of an image of ``size``: more, where it is no multiple of the stride."""
+        if self.input_scale == 1:
+            height, width = (
+                max(length, cells * self.stride) for length, cells in zip(size, features.shape[1:3], strict=True)
+            )
+            return height, width
         height, width = (
             max(length, round(length * cells * self.stride / seen))
             for length, cells, seen in zip(size, features.shape[1:3], self._seen(size), strict=True)

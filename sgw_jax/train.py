@@ -11,6 +11,7 @@ from rich.console import Console
 from sgw_jax.data_pipelines.errors import InputError, files_named
 from sgw_jax.evaluation.evaluate import Evaluation
 from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.export.start import starting_point
 from sgw_jax.run.backbone_cache import check_backbone_cache, with_backbone_cache
 from sgw_jax.run.checkpoints import Checkpoints
 from sgw_jax.run.finite import check_finite, check_finite_losses
@@ -22,7 +23,7 @@ from sgw_jax.run.state import abstract_state, first_state, restored_state
 from sgw_jax.run.step_profile import StepProfile
 from sgw_jax.run.steps import compiled_steps, evaluate_split
 from sgw_jax.run.stop_signal import StopSignal
-from sgw_jax.run.warm_start import pretrained_parameters, warm_source
+from sgw_jax.run.warm_start import pretrained_parameters
 from sgw_jax.run.workdir import (
     check_step,
     check_workdir,
@@ -61,7 +62,8 @@ def train(
     whose evaluation is missing makes up for it first.
 
     Args:
-      init_from: another run's working directory, whose best parameters are the start (ignored when resuming).
+      init_from: what brings the parameters of the start (ignored when resuming): another run's working directory, whose
+        best checkpoint it is; a model's folder; a model of the hub, "org/name".
       step: of the checkpoint to go on from; later ones are set aside. None: the last.
       accept_changed_data: go on where the data are no more those that the run began with; the run keeps a note of it.
 
@@ -88,7 +90,8 @@ def train(
             console.print(f"Resuming {workdir.absolute()} at step {start}.", soft_wrap=True, markup=False)
             state = restored_state(experiment, checkpoints, start)
         else:
-            state = first_state(experiment, init_from, console)
+            with starting_point(init_from) as begun:
+                state = first_state(experiment, begun, console)
         experiment = with_backbone_cache(experiment, state.params, console)
         missed = bool(start) and _evaluates(experiment, start) and not checkpoints.is_scored(start)
         with files_named(f"--workdir={workdir}"):
@@ -173,7 +176,7 @@ def check_start(
     if init_from is not None:
         if experiment.backbone_weights:
             raise InputError("--init_from brings a backbone of its own: give it or config.backbone_weights, not both.")
-        with warm_source(Path(init_from)):
+        with starting_point(init_from):
             pass
     elif experiment.backbone_weights and not has_checkpoint(Path(workdir)):
         pretrained_parameters(experiment, state.params)

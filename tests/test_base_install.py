@@ -14,6 +14,7 @@ COMMANDS = (
     ("train", "--config=scenes", "--workdir=run"),
     ("evaluate", "--workdir=run"),
     ("predict", "--workdir=run", "--output=pictures", "photo.jpg"),
+    ("export", "--workdir=run", "--output=model"),
     ("plan", "--config=scenes"),
     ("prepare", "nyud", "--source=archive", "--out=sets"),
 )
@@ -149,6 +150,10 @@ try:
     sgw_jax.load("nowhere")
 except UserError as error:
     print("sgw_jax.load", error, sep="|")
+try:
+    sgw_jax.from_pretrained("nowhere")
+except UserError as error:
+    print("sgw_jax.from_pretrained", error, sep="|")
 for command, *rest in {COMMANDS}:
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         assert main([command, *rest]) == 1
@@ -159,7 +164,9 @@ from sgw_jax.launch import __main__
 
 def test_what_needs_the_extra_names_it() -> None:
     lines = python(REFUSED.replace("{NAMES}", repr(NAMES)).replace("{COMMANDS}", repr(COMMANDS)))
-    asked = [f"sgw_jax.{name}" for name in (*NAMES, "load")] + [f"sgw-jax {command[0]}" for command in COMMANDS]
+    asked = [f"sgw_jax.{name}" for name in (*NAMES, "load", "from_pretrained")] + [
+        f"sgw-jax {command[0]}" for command in COMMANDS
+    ]
     assert [line.partition("|")[0] for line in lines] == asked
     for what, message in (line.split("|") for line in lines):
         assert SAYS.fullmatch(message).group(1) == what

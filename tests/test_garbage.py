@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import sgw_jax
 from sgw_jax.__main__ import _parser, main
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import _leaves, read_config
@@ -52,8 +53,10 @@ COMMANDS = {
     "train": ["train", "--config=mine.py", "--workdir=new"],
     "resume": ["train", "--config=mine.py", "--workdir=run"],
     "tune": ["train", "--config=mine.py", "--workdir=new", "--init_from=run"],
+    "tune_model": ["train", "--config=mine.py", "--workdir=new", "--init_from=model"],
     "weigh": ["train", "--config=mine.py", "--workdir=new", "--config.backbone_weights=weights"],
     "evaluate": ["evaluate", "--workdir=run", "--split=validation"],
+    "export": ["export", "--workdir=run", "--output=new"],
     "predict": ["predict", "--workdir=run", "--output=new", "photos"],
     "score": ["score", "--config=mine.py", "--predictions=predictions", "--split=validation", "--json=score.json"],
     "check": ["check", "--config=mine.py", "--json=data.json", "--html=data.html"],
@@ -64,8 +67,10 @@ READS = {
     "train": ("mine.py", "data/"),
     "resume": ("run/",),
     "tune": ("run/checkpoints/",),
+    "tune_model": ("model/",),
     "weigh": ("weights/",),
     "evaluate": ("run/", "data/"),
+    "export": ("run/checkpoints/", "run/results.json"),
     "predict": ("run/checkpoints/", "photos/"),
     "score": ("predictions/", "data/"),
     "check": ("data/",),
@@ -117,6 +122,7 @@ def world(tmp_path_factory):
             writer.write(1, "train", {"loss": 1.0})
             writer.flush()
         shutil.rmtree(run / "tensorboard")
+        sgw_jax.load(run).save_pretrained(root / "model")
     finally:
         os.chdir(here)
     (run / "results.json").write_text(json.dumps(test_report.make_record()))

@@ -55,6 +55,7 @@ def test_every_path_option_is_read_like_that(monkeypatch, capsys):
         "train": ("--workdir", "--cache_dir", "--init_from"),
         "evaluate": ("--workdir", "--cache_dir"),
         "predict": ("--workdir", "--output"),
+        "export": ("--workdir", "--output"),
         "score": ("--predictions", "--json"),
         "plan": ("--json",),
         "prepare": ("--source", "--out"),
@@ -95,6 +96,7 @@ def test_help_of_evaluate_and_predict_names_what_they_take(capsys):
     for command, shown, not_shown in (
         ("evaluate", "--config.data.root=DIR", "--config=scenes"),
         ("predict", "comes from the checkpoint", "--config"),
+        ("export", "comes from the checkpoint", "--config"),
     ):
         with pytest.raises(SystemExit):
             main([command, "--help"])

@@ -51,6 +51,7 @@ def test_every_command_is_one(page: Path) -> None:
 RUN = {
     "README.md": "tests/test_predict.py",
     "docs/backbones.md": "tests/test_pretrained.py",
+    "docs/deploy.md": "tests/test_export_folder.py",
     "docs/extending.md": "tests/test_inside_models.py",
     "docs/objectives.md": "tests/test_aggregators.py",
     "docs/scaling.md": "tests/test_placement.py",

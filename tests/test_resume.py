@@ -27,6 +27,7 @@ from sgw_jax.run.finite import NonFiniteError, check_finite, check_finite_losses
 from sgw_jax.run.logs import read_metrics
 from sgw_jax.run.state import abstract_state, first_state, new_state, restored_state
 from sgw_jax.run.steps import compiled_steps
+from sgw_jax.run.warm_start import run_start
 from sgw_jax.run.workdir import WorkdirError, claim_workdir
 from sgw_jax.sharding import make_mesh, mesh_sizes
 from sgw_jax.tasks import Depth
@@ -398,7 +399,8 @@ def test_fine_tuning_takes_what_fits_and_lists_the_rest(built, finished, tmp_pat
     wider = experiment(model=Wide(), seed=3)
     console = quiet()
     fresh = jax.tree.map(np.array, new_state(wider).params)
-    tuned = first_state(wider, finished, console)
+    with run_start(finished) as start:
+        tuned = first_state(wider, start, console)
     checkpoints = Checkpoints(finished / "checkpoints", read_only=True)
     source = restored_state(built, checkpoints, checkpoints.best_step)
     checkpoints.close()

@@ -28,7 +28,9 @@ FLOORS = [
     "train_step experiment",
     "evaluation",
     "run",
-    "train plan report prediction",
+    "plan report",
+    "export",
+    "train prediction",
     "commands",
     "__main__",
 ]
@@ -138,7 +140,10 @@ def test_every_file_says_what_it_is(path: Path) -> None:
 
 def test_only_the_experiment_reads_configurations() -> None:
     readers = {module_name(path) for path in OWN if any("ml_collections" in name for name in imported(path))}
-    carriers = {"sgw_jax.run.saved_run", "sgw_jax.prediction.predictor"}
+    carriers = {"sgw_jax.run.saved_run", "sgw_jax.prediction.predictor"} | {
+        "sgw_jax.export.trained",
+        "sgw_jax.export.folder",
+    }
     assert {name for name in readers if room(name) != "experiment"} <= carriers
 
 
@@ -158,6 +163,6 @@ def test_public_names() -> None:
     homes = {name: f"sgw_jax.{home}" for name, home in sgw_jax._HOMES.items()}
     homes |= {name: f"sgw_jax.{home.rpartition('.')[0]}" for name, home in sgw_jax._MODULES.items()}
     assert seen == homes
-    assert set(sgw_jax.__all__) == {*homes, "load"}
+    assert set(sgw_jax.__all__) == {*homes, "load", "from_pretrained"}
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = sgw_jax.no_such_name

@@ -147,6 +147,7 @@ class Swin(nn.Module):
     frozen_layers: int = 0
 
     strides = (4, 8, 16, 32)
+    fixed_size = "the masks of Swin's shifted windows are made for one size"
 
     @property
     def num_layers(self) -> int:

@@ -149,6 +149,15 @@ class ViT(nn.Module):
     strides = (4, 8, 16, 32)
 
     @property
+    def fixed_size(self) -> str:
+        """Why a program for images of any size cannot be made; "" where it can."""
+        if self.rope_theta is None:
+            return "the ViT's position embedding is a table, which is resized to one size"
+        if self.attention_chunk is not None:
+            return f"the ViT takes attention_chunk = {self.attention_chunk} queries at a time"
+        return "" if self.output == "pyramid" else "the ViT's taps leave out what does not fill a patch"
+
+    @property
     def num_layers(self) -> int:
         """Of which ``frozen_layers`` counts."""
         return self.depth

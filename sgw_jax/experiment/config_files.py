@@ -101,6 +101,15 @@ def with_whole_paths(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def without_paths(config: ConfigDict) -> ConfigDict:
+    """The configuration with empty paths: where somebody's files lie is nobody else's business."""
+    config = copy.deepcopy(config).unlock()
+    for key in (key for key in _leaves(config) if among(key, PATHS)):
+        section, name = _owner(config, key)
+        section[name] = ""
+    return config.lock()
+
+
 def data_roots(config: ConfigDict) -> dict[str, str]:
     """Key -> directory, of the keys that say where the data lie; empty ones left out."""
     found = {key: _held(config, key) for key in _leaves(config) if among(key, ROOTS)}

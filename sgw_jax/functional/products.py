@@ -86,7 +86,7 @@ class OnSlots:
     ) -> tuple[Array, Array, Array | None]:
         query = _pulled_back(by_head(slots, maps.query), maps.key, chooser.frame)
         sums, weights, index = attend(query, chooser.values[:, :, None], source.values[:, :, None])
-        shape = (len(slots), maps.query.shape[1], slots.shape[1], -1)
+        shape = (slots.shape[0], maps.query.shape[1], slots.shape[1], -1)
         # Weighted sums of unmapped tokens, mapped: what the same weights make of mapped tokens.
         readout = jnp.einsum("bhlk,khd->blhd", project(sums.reshape(shape), source.frame), maps.value)
         return readout, weights.reshape(shape), None if index is None else index.reshape(shape)
@@ -107,7 +107,7 @@ def _pulled_back(
     # The frame follows the kernel instead of joining it: fewer products, and jax 0.10.2's CPU compiler makes wrong
     # numbers of F (M W) in front of a softmax (test_full_size_widths_are_compiled_right).
     rows = rows if frame is None else project(rows, frame.T)
-    return rows.reshape(len(rows), -1, 1, rows.shape[-1])
+    return rows.reshape(rows.shape[0], -1, 1, rows.shape[-1])
 
 
 def by_head(

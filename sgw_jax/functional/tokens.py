@@ -69,7 +69,7 @@ def concatenate_tasks(
             )
     shapes = tuple(value.shape for value in features.values())
     layout = TokenLayout(tuple(features), tuple(math.prod(shape[1:-1]) for shape in shapes), shapes, parts)
-    return _joined([value.reshape(len(value), -1, value.shape[-1]) for value in features.values()], parts), layout
+    return _joined([value.reshape(value.shape[0], -1, value.shape[-1]) for value in features.values()], parts), layout
 
 
 def concatenate_mask(
@@ -92,8 +92,8 @@ def _joined(maps: Sequence[Float[Array, "batch length channels"]], parts: int) -
     """One sequence, part by part."""
     if parts == 1:
         return jnp.concatenate(maps, axis=1)
-    joined = jnp.concatenate([x.reshape(len(x), parts, -1, x.shape[-1]) for x in maps], axis=2)
-    return joined.reshape(len(joined), -1, joined.shape[-1])
+    joined = jnp.concatenate([x.reshape(x.shape[0], parts, -1, x.shape[-1]) for x in maps], axis=2)
+    return joined.reshape(joined.shape[0], -1, joined.shape[-1])
 
 
 def by_name(

@@ -60,6 +60,11 @@ class CrossTaskAttention(nn.Module):
     kernel_init: Initializer = nn.initializers.lecun_normal()
     kernel_axes: tuple[str | None, str | None] | None = None
 
+    @property
+    def fixed_size(self) -> str:
+        """Why a program for images of any size cannot be made; "" where it can."""
+        return "" if self.query_chunk is None else f"cross attention takes query_chunk = {self.query_chunk} at a time"
+
     @overload
     def __call__(self, features: Maps, *, mask: Any = None) -> Maps: ...
 

@@ -52,11 +52,11 @@ def in_groups(function: Callable[..., Array], parts: Sequence[Array], size: int)
         widths = [(0, padding if axis == 1 else 0) for axis in range(part.ndim)]
         padded = jnp.pad(part, widths, mode="edge") if padding else part
         # Entry i goes to group i mod n: of entries split over devices, each has its part of every group.
-        return jnp.moveaxis(padded.reshape(len(part), size, -1, *part.shape[2:]), 2, 0)
+        return jnp.moveaxis(padded.reshape(part.shape[0], size, -1, *part.shape[2:]), 2, 0)
 
     outputs = jax.lax.map(jax.checkpoint(lambda group: function(*group)), tuple(cut(part) for part in parts))
     merged = jnp.moveaxis(outputs, 0, 2)
-    return merged.reshape(len(merged), count + padding, *merged.shape[3:])[:, :count]
+    return merged.reshape(merged.shape[0], count + padding, *merged.shape[3:])[:, :count]
 
 
 def _dense(query: Array, key: Array, value: Array, mask: Array | None) -> Array:

@@ -1,5 +1,6 @@
 """Prediction for images of any size: arrays in, decoded maps out."""
 
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,9 +13,13 @@ from ml_collections import ConfigDict
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.transforms import normalise, pad, resize_to_fit
+from sgw_jax.export.folder import read_folder, save_folder
+from sgw_jax.export.hub import locate, upload
+from sgw_jax.export.stablehlo import StableHLO, load_stablehlo
 from sgw_jax.layers.resize import places
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.run.saved_run import open_run, saved_model
+from sgw_jax.tasks import TASKS
 from sgw_jax.tasks.base import Task
 
 PIXELS = 2**16  # decoded at once: one compiled program then serves images of every size
@@ -33,12 +38,13 @@ class Predictor:
     `Task.decode` must treat each pixel by itself, as it does in all tasks of the package.
 
     Args:
-      model: the network.
+      model: the network, of modules or read from a StableHLO file.
       variables: its collections.
       tasks: what it predicts.
       size: (height, width) that it was trained at, in pixels.
       config: of the run, where there is one.
       step: of the run, where there is one.
+      origin: the directory it was loaded from, where there is one: a run's or a model's folder.
       batch_size: images that the network takes at once, always filled up to this number, so that it is compiled once.
         None: 1 on a CPU, where more gain nothing, else 8.
 
@@ -70,13 +76,14 @@ class Predictor:
 
     def __init__(
         self,
-        model: MultiTaskModel,
+        model: MultiTaskModel | StableHLO,
         variables: Mapping[str, Any],
         tasks: Sequence[Task],
         size: tuple[int, int],
         *,
         config: ConfigDict | None = None,
         step: int | None = None,
+        origin: Path | None = None,
         batch_size: int | None = None,
     ):
         if batch_size is None:
@@ -84,9 +91,9 @@ class Predictor:
         if batch_size < 1:
             raise InputError(f"Predictor: batch_size is {batch_size}; it must be at least 1.")
         self.tasks = tuple(tasks)
-        self.config, self.step = config, step
+        self.config, self.step, self.origin = config, step, origin
         self.size, self.batch_size = (int(size[0]), int(size[1])), batch_size
-        self._variables = variables
+        self.module, self.variables = model, variables
         self._network = jax.jit(model.apply)
         self._decode = jax.jit(self._decoded_at)
 
@@ -116,7 +123,90 @@ class Predictor:
             model = saved_model(run)
             variables = run.variables(model)
         size = tuple(run.config.data.size)
-        return cls(model, variables, run.tasks, size, config=run.config, step=run.step, batch_size=batch_size)
+        about: dict[str, Any] = {"config": run.config, "step": run.step, "origin": Path(workdir)}
+        return cls(model, variables, run.tasks, size, **about, batch_size=batch_size)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: Path | str,
+        revision: str | None = None,
+        kinds: dict[str, type[Task]] | None = None,
+        batch_size: int | None = None,
+    ) -> Self:
+        """The predictor of a model's folder, see `sgw_jax.from_pretrained`."""
+        found = read_folder(locate(name, revision), kinds)
+        about: dict[str, Any] = {"config": found.config, "step": found.step, "origin": found.origin}
+        return cls(found.module, found.variables, found.tasks, found.size, **about, batch_size=batch_size)
+
+    def save_pretrained(self, output: Path | str, *, license: str | None = None, pictures: bool = True) -> Path:
+        """Writes the network as a folder that `sgw_jax.from_pretrained` loads, as `sgw-jax export` does.
+
+        Args:
+          output: a directory that does not exist or is empty.
+          license: for the card, as the hub spells it: apache-2.0, cc-by-nc-4.0, other.
+          pictures: whether the run's examples.png goes along; it shows images of the data set, which may not be free.
+
+        Returns:
+          The folder.
+
+        Raises:
+          FileError: the directory holds something, or cannot be written.
+          ValueError: a predictor put together by hand; a licence that is none.
+        """
+        return save_folder(self, output, license=license, pictures=pictures)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        license: str | None = None,
+        pictures: bool = True,
+        private: bool | None = None,
+        message: str | None = None,
+    ) -> str:
+        """Publishes the folder of `save_pretrained` on the hub; needs the extra [hub], and a token (`hf auth login`).
+
+        Args:
+          name: of the model, "org/name"; made if there is none. Later calls add versions.
+          license: as of `save_pretrained`.
+          pictures: as of `save_pretrained`.
+          private: whether a new repository is; None: as the account's default is.
+          message: of the commit.
+
+        Returns:
+          The commit's address.
+
+        Raises:
+          HubError: the account may not, there is no connection, or the repository holds something else.
+          MissingPackageError: huggingface_hub is not installed.
+        """
+        with tempfile.TemporaryDirectory(prefix="sgw_jax-") as place:
+            folder = self.save_pretrained(Path(place) / name.rpartition("/")[2], license=license, pictures=pictures)
+            return upload(folder, name, private=private, message=message)
+
+    @classmethod
+    def from_stablehlo(
+        cls, path: Path | str, kinds: dict[str, type[Task]] | None = None, batch_size: int | None = None
+    ) -> Self:
+        """The predictor of a network that was exported as StableHLO: the same maps, without the network's code.
+
+        Args:
+          path: of the file, as `export_stablehlo` wrote it.
+          kinds: task classes by name where the network has a user's own, {**TASKS, "Mine": Mine}.
+          batch_size: as of `Predictor`.
+
+        Returns:
+          The predictor, with the run's step, if the file says it.
+
+        Raises:
+          ImportError: flatbuffers is not installed.
+          OSError: the file cannot be read.
+          ValueError: it is damaged or no such file, or has no program for this platform.
+        """
+        network = load_stablehlo(path, kinds or TASKS)
+        options: dict[str, Any] = {"step": network.step, "batch_size": batch_size}
+        return cls(network, network.parameters, network.tasks, network.size, **options)
 
     def __call__(self, images: Any) -> dict[str, Any]:
         """Decoded maps by task.
@@ -161,7 +251,7 @@ class Predictor:
             batch = np.zeros((self.batch_size, *self.size, 3), np.float32)
             for row, image in enumerate(fitted):
                 batch[row] = pad(normalise(image), self.size, 0)
-            raw = self._network(self._variables, batch)
+            raw = self._network(self.variables, batch)
             for row, (image, copy) in enumerate(zip(checked, fitted, strict=True)):
                 yield self._restored(raw, row, copy.shape[:2], image.shape[:2])
 

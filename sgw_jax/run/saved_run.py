@@ -20,7 +20,7 @@ from sgw_jax.run.checkpoints import CheckpointError, Checkpoints
 from sgw_jax.tasks import TASKS, task_from_dict
 from sgw_jax.tasks.base import Task
 
-__all__ = ["SavedRun", "open_run", "saved_model"]
+__all__ = ["SavedRun", "abstract_variables", "open_run", "saved_model"]
 
 CHECKPOINTS = "checkpoints"
 
@@ -42,11 +42,7 @@ class SavedRun:
 
     def variables(self, model: MultiTaskModel) -> dict[str, Any]:
         """The model's variables on the default device: averaged parameters where there are any, and constants."""
-        size = tuple(self.config.data.size)
-        shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = {PARAMS: shapes[PARAMS], CONSTANTS: shapes.get(CONSTANTS, {})}
-        abstract: Any = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), wanted)
+        abstract = abstract_variables(model, tuple(self.config.data.size))
         params, constants = (abstract[name] for name in (PARAMS, CONSTANTS))
         if constants:
             constants = self.checkpoints.restore_variables({CONSTANTS: constants}, self.step)[CONSTANTS]
@@ -85,6 +81,14 @@ def open_run(workdir: Path | str, which: str | int = "best", kinds: dict[str, ty
             ) from error
         stack.pop_all()  # open for the caller
     return SavedRun(checkpoints, step, config, tasks)
+
+
+def abstract_variables(model: MultiTaskModel, size: tuple[int, int]) -> dict[str, Any]:
+    """Shapes and types of the model's parameters and constants, to lie on the default device."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *size, 3)))
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {PARAMS: shapes[PARAMS], CONSTANTS: shapes.get(CONSTANTS, {})}
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), wanted)
 
 
 def saved_model(run: SavedRun) -> MultiTaskModel:

@@ -1,7 +1,6 @@
 """A train state on its mesh: new, restored or warm."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.run.checkpoints import Checkpoints
-from sgw_jax.run.warm_start import warm_from_backbone, warm_from_run
+from sgw_jax.run.warm_start import Start, warm_from, warm_from_backbone
 from sgw_jax.sharding import check_split, state_sharding
 from sgw_jax.train_step import TrainState, init_state
 
@@ -28,11 +27,11 @@ def restored_state(experiment: Experiment, checkpoints: Checkpoints, step: int) 
     return checkpoints.restore(abstract_state(experiment), step)
 
 
-def first_state(experiment: Experiment, init_from: Path | str | None, console: Console) -> TrainState:
-    """The state at step 0: with another run's parameters, or the pretrained backbone's, or as the model draws them."""
+def first_state(experiment: Experiment, start: Start | None, console: Console) -> TrainState:
+    """The state at step 0: with parameters from elsewhere, or the pretrained backbone's, or as the model draws them."""
     state = new_state(experiment)
-    if init_from is not None:
-        return warm_from_run(state, Path(init_from), console)
+    if start is not None:
+        return warm_from(state, start, console)
     if experiment.backbone_weights:
         return warm_from_backbone(state, experiment, console)
     if experiment.trained is not None:

@@ -1,12 +1,13 @@
-"""What a warm start takes: another run's parameters, or a pretrained backbone's."""
+"""What a warm start takes: the parameters of another run or of a folder, or a pretrained backbone's."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 from rich.console import Console
 
 from sgw_jax.backbones.pretrained import Pretrained, fit, read_pretrained
@@ -21,33 +22,59 @@ from sgw_jax.sharding import path_name
 from sgw_jax.train_step import TrainState
 
 
+class Start(Protocol):
+    """Parameters that training can begin from: a run's, or a model's folder (export/start.py)."""
+
+    title: str  # how a message calls it
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The parameters' shapes by their paths."""
+
+    def parameters(self, wanted: Mapping[str, Any]) -> dict[str, Array]:
+        """These of them; wanted: shapes, dtypes and shardings by path."""
+
+
+class RunStart:
+    """The evaluated parameters of a run's checkpoint."""
+
+    def __init__(self, source: Path, checkpoints: Checkpoints, step: int):
+        self._checkpoints, self._step = checkpoints, step
+        self._found = checkpoints.shapes(step)
+        self.title = f"{source}, step {step} ({evaluated(self._found)})"
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The parameters' shapes by their paths."""
+        prefix = f"{PARAMS}/"
+        return {name.removeprefix(prefix): shape for name, shape in self._found.items() if name.startswith(prefix)}
+
+    def parameters(self, wanted: Mapping[str, Any]) -> dict[str, Array]:
+        """These of them, averages where the checkpoint has them."""
+        return evaluated_parameters(self._checkpoints, self._step, wanted)
+
+
 @contextlib.contextmanager
-def warm_source(source: Path) -> Iterator[tuple[Checkpoints, int]]:
-    """The checkpoints of the run to start from, and its best step (without scores: its last)."""
+def run_start(source: Path) -> Iterator[RunStart]:
+    """The best step of the run to start from (without scores: its last)."""
     with Checkpoints(source / "checkpoints", read_only=True) as checkpoints:
         step = checkpoints.best_step or checkpoints.latest_step
         if step is None:
             raise WorkdirError(f"--init_from: {source} holds no complete checkpoint.")
-        yield checkpoints, step
+        yield RunStart(source, checkpoints, step)
 
 
-def warm_from_run(state: TrainState, source: Path, console: Console) -> TrainState:
-    """Parameters of another run where name and shape agree; everything else starts fresh, and is listed."""
-    leaves = flat(state.params)
+def warm_from(state: TrainState, start: Start, console: Console) -> TrainState:
+    """Parameters from elsewhere where name and shape agree; everything else starts fresh, and is listed."""
+    leaves, there = flat(state.params), start.shapes()
     names = list(leaves)
-    with warm_source(source) as (checkpoints, step):
-        found = checkpoints.shapes(step)
-        collection = evaluated(found)
-        fits = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for name, leaf in leaves.items()
-            if found.get(f"{PARAMS}/{name}") == leaf.shape
-        }
-        if not fits:
-            raise WorkdirError(f"--init_from: no parameter of {source} (step {step}) has name and shape of one here.")
-        params = unflat(evaluated_parameters(checkpoints, step, fits), state.params)
-    there = {name.removeprefix(f"{PARAMS}/"): shape for name, shape in found.items() if name.startswith(f"{PARAMS}/")}
-    lines = [f"Initialised {len(fits)} of {len(names)} parameters from {source}, step {step} ({collection})."]
+    fits = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in leaves.items()
+        if there.get(name) == leaf.shape
+    }
+    if not fits:
+        raise WorkdirError(f"--init_from: no parameter of {start.title} has name and shape of one here.")
+    params = unflat(start.parameters(fits), state.params)
+    lines = [f"Initialised {len(fits)} of {len(names)} parameters from {start.title}."]
     lines += grouped("fresh", [name for name in names if name not in there], "absent there")
     other = [name for name in names if name in there and name not in fits]
     lines += grouped("fresh", other, "of another shape there", {name: f"{name} {there[name]}" for name in other})
