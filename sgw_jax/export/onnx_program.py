@@ -1,0 +1,149 @@
+"""A JAX program as an ONNX graph: what of it the input decides becomes nodes, and all else is computed now."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+from jax.extend.core import Jaxpr, Literal
+
+from sgw_jax.export.onnx_graph import BATCH, Batch, Graph, Length, Value, constant
+from sgw_jax.export.onnx_primitives import ELEMENTWISE, PRIMITIVES, Result, unknown
+
+# Calls are followed, whatever they mean for derivatives or compilation: parameter that holds the program.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
+
+
+class Program:
+    """A function's trace for any batch, and the graph that it becomes.
+
+    Args:
+      function: (parameters, images) -> {name: array}, whose images have the batch as their first axis.
+      parameters: by name; they are constants of the graph.
+      size: of an image, (height, width, channels).
+      images: name of the graph's input.
+
+    Raises:
+      InputError: a primitive that ONNX has no operator for, by its name.
+    """
+
+    def __init__(self, function: Any, parameters: Mapping[str, np.ndarray], size: Sequence[int], images: str):
+        (self._batch,) = export.symbolic_shape(BATCH)
+        given = jax.ShapeDtypeStruct((self._batch, *size), np.uint8)
+        shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in parameters.items()}
+        traced, outputs = jax.make_jaxpr(function, return_shape=True)(shapes, given)
+        names = sorted(outputs)  # as JAX orders a mapping
+        known = [constant(parameters[name], name) for name in sorted(parameters)]
+        self.graph = Graph(images)
+        self.images = Value(self._shape(given.shape), np.dtype(np.uint8), self._shape(given.shape), images)
+        consts = [constant(leaf) for leaf in traced.consts]
+        found = self._run(traced.jaxpr, consts, [*known, self.images])
+        self.outputs = dict(zip(names, found, strict=True))
+
+    def _run(self, jaxpr: Jaxpr, consts: Sequence[Value], inputs: Sequence[Value]) -> list[Value]:
+        """The results of a program."""
+        values: dict[Any, Value] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+
+        def read(variable: Any) -> Value:
+            return constant(np.asarray(variable.val, variable.aval.dtype)) if isinstance(variable, Literal) else values[variable]
+
+        for equation in jaxpr.eqns:
+            found = self._apply(equation, [read(variable) for variable in equation.invars])
+            values.update(zip(equation.outvars, found, strict=True))
+        return [read(variable) for variable in jaxpr.outvars]
+
+    def _apply(self, equation: Any, operands: list[Value]) -> list[Value]:
+        name, parameters = equation.primitive.name, equation.params
+        if name in CALLS:
+            return self._call(parameters[CALLS[name]], operands)
+        if name == "scan":
+            return self._scan(operands, **parameters)
+        results = [Result(self._shape(variable.aval.shape), np.dtype(variable.aval.dtype)) for variable in equation.outvars]
+        if all(operand.array is not None for operand in operands) and (
+            folded := self._folded(equation.primitive, parameters, operands, results)
+        ):
+            return folded
+        if name not in PRIMITIVES:
+            raise unknown(name)
+        made = PRIMITIVES[name](self.graph, results, *operands, **parameters)
+        return made if isinstance(made, list) else [made]
+
+    def _call(self, program: Any, operands: list[Value]) -> list[Value]:
+        if isinstance(program, Jaxpr):
+            return self._run(program, [], operands)
+        return self._run(program.jaxpr, [constant(leaf) for leaf in program.consts], operands)
+
+    def _scan(
+        self,
+        operands: list[Value],
+        *,
+        jaxpr: Any,
+        length: int,
+        num_consts: int,
+        num_carry: int,
+        reverse: bool,
+        **_: Any,
+    ) -> list[Value]:
+        """Step by step: a runtime then plans the whole network as one, which it does not through a loop."""
+        shared, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
+        rows: list[list[Value]] = []
+        for step in reversed(range(length)) if reverse else range(length):
+            own = [self._row(value, step) for value in operands[num_consts + num_carry :]]
+            found = self._call(jaxpr, [*shared, *carry, *own])
+            carry = found[:num_carry]
+            rows.append(found[num_carry:])
+        stacked = []
+        for parts in zip(*(reversed(rows) if reverse else rows), strict=True):
+            shape = (length, *parts[0].shape)
+            stacked.append(Value(shape, parts[0].dtype, shape, parts=parts))
+        return [*carry, *stacked]
+
+    def _row(self, value: Value, step: int) -> Value:
+        if value.parts:
+            return value.parts[step]
+        at = step if value.held[0] != 1 else 0
+        if value.array is not None:
+            label = f"{value.label}/{step}" if value.label else ""
+            return Value(value.shape[1:], value.dtype, value.held[1:], array=value.array[at], label=label)
+        name = self.graph.node("Gather", self.graph.name(value), self.graph.array(np.asarray(at, np.int64)), axis=0)
+        return Value(value.shape[1:], value.dtype, value.held[1:], name)
+
+    def _folded(
+        self, primitive: Any, parameters: Mapping[str, Any], operands: list[Value], results: Sequence[Result]
+    ) -> list[Value] | None:
+        """What JAX makes of constants; None where that has the batch in it."""
+        if primitive.name in ("broadcast_in_dim", "reshape", "transpose", "squeeze", "convert_element_type", "iota"):
+            return None  # they are made of constants as they are
+        if primitive.name in ELEMENTWISE:
+            arrays = np.broadcast_arrays(*(operand.array for operand in operands if operand.array is not None))
+            (result,) = results
+            made = np.asarray(primitive.bind(*arrays, **parameters))
+            return [Value(result.shape, result.dtype, made.shape, array=made)]
+        if any(isinstance(length, Batch) for thing in (*operands, *results) for length in thing.shape):
+            return None
+        arrays = [self.graph.whole(operand).array for operand in operands]
+        bound = primitive.bind(*arrays, **parameters)
+        return [constant(leaf) for leaf in (bound if primitive.multiple_results else [bound])]
+
+    def _shape(self, shape: Sequence[Any]) -> tuple[Length, ...]:
+        return tuple(self._length(length) for length in shape)
+
+    def _length(self, length: Any) -> Length:
+        """A length as a number, or as how many times the batch it is."""
+        if isinstance(length, int | np.integer):
+            return int(length)
+        times = length // self._batch
+        if not isinstance(times, int | np.integer) or times * self._batch != length:
+            raise unknown("an axis", f"of length {length}, which is no multiple of the batch")
+        return Batch(int(times))
