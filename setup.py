@@ -37,9 +37,15 @@ TRAIN = [
 HUB = ["huggingface_hub>=0.36"]  # sgw_jax.from_pretrained("org/name"), Predictor.push_to_hub
 # sgw-jax export --format=stablehlo, and what loads its files.
 EXPORT = ["flatbuffers>=24.3"]  # jax.export writes by it
+# sgw-jax export --format=onnx: what writes its files, and what runs them once before they get their name.
+ONNX = [
+    "onnx>=1.17",
+    "onnxruntime>=1.20",
+]
 EXTRAS = {
     "train": TRAIN,
     "export": [*TRAIN, *EXPORT],
+    "onnx": [*TRAIN, *ONNX],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "beam": [*TRAIN, "apache-beam>=2.60"],  # sgw-jax prepare --pipeline=beam
@@ -48,6 +54,7 @@ EXTRAS = {
         *TRAIN,
         *HUB,
         *EXPORT,
+        *ONNX,
         "chex>=0.1.92",
         "pytest>=8",
         "pytest-xdist>=3.6",

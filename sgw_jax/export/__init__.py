@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sgw_jax.export.folder import save_folder
+from sgw_jax.export.onnx_file import save_onnx
 from sgw_jax.export.stablehlo import save_stablehlo
 
 __all__ = ["FORMATS"]
@@ -13,4 +14,5 @@ __all__ = ["FORMATS"]
 FORMATS: dict[str, Callable[..., Any]] = {
     "folder": save_folder,
     "stablehlo": save_stablehlo,
+    "onnx": save_onnx,
 }
