@@ -122,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("inputs", nargs="+", type=user_path, help="image files or directories")
     sub = command("export")
     sub.add_argument("--output", required=True, type=user_path, help="directory or file that is not there yet")
-    help = "folder: tensors, configuration and a card, as the hub has them; stablehlo: a file that JAX alone runs; onnx: "
-    help += "one for onnxruntime"
+    help = "folder: tensors, configuration and a card, as the hub has them; stablehlo: a file that JAX alone runs; "
+    help += "onnx: one that onnxruntime runs"
     sub.add_argument("--format", default="folder", help=f"{help} (default: %(default)s)")
     help = "of the model, for the card: the hub's identifier, such as apache-2.0 or cc-by-nc-4.0"
     sub.add_argument("--license", help=help)

@@ -103,7 +103,6 @@ def export_onnx(
       ImportError: onnx or onnxruntime is not installed.
       ValueError: unknown options; a network that computes what ONNX has no operators for.
       OSError: the file cannot be written.
-
     """
     if precision not in PRECISIONS:
         raise InputError(f"export: precision is {precision!r}; it must be one of {list(PRECISIONS)}.")
@@ -155,7 +154,9 @@ def in_dtype(module: nn.Module, dtype: Any) -> nn.Module:
     >>> in_dtype(KEM(num_slots=2), jnp.float16).dtype.__name__
     'float16'
     """
-    fields = {name: getattr(module, name) for name in type(module).__dataclass_fields__ if name not in ("parent", "name")}
+    fields = {
+        name: getattr(module, name) for name in type(module).__dataclass_fields__ if name not in ("parent", "name")
+    }
     changed: dict[str, Any] = {
         name: in_dtype(value, dtype) for name, value in fields.items() if isinstance(value, nn.Module)
     }
@@ -185,8 +186,8 @@ def _written(path: Path, model: Any, beside: bool) -> Iterator[Path]:
     parameters = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     if parameters > MOST_INSIDE and not beside:
         raise InputError(
-            f"export: the parameters are {parameters / 2**30:.1f} GiB, and an ONNX file ends at 2 GiB; write them beside "
-            "it (--parameters=beside), or in half the size (--precision=float16)."
+            f"export: the parameters are {parameters / 2**30:.1f} GiB, and an ONNX file ends at 2 GiB; write them "
+            "beside it (--parameters=beside), or in half the size (--precision=float16)."
         )
     with files_named(f"{path} cannot be written"), atomic.replacing(path) as temporary:
         if not beside:
@@ -213,7 +214,9 @@ def _checked(
     """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors: it warns of what it does not compute beforehand
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {task.name: [] for task in tasks}
     for images in (_images(1, size), _images(2, size)):
         found = session.run([task.name for task in tasks], {IMAGES: images})

@@ -38,7 +38,7 @@ class Value:
       held: shape of the tensor: that of the program, or 1 where an axis is not written out.
       name: of the tensor; "" for a constant, and for parts.
       array: of a constant, of the shape held.
-      label: of a parameter that is as the network has it.
+      label: of a parameter, whose axes and type may be others than the network's.
       parts: of a value that is stacked along its first axis, of which single rows may be all that is asked for.
     """
 
@@ -89,7 +89,9 @@ class Graph:
         if key not in self._known:
             count = len(self._nodes)
             names = [f"{operator}_{count}" + (f"_{index}" if index else "") for index in range(outputs)]
-            self._nodes.append(helper.make_node(operator, list(inputs), names, name=f"{operator}_{count}", **attributes))
+            self._nodes.append(
+                helper.make_node(operator, list(inputs), names, name=f"{operator}_{count}", **attributes)
+            )
             self._known[key] = names
         return self._known[key]
 
@@ -153,7 +155,7 @@ class Graph:
         """The tensor of a value in another shape, whose axes are held so."""
         held = shape if held is None else held
         if value.array is not None:
-            return Value(shape, value.dtype, held, array=value.array.reshape(held))  # type: ignore[arg-type]
+            return Value(shape, value.dtype, held, array=value.array.reshape(held), label=value.label)  # type: ignore[arg-type]
         if held == value.held and not value.parts:
             return dataclasses.replace(value, shape=shape)
         if sum(isinstance(length, Batch) for length in held) == 1:
@@ -168,7 +170,7 @@ class Graph:
             return value
         shape, held = (tuple(lengths[axis] for axis in order) for lengths in (value.shape, value.held))
         if value.array is not None:
-            return Value(shape, value.dtype, held, array=value.array.transpose(order))
+            return Value(shape, value.dtype, held, array=value.array.transpose(order), label=value.label)
         if all(length == 1 for length in held):
             return self.reshaped(value, shape, held)
         return Value(shape, value.dtype, held, self.node("Transpose", self.name(value), perm=[int(a) for a in order]))
@@ -179,7 +181,7 @@ class Graph:
         if value.dtype == dtype:
             return value
         if value.array is not None:
-            return Value(value.shape, dtype, value.held, array=value.array.astype(dtype))
+            return Value(value.shape, dtype, value.held, array=value.array.astype(dtype), label=value.label)
         name = self.node("Cast", self.name(value), to=tensor_type(dtype))
         return Value(value.shape, dtype, value.held, name)
 
@@ -226,4 +228,3 @@ def static(shape: Shape, what: str) -> tuple[int, ...]:
     if any(isinstance(length, Batch) for length in shape):
         raise InputError(f"export: {what} with an open batch cannot be made of ONNX; use --format=stablehlo.")
     return tuple(length for length in shape if not isinstance(length, Batch))
-

@@ -482,7 +482,9 @@ def _gather(
     # Axes of the result so far: those of the index in this order, then the rows'. Where JAX has them:
     free = [axis for axis in range(len(shape)) if axis not in numbers.offset_dims]
     places_of = [free[axis] for axis in order[:-1]] + list(numbers.offset_dims)
-    so_far = Value(tuple(shape[axis] for axis in places_of), value.dtype, tuple(shape[axis] for axis in places_of), found)
+    so_far = Value(
+        tuple(shape[axis] for axis in places_of), value.dtype, tuple(shape[axis] for axis in places_of), found
+    )
     return graph.transposed(so_far, [int(axis) for axis in np.argsort(places_of)])
 
 
@@ -530,7 +532,9 @@ def _dot_general(
     right_free = [axis for axis in range(len(right.shape)) if axis not in (*right_summed, *right_batch)]
     if not left_batch and left.array is not None and right.array is None:
         # A matrix that is known stands on the right, so that the axes of the other need not be merged.
-        swapped = Result(tuple(right.shape[i] for i in right_free) + tuple(left.shape[i] for i in left_free), result.dtype)
+        swapped = Result(
+            tuple(right.shape[i] for i in right_free) + tuple(left.shape[i] for i in left_free), result.dtype
+        )
         numbers = ((right_summed, left_summed), ((), ()))
         turned = _dot_general(graph, [swapped], right, left, dimension_numbers=numbers)
         count = len(right_free)
@@ -611,7 +615,9 @@ def _conv(
         group=int(feature_group_count),
     )
     shape = tuple(result.shape[axis] for axis in numbers.out_spec)
-    return graph.transposed(Value(shape, result.dtype, shape, made), [int(axis) for axis in np.argsort(numbers.out_spec)])
+    return graph.transposed(
+        Value(shape, result.dtype, shape, made), [int(axis) for axis in np.argsort(numbers.out_spec)]
+    )
 
 
 def unknown(name: str, how: str = "") -> InputError:
@@ -620,4 +626,3 @@ def unknown(name: str, how: str = "") -> InputError:
         f"export: the network computes {name}{f' ({how})' if how else ''}, which export to ONNX has no operators for; "
         "use --format=stablehlo, which takes every network."
     )
-

@@ -56,7 +56,10 @@ class Program:
         values: dict[Any, Value] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
 
         def read(variable: Any) -> Value:
-            return constant(np.asarray(variable.val, variable.aval.dtype)) if isinstance(variable, Literal) else values[variable]
+            if isinstance(variable, Literal):
+                known: Any = variable
+                return constant(np.asarray(known.val, known.aval.dtype))
+            return values[variable]
 
         for equation in jaxpr.eqns:
             found = self._apply(equation, [read(variable) for variable in equation.invars])
@@ -69,7 +72,9 @@ class Program:
             return self._call(parameters[CALLS[name]], operands)
         if name == "scan":
             return self._scan(operands, **parameters)
-        results = [Result(self._shape(variable.aval.shape), np.dtype(variable.aval.dtype)) for variable in equation.outvars]
+        results = [
+            Result(self._shape(variable.aval.shape), np.dtype(variable.aval.dtype)) for variable in equation.outvars
+        ]
         if all(operand.array is not None for operand in operands) and (
             folded := self._folded(equation.primitive, parameters, operands, results)
         ):
@@ -130,11 +135,24 @@ class Program:
             (result,) = results
             made = np.asarray(primitive.bind(*arrays, **parameters))
             return [Value(result.shape, result.dtype, made.shape, array=made)]
-        if any(isinstance(length, Batch) for thing in (*operands, *results) for length in thing.shape):
+        shapes = [*(operand.shape for operand in operands), *(result.shape for result in results)]
+        has_batch = any(isinstance(length, Batch) for shape in shapes for length in shape)
+        if has_batch and primitive.name != "dot_general":
             return None
-        arrays = [self.graph.whole(operand).array for operand in operands]
-        bound = primitive.bind(*arrays, **parameters)
-        return [constant(leaf) for leaf in (bound if primitive.multiple_results else [bound])]
+        # Of constants no axis over the batch is written out: a product for a batch of one is that of any.
+        over = [[axis for axis, length in enumerate(value.shape) if isinstance(length, Batch)] for value in operands]
+        if has_batch and any(set(a) & set(b) for a, b in zip(over, parameters["dimension_numbers"][0], strict=True)):
+            return None
+        known = [
+            self.graph.whole(value, [axis for axis in range(len(value.shape)) if axis not in skipped]).array
+            for value, skipped in zip(operands, over, strict=True)
+        ]
+        bound = primitive.bind(*known, **parameters)
+        found = [np.asarray(leaf) for leaf in (bound if primitive.multiple_results else [bound])]
+        return [
+            Value(result.shape, result.dtype, array.shape, array=array)
+            for result, array in zip(results, found, strict=True)
+        ]
 
     def _shape(self, shape: Sequence[Any]) -> tuple[Length, ...]:
         return tuple(self._length(length) for length in shape)
