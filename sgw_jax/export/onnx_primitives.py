@@ -248,6 +248,7 @@ def _stack(graph: Graph, results: Sequence[Result], *values: Value, axis: int, *
 
 def concatenated(graph: Graph, result: Result, values: Sequence[Value], axis: int) -> Value:
     """The values one behind the other; other axes are written out in all if they are in one."""
+    values = [value for value in values if value.shape[axis] != 0]
     out = [i for i in range(len(result.shape)) if i == axis or any(value.held[i] != 1 for value in values)]
     values = [graph.whole(value, out) for value in values]
     held = tuple(length if i in out else 1 for i, length in enumerate(result.shape))
@@ -294,19 +295,15 @@ def _slice(
     results: Sequence[Result],
     value: Value,
     *,
-    start_indices: Sequence[Any],
-    limit_indices: Sequence[Any],
+    start_indices: Sequence[int],
+    limit_indices: Sequence[int],
     strides: Sequence[int] | None,
     **_: Any,
 ) -> Value:
-    steps = strides or [1] * len(start_indices)
-    axes = [
-        axis
-        for axis, length in enumerate(results[0].shape)
-        if length != value.shape[axis] and value.held[axis] == value.shape[axis]
-    ]
+    steps, shape = strides or [1] * len(start_indices), results[0].shape
+    axes = [a for a, length in enumerate(shape) if length != value.shape[a] and value.held[a] == value.shape[a]]
     cut = {axis: (int(start_indices[axis]), int(limit_indices[axis]), int(steps[axis])) for axis in axes}
-    return sliced(graph, results[0].shape, value, cut)
+    return sliced(graph, shape, value, cut)
 
 
 def sliced(graph: Graph, shape: Shape, value: Value, cut: dict[int, tuple[int, int, int]]) -> Value:

@@ -11,6 +11,7 @@ from jax.extend.core import Jaxpr, Literal
 from sgw_jax.export.onnx_graph import BATCH, Batch, Graph, Length, Value, constant
 from sgw_jax.export.onnx_primitives import ELEMENTWISE, PRIMITIVES, Result, unknown
 
+END = 2**31 - 1  # of an axis, however long
 # Calls are followed, whatever they mean for derivatives or compilation: parameter that holds the program.
 CALLS = {
     "jit": "jaxpr",
@@ -75,12 +76,16 @@ class Program:
         results = [
             Result(self._shape(variable.aval.shape), np.dtype(variable.aval.dtype)) for variable in equation.outvars
         ]
-        if all(operand.array is not None for operand in operands) and (
-            folded := self._folded(equation.primitive, parameters, operands, results)
+        if (
+            operands
+            and all(operand.array is not None for operand in operands)
+            and (folded := self._folded(equation.primitive, parameters, operands, results))
         ):
             return folded
         if name not in PRIMITIVES:
             raise unknown(name)
+        if name == "slice":
+            parameters = {**parameters, **_places(equation.invars[0].aval.shape, parameters)}
         made = PRIMITIVES[name](self.graph, results, *operands, **parameters)
         return made if isinstance(made, list) else [made]
 
@@ -165,3 +170,12 @@ class Program:
         if not isinstance(times, int | np.integer) or times * self._batch != length:
             raise unknown("an axis", f"of length {length}, which is no multiple of the batch")
         return Batch(int(times))
+
+
+def _places(shape: Sequence[Any], parameters: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Where a slice begins and ends; with the batch in it, it counts from the end, as ONNX does."""
+    found = {}
+    for name, end in (("start_indices", 0), ("limit_indices", END)):
+        ends = zip(parameters[name], shape, strict=True)
+        found[name] = [at if isinstance(at, int | np.integer) else (at - length or end) for at, length in ends]
+    return found
