@@ -147,6 +147,25 @@ CASES: dict[str, tuple[KEM, dict]] = {
         RAGGED,
     ),
     "one task": (KEM(3, top_k=2, task_embedding=True, task_gate=True), {"only": (2, 6, CHANNELS)}),
+    "balanced": (KEM(3, num_heads=2, top_k=4, slot_dim=12, balanced=True), RAGGED),
+    "balanced, softmax over all": (KEM(2, balanced=True, slot_exchange=True), RAGGED),
+    "balanced, fewer tokens than k": (KEM(2, top_k=13, balanced=True), RAGGED),
+    "slot exchange": (KEM(4, num_heads=2, top_k=5, slot_dim=12, slot_exchange=True, rounds=2), RAGGED),
+    "pair gates": (
+        KEM(
+            2,
+            num_heads=2,
+            top_k=4,
+            etf_vertices=9,
+            pre_norm=True,
+            task_embedding=True,
+            balanced=True,
+            slot_exchange=True,
+            pair_gate=True,
+            rounds=2,
+        ),
+        RAGGED,
+    ),
     "sixteen tasks": (KEM(3, top_k=6, task_embedding=True), SIXTEEN),
 }
 MARGIN = 1e-3  # between the k-th and the (k+1)-th score: far more than rounding or a finite difference moves a score
@@ -172,6 +191,18 @@ def frame_of(module, variables, channels):
     return np.asarray(frame, np.float64)
 
 
+def exchanged(params, slots, heads, scale):
+    """What each slot holds once it has looked at all."""
+    centred = slots - slots.mean(1, keepdims=True)
+    normed = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-6)
+    normed = normed * params["norm"]["scale"] + params["norm"]["bias"]
+    query, key, value = (normed @ params[name]["kernel"] for name in ("query", "key", "value"))
+    taken = np.zeros_like(slots)
+    for slot, cut in itertools.product(range(len(slots)), heads):
+        taken[slot, cut] = softmax([query[slot, cut] @ other * scale for other in key[:, cut]]) @ value[:, cut]
+    return slots + params["gate"] * taken
+
+
 def reference(module, variables, features, slots=None, record=None):
     """The method, one score at a time: outputs, slots, the least margin of a selection, and the largest number met.
     ``record`` gets {name: {(image, head, slot or token, entry): weight or index}} of the last round."""
@@ -190,7 +221,8 @@ def reference(module, variables, features, slots=None, record=None):
     results, states = [], []
     for b in range(batch):
         stream = [row for n in names for row in tokens[n][b]]
-        state = params["slots"] if slots is None else slots[b].astype(np.float64)
+        state = np.tile(params["slots"], (len(names) if module.balanced else 1, 1))
+        state = state if slots is None else slots[b].astype(np.float64)
         width = state.shape[1]
         for _ in range(module.rounds):
             normed, chooser = [], []
@@ -206,11 +238,14 @@ def reference(module, variables, features, slots=None, record=None):
                 chooser.append(z + (params[f"task_embedding_{task}"] if module.task_embedding else 0))
             heads, wide = (cuts(size, module.num_heads) for size in (width, channels))
             scale = 1 / np.sqrt(width // module.num_heads)
-            found = np.zeros((module.num_slots, width))
-            for slot, cut in itertools.product(range(module.num_slots), heads):
+            found = np.zeros_like(state)
+            for slot, cut in itertools.product(range(len(state)), heads):
                 query = (state[slot] @ retrieve["query"])[cut]
                 scores = [query @ (z @ retrieve["key"])[cut] * scale / module.temperature for z in chooser]
-                order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+                seen = [
+                    i for i, task in enumerate(owner) if not module.balanced or task == names[slot // module.num_slots]
+                ]
+                order = sorted(seen, key=lambda i: (-scores[i], i))
                 kept = order if module.top_k is None else order[: module.top_k]
                 if len(kept) < len(order):
                     margin = min(margin, scores[kept[-1]] - scores[order[len(kept)]])
@@ -222,16 +257,23 @@ def reference(module, variables, features, slots=None, record=None):
                 values = [(normed[i] @ retrieve["value"])[cut] for i in kept]
                 found[slot, cut] = sum(w * value for w, value in zip(weights, values, strict=True))
                 largest = max(largest, np.abs(scores).max(), np.abs(query).max())
-            state = found
+            state = exchanged(params["exchange"], found, heads, scale) if module.slot_exchange else found
+            groups = cuts(len(state), len(names) if module.pair_gate else 1)
             updated = []
             for token, (row, task, z) in enumerate(zip(stream, owner, chooser, strict=True)):
                 update = np.zeros(channels)
                 for head, (cut, out) in enumerate(zip(heads, wide, strict=True)):
                     query = (z @ write["query"])[cut]
                     scores = [query @ (slot @ write["key"])[cut] * scale for slot in state]
-                    weights = softmax(scores)
-                    record["write_weights"] |= {(b, head, token, i): weight for i, weight in enumerate(weights)}
-                    update[out] = sum(w * (slot @ write["value"])[out] for w, slot in zip(weights, state, strict=True))
+                    weights = np.concatenate([softmax(scores[group]) for group in groups])
+                    shares = factors = np.ones(len(state))
+                    if module.pair_gate:
+                        gates = np.concatenate([params[f"pair_gate_{task}_from_{source}"] for source in names])
+                        factors = np.repeat(gates, module.num_slots)
+                        shares = np.abs(factors) / np.abs(gates).sum()
+                    record["write_weights"] |= {(b, head, token, i): w for i, w in enumerate(weights * shares)}
+                    read = zip(weights * factors, state, strict=True)
+                    update[out] = sum(w * (slot @ write["value"])[out] for w, slot in read)
                     largest = max(largest, np.abs(scores).max())
                 updated.append(row + update * (params[f"task_gate_{task}"] if module.task_gate else 1))
             stream = updated
