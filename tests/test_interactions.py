@@ -155,7 +155,7 @@ CASES: dict[str, tuple[KEM, dict]] = {
         KEM(
             2,
             num_heads=2,
-            top_k=4,
+            top_k=3,
             etf_vertices=9,
             pre_norm=True,
             task_embedding=True,
@@ -213,7 +213,7 @@ def reference(module, variables, features, slots=None, record=None):
     retrieve, write = (
         {name: params[part][name]["kernel"] for name in ("query", "key", "value")} for part in ("retrieve", "write")
     )
-    names = list(features)
+    names = sorted(features) if module.balanced else list(features)
     batch, channels = features[names[0]].shape[0], features[names[0]].shape[-1]
     tokens = {n: features[n].astype(np.float64).reshape(batch, -1, channels) for n in names}
     owner = [n for n in names for _ in range(tokens[n].shape[1])]
@@ -409,10 +409,10 @@ def test_parameters_are_float32_in_a_float64_program():
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("case", ["top-k, heads, wide slots", "all options"])
+@pytest.mark.parametrize("case", ["top-k, heads, wide slots", "all options", "pair gates"])
 def test_kem_gradients_match_finite_differences(case):
-    """Central differences along random directions of all parameters and features at once, in float64: truncation
-    h^2 = 1e-10 and cancellation 1e-16 / h = 1e-11, times derivatives up to 1e3."""
+    """Central differences along random directions of all parameters and features at once, in float64, of h and h / 2,
+    extrapolated to 0: truncation h^4 = 1e-20 and cancellation 1e-16 / h = 1e-11, times values up to 1e3."""
     module, shapes = CASES[case]
     features, variables, _, _ = clear_case(case)
     rng = np.random.default_rng(1)
@@ -431,15 +431,21 @@ def test_kem_gradients_match_finite_differences(case):
         h = 1e-5
         for _ in range(4):
             direction = jax.tree.map(lambda x: rng.normal(size=x.shape), point)
-            ahead, behind = (
-                value_and_grad(*jax.tree.map(lambda x, u: x + sign * h * u, point, direction))[0]  # noqa: B023
-                for sign in (1, -1)
-            )
+
+            def central(h):
+                ahead, behind = (
+                    value_and_grad(*jax.tree.map(lambda x, u: x + sign * h * u, point, direction))[0]  # noqa: B023
+                    for sign in (1, -1)
+                )
+                return (ahead - behind) / (2 * h)
+
             along = sum(np.sum(g * u) for g, u in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
-            np.testing.assert_allclose((ahead - behind) / (2 * h), along, rtol=1e-7, atol=1e-7)
+            np.testing.assert_allclose((4 * central(h / 2) - central(h)) / 3, along, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("case", ["top-k, heads, wide slots", "more slots than their width", "all options"])
+@pytest.mark.parametrize(
+    "case", ["top-k, heads, wide slots", "more slots than their width", "all options", "pair gates"]
+)
 def test_what_is_recorded_matches_the_reference(case):
     """Weights and indices by head, slot and token, with maps on either side."""
     module, shapes = CASES[case]
@@ -483,6 +489,8 @@ def test_initial_slots_replace_the_learned_ones():
         ({"num_slots": 2, "num_heads": 3, "slot_dim": 6}, "channels = 8 does not divide by num_heads = 3"),
         ({"num_slots": 2, "etf_for": "keys"}, "etf_for is 'keys'"),
         ({"num_slots": 2, "temperature": 0.0}, "temperature is 0.0"),
+        ({"num_slots": 2, "pair_gate": True}, "pair_gate tells .* it needs balanced=True"),
+        ({"num_slots": 2, "pair_gate": True, "balanced": True, "task_gate": True}, "neither would learn; choose one"),
         ({"num_slots": 2, "projection": "pca", "etf_vertices": 5}, "projection is 'pca'"),
         ({"num_slots": 2, "projection": "learned"}, "etf_vertices is None"),
         ({"num_slots": 2, "projection": "orthonormal", "etf_vertices": 10}, r"rank is 9; it must be in \[1, 8\]"),
@@ -558,10 +566,11 @@ def test_slots_start_orthogonal_and_queries_with_unit_variance():
     np.testing.assert_allclose(np.mean(queries[:width] ** 2), 1, atol=5 * np.sqrt(2 / width**2))
 
 
-def test_task_gates_start_as_the_identity():
+@pytest.mark.parametrize("options", [{"task_gate": True}, {"balanced": True, "slot_exchange": True, "pair_gate": True}])
+def test_gates_start_as_the_identity(options):
     """And learn at once: each has a gradient, though nothing behind them has one yet."""
     features = make_features()
-    module = KEM(3, top_k=4, task_gate=True)
+    module = KEM(3, top_k=4, **options)
     variables = jit(module.init)(jax.random.key(0), features)
 
     def loss(params):
@@ -570,7 +579,9 @@ def test_task_gates_start_as_the_identity():
 
     gradient, outputs = jit(jax.grad(loss, has_aux=True))(variables["params"])
     assert all(np.array_equal(outputs[name], features[name]) for name in features)
-    assert all(np.all(gradient[f"task_gate_{name}"] != 0) for name in features)
+    gates = [name for name in gradient if "_gate_" in name]
+    assert len(gates) == len(features) ** (2 if module.pair_gate else 1)
+    assert all(np.all(gradient[name] != 0) for name in gates)
     assert not np.any(gradient["write"]["value"]["kernel"])
 
 

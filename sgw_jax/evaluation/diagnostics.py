@@ -136,7 +136,8 @@ def _intervene(features: Features, change: Intervention | None = None):
         if not isinstance(context.module, KEM) or context.method_name != "__call__":
             return method(*args, **kwargs)
         if not features:
-            features.update(args[0])
+            # A balanced KEM's tokens lie by sorted names; and so does what it records.
+            features.update(sorted(args[0].items()) if context.module.balanced else args[0])
         return method(features, *args[1:], **kwargs, change=change)
 
     return nn.intercept_methods(intercept)

@@ -76,7 +76,8 @@ def knowledge_extraction(
       values_from: whether values are of the "projected" tokens or of the "features" as they are.
       temperature: divides the scores of the retrieval.
       rounds: how often retrieve and write run.
-      balanced: slots retrieve from every task by itself, see `retrieve_each`; there are then T L of them.
+      balanced: slots retrieve from every task by itself, see `retrieve_each`; there are then T L of them, task by task
+        in the order of the sorted names, and so are the tokens of the records.
       recall: expected share of the k best that a TPU finds, in (0, 1]; None: all, exactly.
       products: on which side the tokens' maps are applied, see products.py; "cheaper" counts.
       placement: how batch and tokens are split over a mesh; None leaves it to the partitioner.
@@ -104,7 +105,9 @@ def knowledge_extraction(
     ((1, 2, 4), [(1, 1, 2, 3)])
     """
     parts = 1 if placement is None else placement.shards()
-    tokens, layout = concatenate_tasks(features, "KEM", parts)
+    # Under jit mappings come sorted: so are the groups of slots, whoever calls, for a state may go from one to another.
+    maps = dict(sorted(features.items())) if balanced else features
+    tokens, layout = concatenate_tasks(maps, "KEM", parts)
     real = None if mask is None else concatenate_mask(mask, layout, "KEM")
     if slots is None:
         initial = params["slots"].astype(dtype)
@@ -155,7 +158,8 @@ def knowledge_extraction(
             update_ratio=_norm(update) / _norm(tokens),
         )
         tokens = broadcast(tokens, update)
-    return Extraction(split_tasks(tokens, layout), slots, records)
+    mixed = split_tasks(tokens, layout)
+    return Extraction({name: mixed[name] for name in features}, slots, records)
 
 
 def _by_task(params: Params, option: str, layout: TokenLayout, dtype: Any) -> Float[Array, "tokens width"] | None:
