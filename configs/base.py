@@ -228,7 +228,7 @@ def get_config() -> ConfigDict:
                     "window_chunk": optional(int),  # windows x heads of an image at a time, at least 1; None = all
                 },
                 "convnext": {  # DINOv3's
-                    "size": "tiny",  # tiny | small | base | large; width overrides it
+                    "size": "tiny",  # atto | tiny | small | base | large; width overrides it
                     "width": optional(int),  # of the first stage, in [1, 8192]
                     "drop_path": 0.0,  # of the last block, in [0, 1), linear from 0
                     "remat": "none",  # none | dots | full

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.claims import comparison, runs, seeds
+from benchmarks.claims import comparison, few_labels, runs, seeds
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.tasks import Depth, SemSeg
@@ -92,6 +92,34 @@ def test_a_result_of_another_configuration_is_refused(tmp_path):
         runs.done(experiment(8), workdir, trunk)
     with pytest.raises(SystemExit, match="made with another trunk"):
         runs.done(experiment(7), workdir, other)
+
+
+def test_labels_of_a_share_of_the_images():
+    """About the share (six standard errors of 512 draws), the same ones again, and fewer of them for a smaller share;
+    images, other tasks and the other splits keep all; a result says it."""
+
+    def experiment(**shares):
+        config = read_config("scenes:tasks=semseg+depth", ["--config.data.lengths.train=512"])
+        config.mesh.data = -1
+        return few_labels.with_few_labels(build(config, "unused"), shares)
+
+    few, fewer = experiment(depth=0.5), experiment(depth=0.05)
+    source = few.data.sources["train"]
+    kept, less = ({i for i in range(512) if e.data.sources["train"].labelled("depth", i)} for e in (few, fewer))
+    assert abs(len(kept) / 512 - 0.5) < 6 * np.sqrt(0.25 / 512)
+    assert less < kept
+    assert all(source.labelled(name, i) for name in ("image", "semseg") for i in range(512))
+    assert few.data.sources["test"] is not source
+    assert runs.made_by(few, None)["labelled"] == {"depth": 0.5}
+    assert runs.made_by(few, None) != runs.made_by(fewer, None)
+    held = few_labels.FewLabels([{"image": 0, "depth": 1}] * 512, {"depth": 0.5})
+    assert {i for i in range(512) if "depth" in held[i]} == kept
+
+
+@pytest.mark.parametrize("given", ["depth", "depth=0", "depth=2", "depth=half"])
+def test_shares_of_labels_that_are_none(given):
+    with pytest.raises(SystemExit, match=f"--labelled {given}: give TASK=SHARE"):
+        few_labels.read_shares([given])
 
 
 def test_confidence_intervals_are_students():

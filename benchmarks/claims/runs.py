@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from absl import logging
 from rich.console import Console
 
+from benchmarks.claims.few_labels import with_few_labels
 from benchmarks.measure import Results
 from sgw_jax.evaluation.diagnostics import diagnose
 from sgw_jax.experiment.build import build
@@ -41,7 +42,8 @@ class Runs:
     """What the runs of a comparison have in common, and where they lie.
 
     config, overrides: of `read_config`. steps: of each run. trunk: a run that each goes on from; None: each starts as
-    the configuration says. A run is complete when its folder has a result.json, which is written last.
+    the configuration says. labelled: task -> share of the training images that have its labels. A run is complete when
+    its folder has a result.json, which is written last.
     """
 
     config: str
@@ -50,6 +52,7 @@ class Runs:
     out: Path
     cache_dir: Path
     trunk: Path | None = None
+    labelled: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def build(self, method: Method, seed: int, steps: int | None = None, tuning: bool = False) -> Experiment:
         """The experiment of one run: the user's configuration, the method's options, no evaluation on the way, and of
@@ -63,7 +66,7 @@ class Runs:
             prepare = getattr(source, "prepare", None)
             if prepare is not None:  # rendered once, read from then on
                 prepare()
-        return experiment
+        return with_few_labels(experiment, self.labelled) if self.labelled else experiment
 
     def tune(self, name: str, method: Method, rates: Sequence[str], begun: Callable[[str], None]) -> dict[str, Any]:
         """Tries the learning rates with a seed of its own, and chooses that of the lowest loss on the validation split:
@@ -112,7 +115,10 @@ def equal_mlp_width(kem: Experiment) -> int:
 
 def made_by(experiment: Experiment, trunk: Path | None) -> dict[str, Any]:
     """What a result depends on: its configuration and its trunk's, wherever that lies."""
-    return {**json.loads(experiment.config.to_json_best_effort()), "trunk": trunk and read_result(trunk)["made_by"]}
+    labelled = experiment.data.sources["train"].fingerprint().get("few_labels")
+    labels = {} if labelled is None else {"labelled": labelled}
+    configuration = json.loads(experiment.config.to_json_best_effort())
+    return {**configuration, **labels, "trunk": trunk and read_result(trunk)["made_by"]}
 
 
 def without_repeats(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
