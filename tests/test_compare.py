@@ -1,5 +1,6 @@
 """The comparison's arithmetic: pairing by seed, signs, spread, and a page that holds the numbers."""
 
+import dataclasses
 import json
 
 import jax
@@ -110,10 +111,28 @@ def test_labels_of_a_share_of_the_images():
     assert less < kept
     assert all(source.labelled(name, i) for name in ("image", "semseg") for i in range(512))
     assert few.data.sources["test"] is not source
-    assert runs.made_by(few, None)["labelled"] == {"depth": 0.5}
+    assert runs.made_by(few, None)["few_labels"] == {"depth": 0.5}
     assert runs.made_by(few, None) != runs.made_by(fewer, None)
     held = few_labels.FewLabels([{"image": 0, "depth": 1}] * 512, {"depth": 0.5})
     assert {i for i in range(512) if "depth" in held[i]} == kept
+
+
+def test_distractors_are_noise_of_their_own(tmp_path):
+    """The same for an item again, another for another task, item and split; the tasks that are scored stay as they are."""
+    made = runs.Runs(
+        "scenes:tasks=semseg+depth", ["--config.data.lengths.train=4"], 2, tmp_path, tmp_path, distractors=2
+    )
+    plain = dataclasses.replace(made, distractors=0)
+    experiment, other = (one.build(("none", {}), seed=0) for one in (made, plain))
+    assert [task.name for task in experiment.tasks] == ["semseg", "depth", "distractor00", "distractor01"]
+    train, test = (experiment.data.sources[split] for split in ("train", "test"))
+    first, second = train[0], train[1]
+    maps = [first["distractor00"], first["distractor01"], second["distractor00"], test[0]["distractor00"]]
+    assert all(np.array_equal(a, b) == (i == j) for i, a in enumerate(maps) for j, b in enumerate(maps))
+    assert np.array_equal(maps[0], train[0]["distractor00"])
+    assert all(map.shape == first["image"].shape[:2] and map.min() >= 1 and map.max() <= 5 for map in maps)
+    assert np.array_equal(first["depth"], other.data.sources["train"][0]["depth"])
+    assert runs.made_by(experiment, None) != runs.made_by(other, None)
 
 
 @pytest.mark.parametrize("given", ["depth", "depth=0", "depth=2", "depth=half"])

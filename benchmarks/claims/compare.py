@@ -12,8 +12,9 @@ parameters after the last step: nothing is chosen by looking at a split. With --
 too, first tries each of these learning rates with a seed of its own, and keeps the one of the lowest loss on the
 validation split: the same budget for all. With --trunk the runs go on from another comparison's trunk, whose tasks may
 be more; with --trunk_steps=0 there is none, and every run starts from random parameters. With --labelled depth=0.05 a
-share of the training images alone has labels of a task; the trunk's have all of theirs. Killed and run again, it goes
-on with the first run that is missing.
+share of the training images alone has labels of a task; the trunk's have all of theirs. With --distractors=10 as many
+tasks of noise are trained beside the others, which alone are scored. Killed and run again, it goes on with the first
+run that is missing.
 """
 
 import argparse
@@ -106,9 +107,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(INTERACTIONS))
     parser.add_argument("--tune", nargs="+", default=[], help="learning rates to choose from on the validation split")
     parser.add_argument("--labelled", nargs="+", default=[], metavar="TASK=SHARE", help="of the training images")
+    parser.add_argument("--distractors", type=int, default=0, help="tasks of noise beside the configuration's")
     parser.add_argument("--results", type=Path, help="where the numbers go too, for the page of results")
     parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "sgw_jax")
     arguments, overrides = parser.parse_known_args(argv)
+    if arguments.distractors and not arguments.no_singles:
+        parser.error("--distractors: there are no single-task models to compare with; add --no_singles.")
     console = begin(arguments.cache_dir)
 
     runs = Runs(arguments.config, overrides, arguments.steps, arguments.out, arguments.cache_dir)
@@ -125,6 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"--trunk: {trunk} is no trunk of a comparison: it has no result.json.")
     trunk_steps = 0 if trunk is None else read_result(trunk)["made_by"]["steps"]
     runs = dataclasses.replace(runs, trunk=trunk, labelled=read_shares(arguments.labelled))
+    runs = dataclasses.replace(runs, distractors=arguments.distractors)
     cases: dict[str, Method] = {name: METHODS[name] for name in arguments.methods}
     if "widened" in cases:
         width = equal_mlp_width(runs.build(("kem", {}), seed=0))
@@ -156,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "steps": arguments.steps,
         "trunk_steps": trunk_steps,
         "labelled": dict(runs.labelled),
+        "distractors": runs.distractors,
         "seeds": arguments.seeds,
         "rates": rates,
         "environment": environment(),
