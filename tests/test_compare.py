@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.claims import comparison, few_labels, runs, seeds
+from benchmarks.claims import compare, comparison, exchange, few_labels, runs, seeds
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.tasks import Depth, SemSeg
@@ -132,6 +132,18 @@ def test_distractors_are_noise_of_their_own(tmp_path):
     assert all(map.shape == first["image"].shape[:2] and map.min() >= 1 and map.max() <= 5 for map in maps)
     assert np.array_equal(first["depth"], other.data.sources["train"][0]["depth"])
     assert runs.made_by(experiment, None) != runs.made_by(other, None)
+
+
+@pytest.mark.parametrize("part", exchange.PARTS)
+def test_the_plan_of_exchange_can_be_run(part):
+    """Its configurations exist, and backbones that stand beside the default's million parameters have about as many."""
+    overrides = [given for given in exchange.PARTS[part] if given.startswith("--config.")]
+    config = read_config("scenes", [*overrides, "--config.steps=500", "--config.mesh.data=-1"])
+    experiment = build(config, None)
+    image = jax.ShapeDtypeStruct((1, *experiment.size, 3), jnp.float32)
+    backbone = jax.eval_shape(experiment.model.init, jax.random.key(0), image)["params"]["backbone"]
+    assert 0.5e6 < sum(leaf.size for leaf in jax.tree.leaves(backbone)) < 2e6
+    assert {given for given in exchange.PARTS[part] if given in compare.METHODS} >= {"none", "kem"}
 
 
 @pytest.mark.parametrize("given", ["depth", "depth=0", "depth=2", "depth=half"])
