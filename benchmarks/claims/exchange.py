@@ -11,9 +11,9 @@
 The plan, written before the runs. Scenes, six tasks, from random parameters, 500 steps: half of the default budget,
 with which the runs would take two days of two cores in place of one. Every method tries the learning rates 1.5e-3 and
 3e-3 with a seed of its own, and keeps that of the lowest loss on the validation split; of KEM with gates and without,
-and of sKEM, validation keeps one. Then five seeds each, scored once on the test split, all reported. noise8 and noise16,
-whose runs are the longest, have three seeds and the configuration's rate. Where time runs out, the comparison ends after
-the last whole seed of all methods (`--seeds`), and the page says how many there are.
+and of sKEM, validation keeps one. Then five seeds each, scored once on the test split, all reported. noise8 and
+noise16, whose runs are the longest, have three seeds and the configuration's rate. Where time runs out, the comparison
+ends after the last whole seed of all methods (`--seeds`), and the page says how many there are.
 """
 
 import argparse
