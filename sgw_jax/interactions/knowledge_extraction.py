@@ -69,7 +69,7 @@ class KEM(nn.Module):
       task_embedding: a learned vector per task added to the tokens that make keys and queries [ours, off].
       task_gate: a learned scalar per task on F^, starting at 0, so that the module starts as the identity and a task
         takes of the workspace what helps it (as ReZero, Bachlechner et al. 2021) [ours, off; measured in
-        docs/results.md].
+        docs/accuracy.md].
       balanced: slots retrieve from every task by itself, L slots and ``top_k`` tokens for each, so that no task is
         crowded out; tokens read all T L of them, which lie by the sorted names of the tasks [ours, off].
       slot_exchange: the slots attend to each other before tokens read them, behind a gate that starts at 0; see
