@@ -72,7 +72,7 @@ class Program:
         if name in CALLS:
             return self._call(parameters[CALLS[name]], operands)
         if name == "scan":
-            return self._scan(operands, **parameters)
+            return self._scan(equation, operands)
         results = [
             Result(self._shape(variable.aval.shape), np.dtype(variable.aval.dtype)) for variable in equation.outvars
         ]
@@ -89,23 +89,23 @@ class Program:
         made = PRIMITIVES[name](self.graph, results, *operands, **parameters)
         return made if isinstance(made, list) else [made]
 
-    def _call(self, program: Any, operands: list[Value]) -> list[Value]:
-        if isinstance(program, Jaxpr):
-            return self._run(program, [], operands)
-        return self._run(program.jaxpr, [constant(leaf) for leaf in program.consts], operands)
+    def _call(self, program: Any, operands: Sequence[Value]) -> list[Value]:
+        """The results of a program inside, which JAX holds with its constants or without."""
+        consts = [constant(leaf) for leaf in getattr(program, "consts", ())]
+        return self._run(getattr(program, "jaxpr", program), consts, operands)
 
-    def _scan(
-        self,
-        operands: list[Value],
-        *,
-        jaxpr: Any,
-        length: int,
-        num_consts: int,
-        num_carry: int,
-        reverse: bool,
-        **_: Any,
-    ) -> list[Value]:
-        """Step by step: a runtime then plans the whole network as one, which it does not through a loop."""
+    def _scan(self, equation: Any, operands: list[Value]) -> list[Value]:
+        """Step by step: a runtime then plans the whole network as one, which it does not through a loop.
+
+        What is shared, carried and taken row by row is told by ranks; how JAX writes it down changes between releases.
+        """
+        jaxpr, length, reverse = (equation.params[name] for name in ("jaxpr", "length", "reverse"))
+        inner = getattr(jaxpr, "jaxpr", jaxpr)
+        num_rows = sum(len(v.shape) > len(i.aval.shape) for v, i in zip(operands, inner.invars, strict=True))
+        num_carry = sum(
+            len(out.aval.shape) == len(i.aval.shape) for out, i in zip(equation.outvars, inner.outvars, strict=True)
+        )
+        num_consts = len(operands) - num_carry - num_rows
         shared, carry = operands[:num_consts], operands[num_consts : num_consts + num_carry]
         rows: list[list[Value]] = []
         for step in reversed(range(length)) if reverse else range(length):
@@ -172,9 +172,9 @@ class Program:
         return Batch(int(times))
 
 
-def _places(shape: Sequence[Any], parameters: Mapping[str, Any]) -> dict[str, list[int]]:
+def _places(shape: Sequence[Any], parameters: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Where a slice begins and ends; with the batch in it, it counts from the end, as ONNX does."""
-    found = {}
+    found: dict[str, list[Any]] = {}
     for name, end in (("start_indices", 0), ("limit_indices", END)):
         ends = zip(parameters[name], shape, strict=True)
         found[name] = [at if isinstance(at, int | np.integer) else (at - length or end) for at, length in ends]
