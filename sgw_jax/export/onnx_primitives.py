@@ -196,7 +196,7 @@ def _convert(graph: Graph, results: Sequence[Result], value: Value, **_: Any) ->
 ELEMENTWISE.add("convert_element_type")
 
 
-@primitive("stop_gradient", "copy", "copy_p", "sharding_constraint", "reduce_precision", "optimization_barrier")
+@primitive("stop_gradient", "copy", "sharding_constraint", "optimization_barrier")
 def _same(graph: Graph, results: Sequence[Result], *values: Value, **_: Any) -> list[Value]:
     return list(values)
 
