@@ -18,6 +18,7 @@ from sgw_jax.export.hub import locate, upload
 from sgw_jax.export.stablehlo import StableHLO, load_stablehlo
 from sgw_jax.layers.resize import places
 from sgw_jax.model import MultiTaskModel
+from sgw_jax.prediction.options import Options
 from sgw_jax.run.saved_run import open_run, saved_model
 from sgw_jax.tasks import TASKS
 from sgw_jax.tasks.base import Task
@@ -208,13 +209,14 @@ class Predictor:
         options: dict[str, Any] = {"step": network.step, "batch_size": batch_size}
         return cls(network, network.parameters, network.tasks, network.size, **options)
 
-    def __call__(self, images: Any) -> dict[str, Any]:
+    def __call__(self, images: Any, options: Options | None = None) -> dict[str, Any]:
         """Decoded maps by task.
 
         Args:
           images: RGB, uint8 or float in [0, 1] (rounded to 8 bits, which is what the network was trained on): one
             (H, W, 3), whose maps are returned as they are; a batch (N, H, W, 3), whose maps get the leading axis N; or
             a list of images of any sizes, which gives a list per task.
+          options: resolution, flips, confidence; None: `Options()`.
 
         Returns:
           Labels uint8 (H, W), depth float32 (H, W) in metres, unit normals float32 (H, W, 3), probabilities of edges
@@ -227,24 +229,27 @@ class Predictor:
             checked = [check_image(image, f"image {index}") for index, image in enumerate(images)]
             if not checked:
                 raise InputError("predictor: the list of images is empty; give at least one image.")
-            return self._gathered(checked)
+            return self._gathered(checked, options)
         array = np.asarray(images)
         if array.ndim != 4:
-            return next(self.stream([array]))
+            return next(self.stream([array], options))
         if not len(array):
             raise InputError(f"predictor: the batch has shape {array.shape}, no image; give at least one image.")
-        maps = self._gathered([check_image(image, f"image {index}") for index, image in enumerate(array)])
+        maps = self._gathered([check_image(image, f"image {index}") for index, image in enumerate(array)], options)
         return {name: np.stack(values) for name, values in maps.items()}
 
-    def stream(self, images: Iterable[Any]) -> Iterator[dict[str, np.ndarray]]:
+    def stream(self, images: Iterable[Any], options: Options | None = None) -> Iterator[dict[str, np.ndarray]]:
         """The maps of one image after another, in order; only `batch_size` images are held at a time.
 
         Args:
           images: as of a call, one after another.
+          options: as of a call.
 
         Returns:
           Their maps by task.
         """
+        if options is not None and not options.whole:
+            raise NotImplementedError(f"predictor: {options} comes with a later commit.")
         for group in _grouped(images, self.batch_size):
             checked = [check_image(image, "image") for image in group]
             fitted = [resize_to_fit(image, self.size) for image in checked]
@@ -255,9 +260,9 @@ class Predictor:
             for row, (image, copy) in enumerate(zip(checked, fitted, strict=True)):
                 yield self._restored(raw, row, copy.shape[:2], image.shape[:2])
 
-    def _gathered(self, images: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
-        maps = list(self.stream(images))
-        return {task.name: [found[task.name] for found in maps] for task in self.tasks}
+    def _gathered(self, images: Sequence[np.ndarray], options: Options | None) -> dict[str, list[np.ndarray]]:
+        maps = list(self.stream(images, options))
+        return {name: [found[name] for found in maps] for name in maps[0]}
 
     def _restored(
         self, raw: Mapping[str, Array], row: int, inner: tuple[int, int], size: tuple[int, int]
