@@ -9,6 +9,7 @@ is no other mark that could be lost, and what somebody deletes is made anew.
 """
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from sgw_jax.experiment.ranges import OneOf
 from sgw_jax.pictures.panels import Drawn
 from sgw_jax.prediction.arrays import suffix
 from sgw_jax.prediction.background import in_background
+from sgw_jax.prediction.image_files import real_path
 
 ARRAYS, FORMATS = ("npz", "png", "none"), ("files", "array_record")
 TEMPORARY = re.compile(r"(.+)\.\d+\.tmp")  # of `atomic.replacing`
@@ -207,6 +209,35 @@ class Files:
                 with files_named(f"{place} cannot be listed"):
                     names = os.listdir(place)
                 yield from (f"{folder}/{name}" if folder else name for name in names)
+
+
+def check_output(output: Path, inputs: Sequence[Path | str]) -> None:
+    """Raises where the output is no directory, or is an input, so that results would be taken for images."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output: {output} is a file; give a directory.")
+    if real_path(output) in {real_path(Path(path)) for path in inputs if Path(path).is_dir()}:
+        raise InputError(f"--output: {output} is also an input, which the results would join; give another.")
+
+
+def check_targets(targets: Iterable[Path], inputs: Sequence[Path | str], files: Iterable[Path]) -> None:
+    """Raises where a result would replace a file that is an input, or be taken for one the next time.
+
+    Args:
+      targets: where the results go.
+      inputs: as the user named them.
+      files: that they are.
+
+    Raises:
+      ValueError: names the target.
+    """
+    there = {real_path(file) for file in files}
+    folders = {real_path(Path(path)) for path in inputs if Path(path).is_dir()}
+    real = functools.cache(real_path)  # of the few folders of many results
+    for target in targets:
+        if real(target.parent) / target.name in there:
+            raise InputError(f"--output: {target} would replace the input {target.name}; give another.")
+        if real(target.parent) in folders:
+            raise InputError(f"--output: {target} would join the input {target.parent}; give another.")
 
 
 @contextlib.contextmanager

@@ -25,12 +25,22 @@ from sgw_jax.prediction.image_files import (
     output_names,
     pixel_count,
     read_image,
-    real_path,
     unreadable,
 )
 from sgw_jax.prediction.manifest import Manifest, manifest_of
 from sgw_jax.prediction.options import Options
-from sgw_jax.prediction.outputs import NPZ, PANEL, Files, Form, Part, Picture, Store, Write
+from sgw_jax.prediction.outputs import (
+    NPZ,
+    PANEL,
+    Files,
+    Form,
+    Part,
+    Picture,
+    Store,
+    Write,
+    check_output,
+    check_targets,
+)
 from sgw_jax.prediction.predictor import Predictor
 from sgw_jax.prediction.shares import Share
 from sgw_jax.prediction.source import Source
@@ -78,9 +88,9 @@ def predict_files(
     images = dict(zip(output_names(files), files, strict=True))
     check_output(output, inputs)
     predictor = source.load()
-    drawn = [*predictor.tasks, *(sureness_of(predictor.tasks) if options.confidence else [])]
+    drawn: list[Drawn] = [*predictor.tasks, *(sureness_of(predictor.tasks) if options.confidence else [])]
     store = store_of(output, form, drawn, images)
-    check_targets(store, inputs, images)
+    check_targets((target for name in images for target in store.targets(name)), inputs, files)
     settings = {"options": dataclasses.asdict(options), **dataclasses.asdict(form)}
     manifest = manifest_of(predictor, str(source), settings, drawn, images)
     manifest.after(Manifest.read(output), output, store.begun)
@@ -128,27 +138,6 @@ def store_of(output: Path, form: Form, drawn: Sequence[Drawn], images: Mapping[s
     from sgw_jax.prediction.shards import Shards  # here: what it imports takes seconds
 
     return Shards(output, parts, images)
-
-
-def check_output(output: Path, inputs: Sequence[Path | str]) -> None:
-    """Raises where the output is no directory, or is an input, so that results would be taken for images."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output: {output} is a file; give a directory.")
-    if real_path(output) in {real_path(Path(path)) for path in inputs if Path(path).is_dir()}:
-        raise InputError(f"--output: {output} is also an input, whose images the panels would join; give another.")
-
-
-def check_targets(store: Store, inputs: Sequence[Path | str], images: Mapping[str, Path]) -> None:
-    """Raises where a result would replace an image that is an input, or be taken for an input the next time."""
-    files = {real_path(file) for file in images.values()}
-    folders = {real_path(Path(path)) for path in inputs if Path(path).is_dir()}
-    real = functools.cache(real_path)  # of the few folders of many results
-    for name in images:
-        for target in store.targets(name):
-            if real(target.parent) / target.name in files:
-                raise InputError(f"--output: {target} would replace the input {target.name}; give another.")
-            if real(target.parent) in folders:
-                raise InputError(f"--output: {target} would join the input {target.parent}; give another.")
 
 
 def _check_readable(bad: Mapping[Path, str], files: Sequence[Path], mine: Sequence[Path], skip_bad: bool) -> None:
