@@ -218,6 +218,12 @@ class SemSeg(Task):
         """uint8 labels (..., height, width)."""
         return jnp.argmax(self.float32(prediction), axis=-1).astype(jnp.uint8)
 
+    def confidence(self, prediction: Array) -> dict[str, Array]:
+        """probability: softmax of the class that `decode` returns; entropy: -sum p ln p / ln num_classes, in [0, 1]."""
+        log_share = jax.nn.log_softmax(self.float32(prediction), axis=-1)
+        entropy = -jnp.sum(jnp.exp(log_share) * log_share, axis=-1) / math.log(self.num_classes)
+        return {"probability": jnp.exp(jnp.max(log_share, axis=-1)), "entropy": jnp.clip(entropy, 0, 1)}
+
     def from_decoded(self, decoded: np.ndarray) -> np.ndarray:
         """One-hot labels; floats (batch, height, width, num_classes) are scores already."""
         if decoded.ndim == 4:
