@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sgw_jax import KEM, TASKS, MultiTaskModel
+from sgw_jax.data_pipelines.transforms import normalise
 from sgw_jax.export.stablehlo import export_stablehlo
 from sgw_jax.prediction.options import Options
 from sgw_jax.prediction.predictor import Predictor
@@ -37,9 +38,9 @@ class Pixelwise:
         return {task.name: self.of(image, task.channels, seed) for seed, task in enumerate(tasks(), 1)}
 
     def of(self, image, channels: int, seed: int):
-        factors = jnp.asarray(np.random.default_rng(seed).normal(size=(channels, 3)), jnp.float32)
+        factors = jnp.asarray(np.random.default_rng(seed).normal(size=(channels, 3)) / 5, jnp.float32)
         # One product and sum after another: no matrix product, whose order of sums could depend on the size.
-        return jnp.stack([sum(image[..., c] * row[c] for c in range(3)) + 0.3 for row in factors], axis=-1)
+        return jnp.stack([sum(image[..., c] * row[c] for c in range(3)) + 1 for row in factors], axis=-1)
 
 
 class Shifted(Pixelwise):
@@ -67,7 +68,7 @@ def noise(*size: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
-def assert_alike(found: dict[str, Any], expected: dict[str, Any], maps: dict[str, int] | None = None) -> None:
+def assert_alike(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Labels are equal; else a few roundings of values whose size is a few units."""
     assert set(found) == set(expected)
     for name, value in expected.items():
@@ -118,17 +119,16 @@ class Tilewise:
 
 
 def test_no_seams_where_tiles_disagree() -> None:
-    """The share of one of two windows h(i + d), h(i), d apart, changes by at most pi / (2 s) a pixel, s = sin^2 + cos^2
-    of theirs being at least 1/2 where both are seen: a step is spread over the overlap."""
+    """Half a tile T apart two windows are sin^2 and cos^2: a share changes by at most pi / T a pixel."""
     found = Predictor(Tilewise(), {}, [Depth()], SIZE, batch_size=4)  # type: ignore[arg-type]
-    image = np.zeros((32, 160, 3), np.uint8)
-    image[:, 80:] = 255
+    image = np.zeros((32, 192, 3), np.uint8)
+    image[:, 96:] = 255
     depth = found(image, Options("native", 0.5))["depth"]
     hard = found(image, Options("native", 0.0))["depth"]
     steps, seam = np.abs(np.diff(depth, axis=1)).max(), np.abs(np.diff(hard, axis=1)).max()
     assert np.ptp(depth) > 2
     assert seam > 1
-    assert steps < np.ptp(depth) * math.pi / 32
+    assert steps < np.ptp(depth) * math.pi / 64
 
 
 def test_windows_sum_to_one_on_one_grid() -> None:
@@ -138,7 +138,7 @@ def test_windows_sum_to_one_on_one_grid() -> None:
         overlap, stride = float(rng.choice([0, 0.1, 0.25, 0.5, 0.9])), int(rng.choice([1, 4, 7, 32]))
         line = axis(length, tile, overlap, stride)
         first, last = line.margin, line.margin + length
-        assert 0 <= first
+        assert first >= 0
         assert last <= line.canvas
         gaps = np.diff(line.offsets)
         if length <= tile:
@@ -194,7 +194,7 @@ def mirrored(maps: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return flipped
 
 
-@pytest.mark.parametrize("size", [(32, 64), (31, 63), (20, 33), (75, 139), (47, 200)], ids=str)
+@pytest.mark.parametrize("size", [(32, 64), (31, 63), (20, 33), (75, 139), (47, 190)], ids=str)
 @pytest.mark.parametrize("resolution", ["fit", "native"])
 def test_a_mirror_image_has_the_mirror_images_maps(size: tuple[int, int], resolution: Any, sided: Predictor) -> None:
     image, options = noise(*size), Options(resolution, flip=True, confidence=True)
@@ -210,7 +210,8 @@ def test_a_mirror_image_has_the_mirror_images_maps(size: tuple[int, int], resolu
 def test_the_average_of_two_passes(sided: Predictor) -> None:
     image = noise(*SIZE)
     one, two = sided(image), mirrored(sided(np.flip(image, 1)))
-    raw = [Shifted().apply({}, sided_batch(view)) for view in (image, np.flip(image, 1))]
+    batches = [normalise(np.ascontiguousarray(view))[None] for view in (image, np.flip(image, 1))]
+    raw = [Shifted().apply({}, batch) for batch in batches]
     found = sided(image, Options(flip=True, confidence=True))
     logits = (np.asarray(raw[0]["semseg"][0]) + np.asarray(raw[1]["semseg"][0])[:, ::-1]).astype(np.float64) / 2
     np.testing.assert_array_equal(found["semseg"], logits.argmax(-1))
@@ -231,18 +232,12 @@ def test_the_average_of_two_passes(sided: Predictor) -> None:
     np.testing.assert_allclose(found["edges"], 1 / (1 + np.exp(-mean)), rtol=0, atol=64 * EPS)
 
 
-def sided_batch(image: np.ndarray) -> Any:
-    from sgw_jax.data_pipelines.transforms import normalise
-
-    return normalise(np.ascontiguousarray(image))[None]
-
-
 # --- confidence
 
 
 def test_one_pass_has_no_spread(local: Predictor) -> None:
     for options in (Options(confidence=True), Options("native", 0, confidence=True)):
-        found = local(noise(50, 90), options)
+        found = local(noise(64, 128), options)
         assert set(found) - set(local(noise(2, 2))) == {
             "semseg_probability",
             "semseg_entropy",
@@ -273,7 +268,7 @@ def test_tiles_that_disagree_spread() -> None:
 def test_a_task_by_the_name_of_anothers_confidence_is_refused() -> None:
     class Two:
         def apply(self, variables, image):
-            return {name: image[..., :1] for name in ("depth", "depth_spread")}
+            return dict.fromkeys(("depth", "depth_spread"), image[..., :1])
 
     found = Predictor(Two(), {}, [Depth(), Depth(name="depth_spread")], SIZE)  # type: ignore[arg-type]
     found(noise(4, 4))
@@ -284,6 +279,9 @@ def test_a_task_by_the_name_of_anothers_confidence_is_refused() -> None:
 # --- real networks, devices
 
 
+FEW = (SemSeg(num_classes=3), TASKS["normals"]())
+
+
 class Backbone(nn.Module):
     @nn.compact
     def __call__(self, image, train=False):
@@ -292,7 +290,7 @@ class Backbone(nn.Module):
 
 @pytest.fixture(scope="module")
 def network() -> tuple[MultiTaskModel, Any]:
-    model = MultiTaskModel(tasks(), Backbone(), KEM(num_slots=2), channels=4)
+    model = MultiTaskModel(FEW, Backbone(), KEM(num_slots=2), channels=4)
     return model, jax.jit(model.init)(jax.random.key(0), jnp.ones((1, *SIZE, 3)))
 
 
@@ -300,10 +298,10 @@ def test_devices_share_a_batch(network, tmp_path: Path) -> None:
     """Each of the eight computes its row as one device alone does, of a network and of its StableHLO."""
     assert jax.local_device_count() == 8
     images, options = [noise(70, 150), noise(30, 60)], Options("native", flip=True, confidence=True)
-    alone = Predictor(network[0], network[1], tasks(), SIZE, batch_size=1)(images, options)
-    shared = Predictor(network[0], network[1], tasks(), SIZE, batch_size=8)
+    alone = Predictor(network[0], network[1], FEW, SIZE, batch_size=1)(images, options)
+    shared = Predictor(network[0], network[1], FEW, SIZE, batch_size=8)
     assert len(shared._network._sharding.device_set) == 8
-    export_stablehlo(*network, tasks(), SIZE, tmp_path / "a.stablehlo", platforms=["cpu"], any_size=False)
+    export_stablehlo(*network, FEW, SIZE, tmp_path / "a.stablehlo", platforms=["cpu"], any_size=False)
     loaded = Predictor.from_stablehlo(tmp_path / "a.stablehlo", batch_size=8)
     for found in (shared(images, options), loaded(images, options)):
         assert set(found) == set(alone)

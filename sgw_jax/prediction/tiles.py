@@ -1,9 +1,9 @@
 """Where tiles lie on an image: offsets, windows that sum to one, and the cutting itself. NumPy alone.
 
-An image lies in the middle of a canvas, along each axis on its own: of the tile's length T if it fits into one, else the
-shortest of T + k stride that holds it. Tiles lie on the canvas at multiples of the network's coarsest stride, evenly
-spread, the first and the last at its ends, neighbours with `overlap` T in common at least. So all see the same grid of
-features [our decision; the price is less than a stride of the mean colour around an image].
+An image lies in the middle of a canvas, along each axis on its own: of the tile's length T if it fits into one, else
+the shortest of T + k stride that holds it. Tiles lie on the canvas at multiples of the network's coarsest stride,
+evenly spread, the first and the last at its ends, neighbours with `overlap` T in common at least. So all see the same
+grid of features [our decision; the price is less than a stride of the mean colour around an image].
 """
 
 import dataclasses
