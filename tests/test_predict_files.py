@@ -1,5 +1,6 @@
 """The files of predictions: formats and their rounding, lists, shares, what a second call does, killed processes."""
 
+import errno
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from rich.console import Console
 from test_predict import workdir  # noqa: F401 [a fixture]
 
 from sgw_jax.__main__ import main
-from sgw_jax.data_pipelines import readers
+from sgw_jax.data_pipelines import atomic, readers
 from sgw_jax.data_pipelines.scenes import SEMSEG_CLASSES
 from sgw_jax.prediction import arrays, background, shards
 from sgw_jax.prediction.confidence_maps import confidence_maps
@@ -337,6 +338,24 @@ def test_results_of_something_else_are_refused(
     (out / "predictions.json").unlink()
     whole = contents(out)
     refused(r"p0\.npz is there, but predictions\.json does not say of which image")
+
+
+def test_names_that_differ_by_case_alone_do_not_meet(loaded: Predictor, photos: Path, tmp_path: Path) -> None:
+    predict_files(MODEL, [photos / "p0.png"], tmp_path / "out", QUIET)
+    (photos / "p1.png").rename(photos / "P0.png")
+    with pytest.raises(ValueError, match="results of the name p0, which differs from P0 by case alone"):
+        predict_files(MODEL, [photos / "P0.png"], tmp_path / "out", QUIET)
+
+
+def test_a_disk_without_locks_is_written_to(loaded: Predictor, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert len(predict_files(MODEL, [photos], tmp_path / "out", QUIET)) == 5
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == 5
+    with pytest.raises(OSError, match="not implemented"), atomic.alone(tmp_path / "lock", lambda: None):
+        pass
 
 
 def test_a_network_is_known_by_its_numbers(predictor: Predictor) -> None:
