@@ -242,7 +242,7 @@ def test_maps_of_confidence_are_stored_and_drawn(loaded: Predictor, photos: Path
         predict_files(MODEL, [photos / "p0.png"], tmp_path / "npz", QUIET, options=Options(flip=True))
     ramp = np.linspace(0, 180, 12, dtype=np.float32).reshape(3, 4)
     angle = next(about for about in drawn if about.name == "normals_spread")
-    assert [text for text, _ in angle.legend(ramp)] == ["0 °", "45 °", "90 °", "135 °", "180 °"]
+    assert [text for text, _ in angle.legend(ramp)] == ["0 deg", "45 deg", "90 deg", "135 deg", "180 deg"]
     assert angle.draw(ramp[:, :2], like=ramp).shape == (3, 2, 3)
     with pytest.raises(ValueError, match="Neither arrays nor panels"):
         Form("none", panels=False)

@@ -9,7 +9,7 @@ from sgw_jax.pictures.sureness import Sureness
 from sgw_jax.prediction.blending import Blending
 from sgw_jax.tasks.base import Task
 
-SPREADS = {"depth": ("depth", "m"), "vectors": ("angle", "°")}  # kind of a target -> kind and unit of its spread
+SPREADS = {"depth": ("depth", "m"), "vectors": ("angle", "deg")}  # kind of a target -> kind and unit of its spread
 
 
 def confidence_maps(tasks: Iterable[Task]) -> list[Sureness]:
