@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 import sgw_jax
-from sgw_jax.data_pipelines.atomic import alone, write_atomically
+from sgw_jax.data_pipelines.atomic import alone, replacing
 from sgw_jax.data_pipelines.errors import InputError, files_named
 from sgw_jax.data_pipelines.json_files import read_object
 from sgw_jax.pictures.panels import Drawn
@@ -147,7 +147,8 @@ class Manifest:
                 whole = self.after(earlier, output, begun)
                 if earlier is None or earlier.images != whole.images:
                     content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(whole)}
-                    write_atomically(output / NAME, json.dumps(content, ensure_ascii=False, indent=1))
+                    with replacing(output / NAME, contended=True) as temporary:
+                        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def manifest_of(
