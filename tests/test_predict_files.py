@@ -110,6 +110,11 @@ def test_pictures_hold_maps_within_their_rounding(loaded: Predictor, photos: Pat
         # Half a level, and the float32 rounding of a few operations on levels.
         allowed = arrays.rounding(kind) * (1 + 1e-6) + 4 * eps * np.abs(expected[name]).max()
         assert np.abs(found - expected[name]).max() <= allowed, name
+    for axes, words in (("opencv", "y down, z forward"), ("opengl", "y up")):
+        with (tmp_path / "normals.png").open("wb") as file:
+            arrays.write_picture(file, expected["normals"], Normals(axes=axes))
+        with Image.open(tmp_path / "normals.png") as picture:
+            assert words in picture.text["Description"]
     with Image.open(out / "semseg" / "p3.png") as picture:
         assert picture.mode == "P"
         assert json.loads(picture.text[arrays.CLASSES]) == list(SEMSEG_CLASSES)
@@ -338,6 +343,25 @@ def test_results_of_something_else_are_refused(
     (out / "predictions.json").unlink()
     whole = contents(out)
     refused(r"p0\.npz is there, but predictions\.json does not say of which image")
+
+
+def test_a_damaged_manifest_is_named(loaded: Predictor, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict_files(MODEL, [photos / "p0.png"], out, QUIET)
+    whole = json.loads((out / "predictions.json").read_text())
+    for damaged, match in (
+        ("{", "is damaged: it is no JSON"),
+        ({}, "it has no format, version"),
+        ({**whole, "version": 2}, "version 2; this release knows"),
+        ({**whole, "images": {"p0": 3}}, "a part of it is missing"),
+        ({**whole, "maps": {"depth": {}}}, "a part of it is missing"),
+        ({**whole, "settings": []}, "a part of it is missing"),
+    ):
+        (out / "predictions.json").write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+        for read in (lambda: predict_files(MODEL, [photos], out, QUIET), lambda: next(read_predictions(out))):
+            with pytest.raises(ValueError, match=match):
+                read()
+    assert not (out / "p1.png").exists()
 
 
 def test_names_that_differ_by_case_alone_do_not_meet(loaded: Predictor, photos: Path, tmp_path: Path) -> None:
