@@ -19,7 +19,7 @@ COMMANDS = {
     "check": "Look at the data of a configuration, as every training does first. Needs no network.",
     "train": "Train, or go on where --workdir stands; then evaluate and write report.html.",
     "evaluate": "Evaluate a run's checkpoint on a split.",
-    "predict": "Predict on image files: panels (PNG) and arrays (npz).",
+    "predict": "Predict on files of images, panels (PNG) and arrays (npz), and of videos (mp4).",
     "export": "Write a run's checkpoint for others: a folder to share, of the hub's form.",
     "score": "Score anybody's predictions of a split, by a configuration's protocol. Needs no network.",
     "plan": "What a configuration costs by module: parameters, MACs, FLOPs, memory. Needs no data.",
@@ -35,6 +35,7 @@ examples:
   python -m sgw_jax train --config=scenes --workdir=runs/tuned --init_from=runs/scenes
   python -m sgw_jax evaluate --workdir=runs/scenes --split=validation
   python -m sgw_jax predict --workdir=runs/scenes --output=pictures photo.jpg folder/
+  python -m sgw_jax predict --workdir=runs/scenes --output=videos --video=depth movie.mp4
   python -m sgw_jax export --workdir=runs/scenes --output=scenes-model --license=apache-2.0
   python -m sgw_jax score --predictions=theirs --config=nyud --config.data.root=DIR --config.protocol=published
   python -m sgw_jax plan --config=nyud:swin_l,interaction=skem --topology=v5e:4x4 --config.mesh.name=fsdp
@@ -117,9 +118,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--mesh", type=_mesh, help="in place of the run's, for another number of devices")
     sub = command("predict")
     sub.add_argument("--output", required=True, type=user_path, help="directory for the results")
+    help = "of a video, what the result shows: panels, or one task by its name (default: panels)"
+    sub.add_argument("--video", metavar="panels|TASK", help=help)
+    help = "of a video, take this share, above 0 and at most 1, of each frame's first slots from the frame before"
+    sub.add_argument("--carry_slots", "--carry-slots", type=_share, metavar="SHARE", help=help)
     help = "leave out images that cannot be read, list them at the end on standard error, and end with exit code 0"
     sub.add_argument("--skip_bad", "--skip-bad", action="store_true", help=help)
-    sub.add_argument("inputs", nargs="+", type=user_path, help="image files or directories")
+    sub.add_argument("inputs", nargs="+", type=user_path, help="files of images or videos, or directories of them")
     sub = command("export")
     sub.add_argument("--output", required=True, type=user_path, help="directory or file that is not there yet")
     help = "folder: tensors, configuration and a card, as the hub has them; stablehlo: a file that JAX alone runs"
@@ -171,6 +176,16 @@ def _whole(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least 1")
     return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
+    return share
 
 
 def _mesh(name: str) -> str:

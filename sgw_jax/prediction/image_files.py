@@ -181,15 +181,17 @@ def output_names(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def check_output(output: Path, inputs: Sequence[Path | str], files: Sequence[Path], names: Sequence[str]) -> None:
-    """Raises where a panel would replace an image that is an input, or be taken for an input the next time."""
+def check_output(
+    output: Path, inputs: Sequence[Path | str], files: Sequence[Path], names: Sequence[str], suffix: str = ".png"
+) -> None:
+    """Raises where a panel would replace a file that is an input, or be taken for an input the next time."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output: {output} is a file; give a directory.")
     if _real(output) in {_real(Path(path)) for path in inputs if Path(path).is_dir()}:
-        raise InputError(f"--output: {output} is also an input, whose images the panels would join; give another.")
+        raise InputError(f"--output: {output} is also an input, which the panels would join; give another.")
     images = {_real(file) for file in files}
     for name in names:
-        target = _real(output / f"{name}.png")
+        target = _real(output / f"{name}{suffix}")
         if target in images:
             raise InputError(f"--output: the panel {target.name} would replace the input {target}; give another.")
 

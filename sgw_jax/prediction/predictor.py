@@ -1,7 +1,8 @@
 """Prediction for images of any size: arrays in, decoded maps out."""
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy as copied
 from pathlib import Path
 from typing import Any, Self
 
@@ -208,6 +209,19 @@ class Predictor:
         network = load_stablehlo(path, kinds or TASKS)
         options: dict[str, Any] = {"step": network.step, "batch_size": batch_size}
         return cls(network, network.parameters, network.tasks, network.size, **options)
+
+    def with_network(self, network: Callable[[Mapping[str, Any], Array], dict[str, Array]]) -> Self:
+        """This predictor, an image at a time and with another network: one that remembers, say (`CarriedSlots`).
+
+        Args:
+          network: (variables, normalised images (1, height, width, 3)) -> raw predictions by task.
+
+        Returns:
+          A copy; `module` stays what it is.
+        """
+        twin = copied(self)
+        twin._network, twin.batch_size = network, 1
+        return twin
 
     def __call__(self, images: Any, options: Options | None = None) -> dict[str, Any]:
         """Decoded maps by task.
