@@ -50,7 +50,8 @@ class Backbone(nn.Module):
         return {stride: image[:, ::stride, ::stride] for stride in (4, 8)}
 
 
-def network(interaction=None, tasks=(Depth(),), **options) -> Predictor:
+def network(interaction=None, tasks=None, **options) -> Predictor:
+    tasks = tasks or (Depth(),)
     model = MultiTaskModel(tasks, Backbone(), interaction or KEM(3, top_k=5), channels=8, **options)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *SIZE, 3)))
     return Predictor(model, variables, tasks, SIZE, batch_size=2)
@@ -373,7 +374,7 @@ def test_slots_left_fit_those_that_start(interaction, options, strides: list[int
 
     start, left = jax.eval_shape(run, jnp.zeros((2, *SIZE, 3)))
     width = 6 if isinstance(interaction, KEM) else 8
-    assert {stride: value.shape for stride, value in left.items()} == {stride: (2, 3, width) for stride in strides}
+    assert {stride: value.shape for stride, value in left.items()} == dict.fromkeys(strides, (2, 3, width))
     assert start == left
 
 

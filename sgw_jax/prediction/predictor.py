@@ -96,7 +96,7 @@ class Predictor:
         self.config, self.step, self.origin = config, step, origin
         self.size, self.batch_size = (int(size[0]), int(size[1])), batch_size
         self.module, self.variables = model, variables
-        self._network = jax.jit(model.apply)
+        self._network: Callable[..., Any] = jax.jit(model.apply)
         self._decode = jax.jit(self._decoded_at)
 
     @classmethod

@@ -249,7 +249,7 @@ def writing(path: Path, size: tuple[int, int], rate: Fraction, tick: Fraction) -
         codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
         codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
 
-        shown: dict[int, int] = {}  # of the frames that the encoder holds, by their times
+        shown: dict[Any, int] = {}  # of the frames that the encoder holds, by their times
 
         def mux(frame: Any = None) -> None:
             for packet in stream.encode(frame):
