@@ -46,6 +46,9 @@ def kem(etf_vertices: int | None = None) -> dict[str, Any]:
         "pre_norm": False,  # LayerNorm before the projections
         "task_embedding": False,  # a learned vector per task on keys and queries
         "task_gate": False,  # a learned scalar per task on what is written back, from 0: it starts as the identity
+        "balanced": False,  # slots retrieve from every task by itself: num_slots of them, top_k tokens each
+        "slot_exchange": False,  # the slots attend to each other, behind a gate from 0
+        "pair_gate": False,  # balanced: a learned scalar per pair of tasks on what one reads of the other, from 0
         "rounds": 1,  # retrieve-write rounds with the same weights, in [1, 64]
         "recall": optional(float),  # on TPUs: find the top k approximately, this expected share of them, in (0, 1]
         "temperature": 1.0,  # the scores of the retrieval are divided by it; positive
@@ -66,6 +69,7 @@ def mixture_source(**changed: Any) -> dict[str, Any]:
         "num_parts": 7,  # folder: of its human_parts, in [2, 255]
         "class_names": (),  # folder: of its semseg
         "part_names": (),  # folder: of its human_parts
+        "normals_axes": "opencv",  # of its normals: opencv | opengl
         # The run's tasks that it has labels of. KIND@LABEL, such as semseg@street, is a head of its own for labels of
         # that kind, in config.tasks too.
         "tasks": ("semseg",),
@@ -105,6 +109,8 @@ def get_config() -> ConfigDict:
                 # folder: names of these classes, in the order of their numbers; () makes them "class 0", "class 1" ...
                 "class_names": (),  # of semseg
                 "part_names": (),  # of human_parts; of seven parts () is PASCAL-Context's
+                # The labels' axes: opencv = x right, y down, z forward | opengl = x right, y up, z to the viewer.
+                "normals_axes": "opencv",
                 "size": (64, 96),  # height, width that the network sees, in training and evaluation; each in [1, 16384]
                 # How images of other sizes come to it; scores are those of each image's own size, whatever the fit.
                 # resize: enlarged or shrunk to the largest copy inside, before augmentation as in evaluation.
@@ -222,7 +228,7 @@ def get_config() -> ConfigDict:
                     "window_chunk": optional(int),  # windows x heads of an image at a time, at least 1; None = all
                 },
                 "convnext": {  # DINOv3's
-                    "size": "tiny",  # tiny | small | base | large; width overrides it
+                    "size": "tiny",  # atto | tiny | small | base | large; width overrides it
                     "width": optional(int),  # of the first stage, in [1, 8192]
                     "drop_path": 0.0,  # of the last block, in [0, 1), linear from 0
                     "remat": "none",  # none | dots | full
