@@ -35,7 +35,7 @@ TRAIN = [
     "matplotlib>=3.10.8",
 ]
 HUB = ["huggingface_hub>=0.36"]  # sgw_jax.from_pretrained("org/name"), Predictor.push_to_hub
-VIDEO = ["av>=14"]  # sgw-jax predict movie.mp4; FFmpeg with its codecs is in its wheels
+VIDEO = ["av>=17"]  # sgw-jax predict movie.mp4; FFmpeg with its codecs is in its wheels
 # sgw-jax export --format=stablehlo, and what loads its files.
 EXPORT = ["flatbuffers>=24.3"]  # jax.export writes by it
 EXTRAS = {

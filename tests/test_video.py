@@ -341,7 +341,7 @@ def by_hand(predictor: Predictor, images: list[np.ndarray], share: float) -> lis
 def test_carried_slots_are_the_loop_by_hand(options, share: float) -> None:
     predictor = network(**options)
     images = [frame(index, SIZE) for index in range(3)]
-    carried = CarriedSlots(predictor.module, share)
+    carried = CarriedSlots(predictor.module, predictor.variables, share)
     seeing = predictor.with_network(carried)
     expected = by_hand(predictor, images, share)
     for _ in range(2):  # the second video starts anew
@@ -380,10 +380,10 @@ def test_slots_left_fit_those_that_start(interaction, options, strides: list[int
 
 def test_networks_without_slots_refuse(predictor: Predictor) -> None:
     with pytest.raises(InputError, match=r"carry_slots needs a network whose interaction has slots .* NoInteraction"):
-        CarriedSlots(network(NoInteraction()).module)
+        CarriedSlots(network(NoInteraction()).module, {})
     for share in (0, 1.5, True, "all"):
         with pytest.raises(InputError, match="carry_slots is"):
-            CarriedSlots(predictor.module, share)
+            CarriedSlots(predictor.module, predictor.variables, share)
     image = jnp.zeros((1, *SIZE, 3))
     with pytest.raises(InputError, match="return_slots needs an interaction with slots; NoInteraction has none"):
         jax.eval_shape(lambda: network(NoInteraction()).module.init(jax.random.key(0), image, return_slots=True))
@@ -392,7 +392,7 @@ def test_networks_without_slots_refuse(predictor: Predictor) -> None:
 
 
 def test_carried_slots_take_one_pass_a_frame(predictor: Predictor, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="goes with none of --resolution, --flip and --confidence"):
+    with pytest.raises(InputError, match="with --resolution or --flip there are several"):
         predict_videos(predictor, [], tmp_path, QUIET, carry_slots=1.0, options=Options(flip=True))
 
 

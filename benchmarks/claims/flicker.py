@@ -54,7 +54,7 @@ def pan(room: int, size: tuple[int, int], frames: int) -> Iterator[np.ndarray]:
 
 def measured(predictor: Predictor, share: float | None, rooms: int, frames: int) -> list[dict[str, Any]]:
     """A row for each clip and task: flicker, and of the static clip the metric."""
-    carried = None if share is None else CarriedSlots(predictor.module, share)
+    carried = None if share is None else CarriedSlots(predictor.module, predictor.variables, share)
     seeing = predictor if carried is None else predictor.with_network(carried)
     rows = []
     for name, clip, shift in (("static", static, 0), ("pan", pan, STEP)):

@@ -57,8 +57,3 @@ class Options:
         for name in ("flip", "confidence"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} is {getattr(self, name)!r}; choose True or False.")
-
-    @property
-    def whole(self) -> bool:
-        """Whether these are the defaults in what they ask for: one pass over the fitted image."""
-        return self.resolution == "fit" and not self.flip and not self.confidence

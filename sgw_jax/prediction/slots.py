@@ -1,9 +1,10 @@
 """Slots that last: the workspace of one frame of a video starts that of the next."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from sgw_jax.data_pipelines.errors import InputError
@@ -20,13 +21,14 @@ class CarriedSlots:
 
     Args:
       network: with slots: KEM, sKEM or the shared workspace.
+      variables: its collections.
       share: how much of the slots comes from the frame before, in (0, 1].
 
     Raises:
       ValueError: a network without slots, or one read from a StableHLO file; another share.
     """
 
-    def __init__(self, network: Any, share: float = 1.0):
+    def __init__(self, network: Any, variables: Mapping[str, Any], share: float = 1.0):
         if not isinstance(network, MultiTaskModel) or not network.starts:
             kind = type(network.interaction if isinstance(network, MultiTaskModel) else network).__name__
             raise InputError(
@@ -39,7 +41,7 @@ class CarriedSlots:
                 f"carry_slots is {share!r}; give the share of the slots that comes from the frame before, a number "
                 "above 0 and at most 1."
             )
-        self._network, self._share = network, float(share)
+        self._network, self._variables, self._share = network, variables, float(share)
         self._initial = jax.jit(network.initial_slots, static_argnums=1)
         self._step = jax.jit(self._stepped)
         self._slots: dict[int, Array] | None = None
@@ -48,22 +50,19 @@ class CarriedSlots:
         """The next call is the first frame of another video."""
         self._slots = None
 
-    def __call__(
-        self, variables: Mapping[str, Any], images: Float[Array, "batch height width 3"]
-    ) -> dict[str, Float[Array, "batch height width _"]]:
-        """Raw predictions of a frame, as `MultiTaskModel` gives them.
+    def rows(self, batch: Float[np.ndarray, "batch height width 3"]) -> Iterator[tuple[Mapping[str, Array], int]]:
+        """Raw predictions of a frame, as `MultiTaskModel` gives them, and the number of each row.
 
         Args:
-          variables: the network's.
-          images: normalised; the batch is 1, or that of videos of equal length side by side.
+          batch: a frame, normalised, in one row; or frames of one time of several videos.
 
         Returns:
-          {task: (batch, H, W, head width)} float32.
+          ({task: (batch, H, W, head width)} float32, row) of each row.
         """
         if self._slots is None:
-            self._slots = self._initial(variables["params"], images.shape[0])
-        predictions, self._slots = self._step(variables, images, self._slots)
-        return predictions
+            self._slots = self._initial(self._variables["params"], len(batch))
+        predictions, self._slots = self._step(self._variables, batch, self._slots)
+        yield from ((predictions, row) for row in range(len(batch)))
 
     def _stepped(
         self, variables: Mapping[str, Any], images: Array, slots: dict[int, Array]

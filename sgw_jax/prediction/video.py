@@ -95,12 +95,12 @@ def predict_videos(
     tasks = {task.name: task for task in predictor.tasks}
     if show != PANELS and show not in tasks:
         raise InputError(f"--video={show}: choose {PANELS}, or one of the network's tasks: {', '.join(tasks)}.")
-    if carry_slots is not None and options is not None and not options.whole:
+    if carry_slots is not None and options is not None and (options.resolution != "fit" or options.flip):
         raise InputError(
-            "--carry_slots carries the slots of one pass of the network from frame to frame; it goes with none of "
-            "--resolution, --flip and --confidence. Leave out one or the other."
+            "--carry_slots carries the slots of one pass of the network from frame to frame; with --resolution or "
+            "--flip there are several. Leave out one or the other."
         )
-    carried = None if carry_slots is None else CarriedSlots(predictor.module, carry_slots)
+    carried = None if carry_slots is None else CarriedSlots(predictor.module, predictor.variables, carry_slots)
     seeing = predictor if carried is None else predictor.with_network(carried)
     output, files = Path(output), [video.path for video in videos]
     names = [name if show == PANELS else f"{name}_{show}" for name in output_names(files)]

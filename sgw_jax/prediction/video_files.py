@@ -26,6 +26,7 @@ WHOLE = "a whole file; copy or record it again"
 UNCERTAIN = Fraction(1, 4)  # seconds that the end may be off where a header counts no frames
 # FFmpeg would try all that it knows on a file: playlists that name other files, pictures, text as terminal graphics.
 DEMUXERS = {"format_whitelist": "mov,matroska,avi", "protocol_whitelist": "file"}
+LENIENT: Any = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}  # titles in Latin-1
 UNSPECIFIED = 2  # a matrix or transfer function that the file does not tell
 HDR = {16: "PQ", 18: "HLG"}  # transfer functions of more than 8 bits
 HIGH_DEFINITION = 720  # rows from which players take untagged colours for BT.709, below for BT.601
@@ -109,7 +110,7 @@ def opened(path: Path) -> Iterator["Reader"]:
     try:
         require_regular(path)
         # A protocol of its own, or a colon in the name would be taken for one.
-        with av.open(f"file:{path}", options=dict(DEMUXERS), metadata_errors="replace") as container:
+        with av.open(f"file:{path}", options=dict(DEMUXERS), **LENIENT) as container:
             yield Reader(container)
     except WrongFileError as wrong:
         raise InputError(f"{path}, a video: {wrong}") from None
