@@ -31,6 +31,7 @@ from sgw_jax.prediction.inputs import apart
 from sgw_jax.prediction.options import Options
 from sgw_jax.prediction.predictor import Predictor
 from sgw_jax.prediction.slots import CarriedSlots
+from sgw_jax.prediction.source import Source
 from sgw_jax.prediction.video import predict_videos, predicted, survey_all
 from sgw_jax.prediction.video_files import read_frames, survey, writing
 from sgw_jax.tasks import Depth, SemSeg
@@ -274,12 +275,13 @@ def test_few_frames_are_held(predictor: Predictor, movie: Path, monkeypatch: pyt
 
 def test_panels_of_one_layout(predictor: Predictor, movie: Path, tmp_path: Path) -> None:
     videos = survey_all([movie], QUIET)
+    (video,) = videos.values()
     (written,) = predict_videos(predictor, videos, tmp_path, QUIET)
     assert written == tmp_path / f"{movie.stem}.mp4"
     known = survey(written)
-    assert (known.frames, known.rate, known.tick) == (6, videos[0].rate, TICK)
+    assert (known.frames, known.rate, known.tick) == (6, video.rate, TICK)
     assert [one.ticks for one in read_frames(written)] == [one.ticks for one in read_frames(movie)]
-    samples = predictor(list(videos[0].samples))
+    samples = predictor(list(video.samples))
     film = Film((40, 64), predictor.tasks, {name: np.concatenate(maps) for name, maps in samples.items()}, movie.name)
     for (one, maps), shown in zip(predicted(predictor, movie), read_frames(written), strict=True):
         panel = film.panel(one.image, maps)
@@ -293,8 +295,8 @@ def test_one_task(predictor: Predictor, movie: Path, tmp_path: Path) -> None:
     (written,) = predict_videos(predictor, survey_all([movie], QUIET), tmp_path, QUIET, show="depth")
     assert written.name == f"{movie.stem}_depth.mp4"
     assert survey(written).size == (40, 64)
-    with pytest.raises(InputError, match=r"--video=height: choose panels, or one of .*: semseg, depth"):
-        predict_videos(predictor, [], tmp_path, QUIET, show="height")
+    with pytest.raises(InputError, match=r"--video=height: choose panels, or one of .* maps: semseg, depth"):
+        predict_videos(predictor, {}, tmp_path, QUIET, show="height")
 
 
 def test_colours_mean_the_same_in_every_frame() -> None:
@@ -391,9 +393,16 @@ def test_networks_without_slots_refuse(predictor: Predictor) -> None:
         predictor.module.apply(predictor.variables, image, slots={16: jnp.zeros((1, 3, 8))})
 
 
+def test_confidence_is_drawn_too(predictor: Predictor, movie: Path, tmp_path: Path) -> None:
+    options = Options(confidence=True)
+    videos = survey_all([movie], QUIET)
+    (written,) = predict_videos(predictor, videos, tmp_path, QUIET, show="semseg_entropy", options=options)
+    assert (written.name, survey(written).size) == (f"{movie.stem}_semseg_entropy.mp4", (40, 64))
+
+
 def test_carried_slots_take_one_pass_a_frame(predictor: Predictor, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="with --resolution or --flip there are several"):
-        predict_videos(predictor, [], tmp_path, QUIET, carry_slots=1.0, options=Options(flip=True))
+        predict_videos(predictor, {}, tmp_path, QUIET, carry_slots=1.0, options=Options(flip=True))
 
 
 # --- the command
@@ -415,7 +424,7 @@ def test_images_and_videos_apart(tmp_path: Path) -> None:
 def test_the_command(
     predictor: Predictor, movie: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(Predictor, "from_workdir", lambda *_: predictor)
+    monkeypatch.setattr(Source, "load", lambda _: predictor)
     (tmp_path / "bad.mp4").write_bytes(b"text")
     output, cache = tmp_path / "out", f"--cache_dir={tmp_path / 'cache'}"
     command = ["predict", f"--workdir={tmp_path}", f"--output={output}", cache, "--traceback"]

@@ -4,8 +4,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from sgw_jax.pictures.panels import NARROWEST, TOP, Panel, arranged, coloured, scaled, size_remark, tile_size, title
-from sgw_jax.tasks.base import Task
+from sgw_jax.pictures.panels import (
+    NARROWEST,
+    TOP,
+    Drawn,
+    Panel,
+    arranged,
+    coloured,
+    scaled,
+    size_remark,
+    tile_size,
+    title,
+)
 
 
 class Film:
@@ -22,7 +32,9 @@ class Film:
       name: what the first tile says beside the frames' size.
     """
 
-    def __init__(self, size: tuple[int, int], tasks: Sequence[Task], samples: Mapping[str, np.ndarray], name: str = ""):
+    def __init__(
+        self, size: tuple[int, int], tasks: Sequence[Drawn], samples: Mapping[str, np.ndarray], name: str = ""
+    ):
         panel, self._tasks, self._samples, self._tile = Panel(), tuple(tasks), samples, tile_size(*size)
         width = max(self._tile[1], NARROWEST)
         blank = np.zeros((*self._tile, 3), np.uint8)
@@ -57,7 +69,7 @@ class Film:
             frame[top + TOP : top + TOP + self._tile[0], left : left + self._tile[1]] = picture
         return frame
 
-    def picture(self, task: Task, maps: Mapping[str, np.ndarray]) -> np.ndarray:
+    def picture(self, task: Drawn, maps: Mapping[str, np.ndarray]) -> np.ndarray:
         """One task's map alone, at its full size.
 
         Args:
