@@ -18,9 +18,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks.claims import flicker as measured
+from benchmarks.measure import Results
 from sgw_jax.__main__ import main
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.transforms import normalise
+from sgw_jax.evaluation.flicker import flicker
 from sgw_jax.interactions import KEM
 from sgw_jax.interactions.none import NoInteraction
 from sgw_jax.interactions.shared_workspace import WorkspaceInteraction
@@ -34,7 +37,7 @@ from sgw_jax.prediction.slots import CarriedSlots
 from sgw_jax.prediction.source import Source
 from sgw_jax.prediction.video import predict_videos, predicted, survey_all
 from sgw_jax.prediction.video_files import read_frames, survey, writing
-from sgw_jax.tasks import Depth, SemSeg
+from sgw_jax.tasks import Depth, Normals, Saliency, SemSeg
 
 QUIET = Console(quiet=True)
 SIZE = (32, 48)
@@ -403,6 +406,31 @@ def test_confidence_is_drawn_too(predictor: Predictor, movie: Path, tmp_path: Pa
 def test_carried_slots_take_one_pass_a_frame(predictor: Predictor, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="with --resolution or --flip there are several"):
         predict_videos(predictor, {}, tmp_path, QUIET, carry_slots=1.0, options=Options(flip=True))
+
+
+# --- flicker
+
+
+def test_flicker_by_hand() -> None:
+    labels = np.array([[0, 1], [2, 2]], np.uint8)
+    assert flicker(SemSeg(num_classes=3), labels, np.array([[0, 1], [2, 0]], np.uint8)) == {"changed": 25.0}
+    before, after = np.array([[1.0, 3.0]], np.float32), np.array([[1.5, 3.0]], np.float32)
+    assert flicker(Depth(), before, after) == {"absolute": 0.25, "relative": pytest.approx(100 * 0.5 / 4.25)}
+    assert flicker(Saliency(), before / 4, after / 4) == {"absolute": 0.0625}
+    turn = np.radians([0, 1e-4, 90])
+    vectors = np.stack([np.sin(turn), np.zeros(3), np.cos(turn)], -1)[None]
+    still = np.broadcast_to(vectors[:, :1], vectors.shape)
+    assert flicker(Normals(), still, vectors)["angle"] == pytest.approx((1e-4 + 90) / 3, rel=1e-9)
+    for task, still in ((SemSeg(num_classes=3), labels), (Depth(), before), (Normals(), vectors)):
+        assert set(flicker(task, still, still).values()) == {0.0}
+    with pytest.raises(InputError, match="maps of depth have shapes"):
+        flicker(Depth(), before, before[:, :1])
+
+
+def test_the_page_has_the_measurements() -> None:
+    table = "\n".join(measured.table(Results("flicker").load()["rows"]))
+    page = Path(__file__).parent.parent / "docs" / "deploy.md"
+    assert table in page.read_text(encoding="utf-8"), f"docs/deploy.md lacks\n{table}"
 
 
 # --- the command

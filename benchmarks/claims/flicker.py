@@ -85,14 +85,14 @@ UNITS = {"changed": "% of pixels", "absolute": "", "relative": "%", "angle": "°
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Markdown: a line for each clip and task, a column for each share, mean [lowest, highest] over the seeds."""
+    """Markdown: a line for each clip and task, a column for each share, mean [lowest, highest] of several seeds."""
 
-    def line(name: str, what: str, key: str, digits: str, **wanted: str) -> str:
+    def line(name: str, what: str, key: str, **wanted: str) -> str:
         cells = []
         for share in SHARES:
             values = [row[key] for row in select(rows, share=share, **wanted)]
-            low, mean, high = (format(value, digits) for value in (min(values), np.mean(values), max(values)))
-            cells.append(f"{mean} [{low}, {high}]")
+            low, mean, high = (format(value, ".3g") for value in (min(values), np.mean(values), max(values)))
+            cells.append(f"{mean} [{low}, {high}]" if len(values) > 1 else mean)
         return f"| {name} | {what} | {' | '.join(cells)} |"
 
     lines = ["| clip | task | each frame by itself | carried, 0.5 | carried, 1 |", "|---|---|---|---|---|"]
@@ -101,9 +101,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for task, row in tasks.items():
             for key in filter(row.__contains__, UNITS):
                 unit = "m" if (task, key) == ("depth", "absolute") else UNITS[key]
-                lines.append(line(clip, f"{task}, {unit}" if unit else task, key, ".3g", clip=clip, task=task))
+                lines.append(line(clip, f"{task}, {unit}" if unit else task, key, clip=clip, task=task))
     for task, row in tasks.items():
-        lines.append(line("score", f"{task}, {row['metric']}", "score", ".3g", clip="static", task=task))
+        lines.append(line("score", f"{task}, {row['metric']}", "score", clip="static", task=task))
     return lines
 
 

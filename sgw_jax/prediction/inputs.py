@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sgw_jax.data_pipelines.errors import MissingFileError
-from sgw_jax.data_pipelines.file_names import visible
 from sgw_jax.prediction.image_files import SUFFIXES as IMAGES
 
 VIDEOS = (".avi", ".mkv", ".mov", ".mp4", ".webm")
@@ -30,7 +29,7 @@ def apart(inputs: Sequence[Path | str]) -> tuple[list[Path], list[Path]]:
     videos: list[Path] = []
     for path in map(Path, inputs):
         if path.is_dir():
-            here = [path / name for name in visible(file.name for file in path.iterdir())]
+            here = sorted(file for file in path.iterdir() if file.name[0] != ".")
             videos += (found := [file for file in here if file.suffix.lower() in VIDEOS])
             if not found or any(file.suffix.lower() in IMAGES for file in here):
                 images.append(path)

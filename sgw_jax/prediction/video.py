@@ -137,7 +137,8 @@ def predict_videos(
                 write(picture, ticks, lasts)
         for note in video.notes:
             console.print(f"{video.path.name}: {note}.", soft_wrap=True, markup=False)
-    line = f"{len(videos)} videos (mp4) in {output}, by step {predictor.step} of {predictor.origin}."
+    count = f"{len(videos)} video{'' if len(videos) == 1 else 's'}"
+    line = f"{count} (mp4) in {output}, by step {predictor.step} of {predictor.origin}."
     results(console).print(line, soft_wrap=True, markup=False)
     return list(targets.values())
 
