@@ -155,6 +155,28 @@ def test_pixels_become_square(tmp_path: Path) -> None:
     assert survey(tmp_path / "wide.mp4").size == (40, 85)
 
 
+def test_what_is_lost_is_said(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "loud.mp4"), "w") as container:
+        stream, sound = container.add_stream("libx264", rate=25), container.add_stream("aac", rate=48000)
+        stream.width, stream.height, stream.pix_fmt = 64, 40, "yuv420p"
+        stream.codec_context.color_trc = 16
+        samples = av.AudioFrame.from_ndarray(np.zeros((1, 4800), np.float32), format="fltp", layout="mono")
+        samples.sample_rate = 48000
+        container.mux([*stream.encode(av.VideoFrame.from_ndarray(frame(0), "rgb24")), *stream.encode()])
+        container.mux([*sound.encode(samples), *sound.encode()])
+    first, second = survey(tmp_path / "loud.mp4").notes
+    assert first == "its sound is left out"
+    assert second.startswith("it is HDR (PQ) and read without tone mapping")
+
+
+def test_frames_of_one_size(movie: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    upright = video_files.Reader._upright
+    sizes = iter(range(6))
+    monkeypatch.setattr(video_files.Reader, "_upright", lambda *given: upright(*given)[next(sizes) // 3 :])
+    with pytest.raises(InputError, match="one whose frame 3 has 64 x 39 pixels after 64 x 40"):
+        survey(movie)
+
+
 def with_codec(path: Path, codec: str, count: int = 30) -> Path:
     """Noise, so that a part of the file is a part of the frames."""
     random = np.random.default_rng(0)
