@@ -13,8 +13,8 @@ from sgw_jax.data_pipelines.progress import counted
 from sgw_jax.data_pipelines.readers import first_few
 from sgw_jax.pictures.film import Film
 from sgw_jax.pictures.panels import Drawn
-from sgw_jax.pictures.sureness import sureness_of
 from sgw_jax.prediction.background import in_background
+from sgw_jax.prediction.confidence_maps import confidence_maps
 from sgw_jax.prediction.image_files import output_names
 from sgw_jax.prediction.options import Options
 from sgw_jax.prediction.outputs import check_output, check_targets
@@ -102,7 +102,7 @@ def predict_videos(
       FileError: a result cannot be written.
     """
     options = options or Options()
-    drawn: list[Drawn] = [*predictor.tasks, *(sureness_of(predictor.tasks) if options.confidence else [])]
+    drawn: list[Drawn] = [*predictor.tasks, *(confidence_maps(predictor.tasks) if options.confidence else [])]
     by_name = {about.name: about for about in drawn}
     if show != PANELS and show not in by_name:
         raise InputError(f"--video={show}: choose {PANELS}, or one of the network's maps: {', '.join(by_name)}.")
@@ -115,7 +115,7 @@ def predict_videos(
     seeing = predictor if carried is None else predictor.with_network(carried)
     targets = {name: Path(output) / f"{name}{'' if show == PANELS else f'_{show}'}.mp4" for name in videos}
     check_output(Path(output), inputs)
-    check_targets(targets.values(), inputs, [video.path for video in videos.values()])
+    check_targets(targets.values(), inputs, [*map(Path, inputs), *(video.path for video in videos.values())])
     with files_named("--output cannot be made"):
         Path(output).mkdir(parents=True, exist_ok=True)
 
