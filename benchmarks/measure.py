@@ -27,6 +27,7 @@ MADE_BY = {
         "default": "benchmarks/claims/seeds.py --results=FILE",
         "export": "benchmarks/speed/export.py",
         "finetuning": "benchmarks/speed/finetuning.py",
+        "flicker": "benchmarks/claims/flicker.py --workdir RUN ...",
         "full_size": "benchmarks/speed/full_size.py --compile",
         "interactions": "benchmarks/speed/interaction_cost.py",
         "kem_products": "benchmarks/speed/kem_products.py",
