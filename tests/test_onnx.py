@@ -167,10 +167,13 @@ def test_a_network_with_kem(count: int, exported: Path) -> None:
     assert_near(exported, *network(), noise(count, *SIZE))
 
 
+BALANCED = {"balanced": True, "slot_exchange": True, "pair_gate": True, "task_gate": False}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("interaction", OPTIONS)
-def test_every_interaction(interaction: str, tmp_path: Path) -> None:
-    given = network(interaction)
+@pytest.mark.parametrize(("interaction", "options"), [*((name, {}) for name in OPTIONS), ("kem", BALANCED)])
+def test_every_interaction(interaction: str, options: dict[str, bool], tmp_path: Path) -> None:
+    given = network(interaction, **options)
     export_onnx(*given, TASK_LIST, SIZE, tmp_path / "file")
     for count in (1, 3):
         assert_near(tmp_path / "file", *given, noise(count, *SIZE))
@@ -210,6 +213,14 @@ def test_half_precision(exported: Path, tmp_path: Path) -> None:
     images = noise(2, *SIZE)
     for name, values in maps_of(tmp_path / "wide", images).items():
         assert maps_of(path, images)[name].dtype == values.dtype  # the maps stay as they are
+
+
+def test_numbers_that_float16_does_not_have(tmp_path: Path) -> None:
+    model, variables = network("none")
+    far = jax.tree.map(lambda leaf: 1e5 * leaf, variables)
+    with pytest.raises(InputError, match=r"not a number in onnxruntime .* beyond 65,504 are none in float16"):
+        export_onnx(model, far, TASK_LIST, SIZE, tmp_path / "file", precision="float16")
+    assert not list(tmp_path.iterdir())
 
 
 # --- what the file says, and who reads it

@@ -11,6 +11,7 @@ fifty primitives, the same from release to release of JAX; `onnx_primitives` has
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -136,12 +137,7 @@ def export_onnx(
     onnx.helper.set_model_props(made, {METADATA: json.dumps(metadata, ensure_ascii=False)})
     with _written(path, made, beside=parameters == "beside") as temporary:
         checked = _checked(temporary, jax.jit(_predict(in_dtype(model, jnp.float32), tasks)), arrays, tasks, size)
-        wrong = [name for name, found in checked.items() if found["difference"] > WRONG]
-        if wrong and precision == "float32":
-            raise InputError(
-                f"export: onnxruntime's {wrong[0]} is not JAX's ({checked[wrong[0]]['text']}): one of the two computes "
-                "this network wrongly here. Please report it; --format=stablehlo takes every network."
-            )
+        _check(checked, precision)
     return {**metadata, "checked": checked}
 
 
@@ -236,6 +232,24 @@ def _difference(task: Task, pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> d
     largest, unit = float(apart.max()), getattr(task, "unit", "")
     text = f"within {largest:.1e}{f' {unit}' if unit else ''}"
     return {"difference": float(np.quantile(apart, 0.99)) / scale, "largest": largest, "text": text}
+
+
+def _check(checked: Mapping[str, Mapping[str, Any]], precision: str) -> None:
+    """Raises where the file computes something else than the network."""
+    for name, found in checked.items():
+        if not math.isfinite(found["difference"]):
+            narrow = (
+                "numbers beyond 65,504 are none in float16; leave the precision out" if precision == "float16" else ""
+            )
+            raise InputError(
+                f"export: {name} is not a number in onnxruntime or in JAX, of an image of smooth noise: "
+                f"{narrow or 'look at the parameters'}."
+            )
+        if precision == "float32" and found["difference"] > WRONG:
+            raise InputError(
+                f"export: onnxruntime's {name} is not JAX's ({found['text']}): one of the two computes this network "
+                "wrongly here. Please report it; --format=stablehlo takes every network."
+            )
 
 
 def _images(count: int, size: tuple[int, int]) -> UInt8[np.ndarray, "count height width 3"]:
