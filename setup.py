@@ -37,6 +37,7 @@ TRAIN = [
 HUB = ["huggingface_hub>=0.36"]  # sgw_jax.from_pretrained("org/name"), Predictor.push_to_hub
 # sgw-jax export --format=stablehlo, and what loads its files.
 EXPORT = ["flatbuffers>=24.3"]  # jax.export writes by it
+DEMO = ["gradio>=6.31,<7"]  # sgw-jax demo; the next major moves what is used here
 EXTRAS = {
     "train": TRAIN,
     "export": [*TRAIN, *EXPORT],
@@ -44,6 +45,7 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10"],
     "beam": [*TRAIN, "apache-beam>=2.60"],  # sgw-jax prepare --pipeline=beam
     "hub": HUB,
+    "demo": [*TRAIN, *HUB, *DEMO],
     "dev": [
         *TRAIN,
         *HUB,
@@ -103,6 +105,7 @@ setup(
     packages=find_packages(include=["sgw_jax", "sgw_jax.*"]),
     package_data={
         "sgw_jax": ["py.typed"],
+        "sgw_jax.demo": ["page.css", "page.js"],
         "sgw_jax.launch": ["scripts/*/*.sh"],
         "sgw_jax.report": ["page.html.jinja", "data.html.jinja"],
     },

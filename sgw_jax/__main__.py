@@ -1,4 +1,4 @@
-"""The command: sgw-jax check | train | evaluate | predict | export | score | plan | prepare | launch.
+"""The command: sgw-jax check | train | evaluate | predict | export | demo | score | plan | prepare | launch.
 
 Also python -m sgw_jax. What a command needs is imported when it is chosen: `launch` runs on the standard library, and
 `prepare` without JAX.
@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "Evaluate a run's checkpoint on a split.",
     "predict": "Predict on image files: panels (PNG) and arrays (npz).",
     "export": "Write a run's checkpoint for others: a folder to share, of the hub's form.",
+    "demo": "A page in the browser: a photograph in, every task's map beside it. Needs the extra [demo].",
     "score": "Score anybody's predictions of a split, by a configuration's protocol. Needs no network.",
     "plan": "What a configuration costs by module: parameters, MACs, FLOPs, memory. Needs no data.",
     "prepare": "Write an archive of a data set as sharded files.",
@@ -36,6 +37,7 @@ examples:
   python -m sgw_jax evaluate --workdir=runs/scenes --split=validation
   python -m sgw_jax predict --workdir=runs/scenes --output=pictures photo.jpg folder/
   python -m sgw_jax export --workdir=runs/scenes --output=scenes-model --license=apache-2.0
+  python -m sgw_jax demo --workdir=runs/scenes --port=7860
   python -m sgw_jax score --predictions=theirs --config=nyud --config.data.root=DIR --config.protocol=published
   python -m sgw_jax plan --config=nyud:swin_l,interaction=skem --topology=v5e:4x4 --config.mesh.name=fsdp
 """
@@ -58,6 +60,7 @@ configuration:
 """,
     "predict": "The configuration comes from the checkpoint.\n\n",
     "export": "The configuration comes from the checkpoint.\n\n",
+    "demo": "The configuration comes from the checkpoint.\n\n",
 }
 
 
@@ -134,6 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--parameters", choices=("inside", "beside"), help=help)
     help = "stablehlo: leave out the program for images of other sizes"
     sub.add_argument("--no_any_size", dest="any_size", action="store_false", default=None, help=help)
+    sub = command("demo", workdir=False)
+    network = sub.add_mutually_exclusive_group(required=True)
+    network.add_argument("--workdir", type=_directory, help="directory of a run")
+    network.add_argument("--model", type=_directory, help="a model's folder, or a model of the hub, org/name")
+    help = "address to listen at; 0.0.0.0: others reach the page, too (default: %(default)s)"
+    sub.add_argument("--host", default="127.0.0.1", help=help)
+    sub.add_argument("--port", type=_port, default=7860, help="of the address (default: %(default)s)")
     sub = command("score", workdir=False, checkpoint=False)
     help = "DIR/TASK/NAME.{png,npy,npz}, or DIR/NAME.npz as predict writes; formats: data_pipelines/predictions.py"
     sub.add_argument("--predictions", required=True, type=_directory, help=help)
@@ -171,6 +181,12 @@ def _whole(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least 1")
     return int(text)
+
+
+def _port(text: str) -> int:
+    if (number := _whole(text)) > 65535:
+        raise argparse.ArgumentTypeError(f"{number} is no port; allowed is 1 to 65535")
+    return number
 
 
 def _mesh(name: str) -> str:

@@ -1,0 +1,35 @@
+"""sgw-jax demo: a page in the browser that shows what a network predicts."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from sgw_jax.commands.session import refuse
+from sgw_jax.data_pipelines import consoles
+from sgw_jax.demo.server import check_address, serve
+from sgw_jax.experiment.config_files import UsageError
+from sgw_jax.prediction.predictor import Predictor
+
+
+def run(arguments: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
+    refuse(rest, "demo takes its configuration from the checkpoint")
+    check_address(arguments.host, arguments.port)  # before a network is loaded
+    if arguments.model is None:
+        predictor = Predictor.from_workdir(arguments.workdir, arguments.step or arguments.checkpoint)
+        name = arguments.workdir
+    else:
+        if arguments.step is not None or arguments.checkpoint != "best":
+            raise UsageError("--checkpoint and --step choose among a run's; a model's folder has one.")
+        predictor, name = Predictor.from_pretrained(arguments.model), arguments.model
+
+    def ready(address: str) -> None:
+        consoles.results(console).print(f"{name}, step {predictor.step}: {address}", soft_wrap=True)
+        console.print("Ctrl-C ends it.")
+
+    title = name if arguments.model is not None and not Path(name).exists() else Path(name).resolve().name
+    console.print("The page is being made ready.")
+    serve(predictor, title, arguments.host, arguments.port, ready)
+    console.print("Ended; what visitors sent is deleted.")
+    return 0

@@ -1,0 +1,89 @@
+"""The page, made of gradio's parts: a photograph, the view of its maps, and their arrays as a file."""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from sgw_jax.data_pipelines.errors import InputError
+from sgw_jax.demo import uploads, view
+from sgw_jax.prediction.image_files import class_names
+from sgw_jax.prediction.predictor import Predictor
+
+HERE = Path(__file__).parent
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif")  # none from the web
+KEPT = 3600  # seconds that a visitor's files are kept, as the page says
+WAITING = 20  # visitors in the queue; the next ones are told to come again
+
+
+def build_page(predictor: Predictor, title: str) -> gr.Blocks:
+    """The page of a network; nothing is served yet."""
+    height, width = predictor.size
+    remark = (
+        f"The network sees a photograph as the largest copy inside {width} x {height} pixels. What you send goes to "
+        "the machine that serves this page, and is deleted there after an hour."
+    )
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as page:
+        gr.HTML(view.heading(title, predictor.tasks, remark), js_on_load=None, elem_id="sgw-heading")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=260):
+                photo = gr.Image(
+                    label="Photograph",
+                    sources=["upload", "webcam", "clipboard"],
+                    type="filepath",
+                    elem_id="sgw-photo",
+                    height=300,
+                    buttons=[],
+                    webcam_options=gr.WebcamOptions(mirror=False),  # left is left in what the network sees
+                )
+                download = gr.DownloadButton("Download arrays (npz)", size="md", interactive=False, elem_id="sgw-download")
+            with gr.Column(scale=4, min_width=300):
+                result = gr.HTML(
+                    view.EMPTY, js_on_load=(HERE / "page.js").read_text(encoding="utf-8"), elem_id="sgw-result"
+                )
+        # Gradio's own reading of the upload decodes whatever it is. Where the file lies has been checked before.
+        photo.preprocess = lambda upload: upload
+
+        def answer(upload: Any) -> Iterator[tuple[Any, Any, Any]]:
+            yield from answers(predictor, upload)
+
+        private: dict[str, Any] = {"api_visibility": "private", "outputs": [photo, result, download]}
+        photo.input(answer, photo, trigger_mode="always_last", show_progress_on=[result], **private)
+        photo.clear(lambda: (gr.skip(), view.EMPTY, gr.DownloadButton(value=None, interactive=False)), **private)
+    page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
+    return page
+
+
+def answers(predictor: Predictor, upload: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """What the photograph, the view and the button become: the pictures first, then the arrays as a file.
+
+    Args:
+      upload: gradio's description of a file that it holds; None where there is none.
+    """
+    if upload is None:
+        return
+    name = PurePath(upload.orig_name or "photograph").name
+    try:
+        photograph = uploads.read_upload(Path(upload.path), name)
+    except InputError as error:
+        yield None, view.refusal(str(error)), gr.DownloadButton(value=None, interactive=False)
+        return
+    image = uploads.shrunk(photograph)
+    maps = predictor(image)
+    about = f"{name}, {'' if image is photograph else 'shrunk to '}{image.shape[1]} x {image.shape[0]}."
+    waiting = gr.DownloadButton(value=None, interactive=False)
+    yield gr.skip(), view.view(maps, predictor.tasks, about), waiting
+    with tempfile.TemporaryDirectory() as folder:  # gradio copies the file among its own
+        file = Path(folder) / f"{PurePath(name).stem}.npz"
+        with file.open("wb") as opened:
+            np.savez_compressed(opened, allow_pickle=False, **maps, **class_names(predictor.tasks))
+        yield gr.skip(), gr.skip(), gr.DownloadButton(value=file, interactive=True)
+
+
+def look() -> dict[str, Any]:
+    """What `launch` takes for the page's appearance."""
+    theme = gr.themes.Default(font=FONTS, font_mono=("ui-monospace", "monospace"), primary_hue="slate")
+    return {"theme": theme, "css_paths": [HERE / "page.css"]}
