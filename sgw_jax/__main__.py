@@ -125,7 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("inputs", nargs="+", type=user_path, help="image files or directories")
     sub = command("export")
     sub.add_argument("--output", required=True, type=user_path, help="directory or file that is not there yet")
-    help = "folder: tensors, configuration and a card, as the hub has them; stablehlo: a file that JAX alone runs"
+    help = (
+        "folder: tensors, configuration and a card, as the hub has them; stablehlo: a file that JAX alone runs; "
+        "space: a page to try it, as the hub runs one"
+    )
     sub.add_argument("--format", default="folder", help=f"{help} (default: %(default)s)")
     help = "of the model, for the card: the hub's identifier, such as apache-2.0 or cc-by-nc-4.0"
     sub.add_argument("--license", help=help)
@@ -137,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--parameters", choices=("inside", "beside"), help=help)
     help = "stablehlo: leave out the program for images of other sizes"
     sub.add_argument("--no_any_size", dest="any_size", action="store_false", default=None, help=help)
+    help = "space: a model of the hub, org/name, that the page loads (default: it has this one inside)"
+    sub.add_argument("--model", help=help)
     sub = command("demo", workdir=False)
     network = sub.add_mutually_exclusive_group(required=True)
     network.add_argument("--workdir", type=_directory, help="directory of a run")
