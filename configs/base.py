@@ -66,6 +66,7 @@ def mixture_source(**changed: Any) -> dict[str, Any]:
         "num_parts": 7,  # folder: of its human_parts, in [2, 255]
         "class_names": (),  # folder: of its semseg
         "part_names": (),  # folder: of its human_parts
+        "normals_axes": "opencv",  # of its normals: opencv | opengl
         # The run's tasks that it has labels of. KIND@LABEL, such as semseg@street, is a head of its own for labels of
         # that kind, in config.tasks too.
         "tasks": ("semseg",),
@@ -105,6 +106,8 @@ def get_config() -> ConfigDict:
                 # folder: names of these classes, in the order of their numbers; () makes them "class 0", "class 1" ...
                 "class_names": (),  # of semseg
                 "part_names": (),  # of human_parts; of seven parts () is PASCAL-Context's
+                # The labels' axes: opencv = x right, y down, z forward | opengl = x right, y up, z to the viewer.
+                "normals_axes": "opencv",
                 "size": (64, 96),  # height, width that the network sees, in training and evaluation; each in [1, 16384]
                 # How images of other sizes come to it; scores are those of each image's own size, whatever the fit.
                 # resize: enlarged or shrunk to the largest copy inside, before augmentation as in evaluation.

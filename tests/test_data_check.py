@@ -276,6 +276,7 @@ def test_what_cannot_be_right_in_a_whole_split_is_an_error(tmp_path, task, suffi
         ("depth", "npy", 1000 * DEPTH, "depth up to 6,000 m, 3,500 m on average.*millimetres"),
         ("depth", "npy", DEPTH / 6, "no depth exceeds 1 m.*shares"),
         ("depth", "npy", np.ones(SIZE), "every valid pixel is 1"),
+        ("normals", "npy", np.abs(NORMALS) * [1, -1, 1], "mean of z is 0.*normals_axes=opengl"),
         ("normals", "npy", NORMALS / np.linalg.norm(NORMALS, axis=-1, keepdims=True) / 2 + 0.5, "no component .* nega"),
     ],
 )

@@ -250,6 +250,16 @@ CONTRADICTIONS = {
         {"tasks": ("depth",)},
         "task 'depth' contradict each other: quantity is 'depth' in a, 'disparity' in b; .*depth@b",
     ),
+    "other axes": (
+        {"a": folder(tasks=("normals",)), "b": folder(tasks=("normals",), normals_axes="opengl")},
+        {"tasks": ("normals",)},
+        "task 'normals' contradict each other: axes is 'opencv' in a, 'opengl' in b; .*normals@b",
+    ),
+    "axes of scenes": (
+        {"a": {"source": "scenes", "tasks": ("normals",), "normals_axes": "opengl"}},
+        {"tasks": ("normals",)},
+        "mixture.a.normals_axes is 'opengl', but the normals of scenes are x right",
+    ),
     "short map": ({"a": folder(4, maps={"semseg": (0, 1)})}, {}, "a.maps.semseg has 2 entries, but .* has 4 classes"),
     "map beyond": (
         {"a": folder(4), "b": folder(2, maps={"semseg": (0, 4)})},

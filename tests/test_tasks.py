@@ -669,6 +669,18 @@ def test_the_angle_does_not_depend_on_the_lengths(length):
     assert zero["mean"] == pytest.approx(90, rel=8 * EPS)
 
 
+def test_a_surface_has_one_colour_whatever_the_axes_of_its_normals():
+    """What faces right, up and the camera: x = 1, y = -1, z = -1 in OpenCV's axes, and y = 1, z = 1 in OpenGL's."""
+    pointing = {"opencv": [[1, 0, 0], [0, -1, 0], [0, 0, -1]], "opengl": [[1, 0, 0], [0, 1, 0], [0, 0, 1]]}
+    colours = [(255, 128, 128), (128, 255, 128), (128, 128, 255)]
+    faces = ["faces right", "faces up", "faces camera"]
+    for axes, vectors in pointing.items():
+        task = Normals(axes=axes)
+        assert [tuple(pixel) for pixel in task.draw(np.array([vectors], np.float32))[0]] == colours
+        legend = dict(task.legend())
+        assert [legend[name] for name in faces] == colours
+
+
 @pytest.mark.parametrize("number", [1, 2, 3, 150, 151])
 @pytest.mark.parametrize("spread", [0.1, 2.0, 20.0, 180.0])
 def test_the_median_angle_is_right_to_a_bin(number, spread):
@@ -808,6 +820,7 @@ def test_counts_do_not_stop_where_float32_does():
         ("depth", {"weight": -1.0}, "weight is -1.0; give a finite number"),
         ("depth", {"weight": math.nan}, "weight is nan"),
         ("normals", {"name": ""}, "non-empty string"),
+        ("normals", {"axes": "opengl "}, "axes is 'opengl '; choose one of"),
         ("semseg", {"num_classes": 1}, "num_classes is 1"),
         ("semseg", {"num_classes": 256}, "num_classes is 256"),
         ("semseg", {"num_classes": 3, "class_names": ("a", "b")}, "class_names has 2 entries and num_classes is 3"),

@@ -11,7 +11,7 @@ from sgw_jax.data_pipelines.atomic import replacing
 from sgw_jax.data_pipelines.inspection.look import Inspection
 from sgw_jax.data_pipelines.loader import Source
 
-VERSION = 1  # of the rules: one more where another rule may find something in the same data
+VERSION = 2  # of the rules: one more where another rule may find something in the same data
 
 
 def state(sources: Mapping[str, Source], asked: Mapping[str, Any]) -> str:

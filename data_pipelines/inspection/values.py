@@ -17,18 +17,21 @@ from sgw_jax.data_pipelines.transforms import Target
 TRAIN = "train"
 FARTHEST = 200.0  # metres; a greater depth is more likely to be in millimetres
 MOSTLY = 0.9  # from this share on, the images without labels look forgotten
+AWAY = 0.1  # a mean of z beyond this on the wrong side is no chance of a few oblique surfaces
 POSITIVE = 128  # of a mask's 256 levels: the first that counts as positive
 
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """What a run wants of a task: how its target is encoded; of labels the classes, and what their number is called
-    where it is set; whether depth is in metres."""
+    where it is set; whether depth is in metres; the sign of z of vectors that face the camera, 0 where that is not
+    known."""
 
     target: Target
     class_names: tuple[str, ...] = ()
     metres: bool = False
     number_key: str = "num_classes"
+    facing: int = 0
 
     @property
     def classes(self) -> int:
@@ -290,6 +293,21 @@ def vectors_of_both_signs(seen: Seen) -> Iterator[Finding]:
         yield from one_value(seen)
 
 
+def vectors_that_face_the_camera(seen: Seen) -> Iterator[Finding]:
+    """Vectors of other axes than the run believes: what a camera sees faces it, in the mean of many images."""
+    spread, facing = seen.facts.spread, seen.asked.facing
+    if spread is None or not facing or not min(spread.low) < 0:
+        return
+    z = spread.total[2] / seen.facts.valid
+    if z * facing < -AWAY:
+        axes = {-1: "opencv (x right, y down, z forward)", 1: "opengl (x right, y up, z towards the viewer)"}
+        yield seen.warning(
+            f"the mean of z is {z:.2f}, so that most surfaces face away from the camera in the axes {axes[facing]}",
+            f"Are the axes {axes[-facing]}? Then set config.data.normals_axes={axes[-facing].split()[0]}: colours and "
+            "legends are wrong otherwise; metrics are not.",
+        )
+
+
 def _ranges(low: Sequence[float], high: Sequence[float]) -> str:
     return ", ".join(f"{a:.2f}..{b:.2f}" for a, b in zip(low, high, strict=True))
 
@@ -299,6 +317,6 @@ RULES: Mapping[str, Iterable[Rule]] = {
     "mask": (mask_levels,),
     "depth": (depth_in_metres,),
     "disparity": (one_value,),
-    "vectors": (vectors_of_both_signs,),
+    "vectors": (vectors_of_both_signs, vectors_that_face_the_camera),
 }
 ALWAYS: Iterable[Rule] = (something_labelled, few_unlabelled)

@@ -48,6 +48,11 @@ class DataSet(abc.ABC):
         return ()
 
 
+def own_axes(data: ConfigDict) -> dict[str, dict[str, Any]]:
+    """What the labels' axes are to the tasks, by the key of ``data``."""
+    return {"normals": {"axes": data.get("normals_axes", "opencv")}}  # no key in earlier checkpoints
+
+
 def own_classes(data: ConfigDict, task: str) -> dict[str, Any]:
     """Number and, if the user gives them, names and colours of a task's classes, by the keys of ``data``.
 

@@ -19,7 +19,7 @@ from sgw_jax.data_pipelines.nyud import Nyud
 from sgw_jax.data_pipelines.pascal_context import PascalContext
 from sgw_jax.data_pipelines.prepared import Prepared
 from sgw_jax.data_pipelines.transforms import Target
-from sgw_jax.experiment.data_set import CLASS_KEYS, SPLITS, DataSet, own_classes
+from sgw_jax.experiment.data_set import CLASS_KEYS, SPLITS, DataSet, own_axes, own_classes
 from sgw_jax.experiment.mixture import MixedDataSets
 
 FORMATS = ("archive", "prepared")
@@ -42,7 +42,7 @@ class Published(DataSet):
     splits: Mapping[str, str] = dataclasses.field(default_factory=lambda: {"train": "train", "test": "validation"})
 
     def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
-        return self.tasks
+        return {**self.tasks, **own_axes(data)}
 
     def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
         root, form, protocol = _root(config), config.data.format, config.protocol
@@ -62,10 +62,18 @@ class RenderedScenes(DataSet):
 
     rendered = True
 
+    def check(self, config: ConfigDict) -> None:
+        if config.data.get("normals_axes", "opencv") != "opencv":
+            raise InputError(
+                f"config.data.normals_axes is {config.data.normals_axes!r}, but the normals of scenes are x right, y "
+                "down, z forward; leave it at opencv."
+            )
+
     def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
         return {
             "semseg": _classes(scenes.SEMSEG_CLASSES, scenes.SEMSEG_COLOURS),
             "human_parts": _classes(scenes.PART_CLASSES, scenes.PART_COLOURS),
+            "normals": {"axes": "opencv"},
         }
 
     def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
@@ -83,7 +91,7 @@ class OwnFolder(DataSet):
     fixed_classes = False
 
     def task_options(self, data: ConfigDict) -> Mapping[str, Mapping[str, Any]]:
-        return {task: own_classes(data, task) for task in CLASS_KEYS}
+        return {task: own_classes(data, task) for task in CLASS_KEYS} | own_axes(data)
 
     def sources(self, config: ConfigDict, targets: Mapping[str, Target], cache_dir: Path | str) -> dict[str, Source]:
         root = _root(config)

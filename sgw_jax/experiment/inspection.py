@@ -18,6 +18,7 @@ from sgw_jax.experiment.data_sets import DATA_SETS
 from sgw_jax.experiment.experiment import Data
 from sgw_jax.experiment.mixture import MIXTURE, entries, named_part, of_part, part_config
 from sgw_jax.tasks.base import Task
+from sgw_jax.tasks.normals import AXES, Normals
 
 __all__ = ["Inspection", "Look", "inspect", "raise_errors"]
 
@@ -135,4 +136,5 @@ def asked_of(task: Task) -> Asked:
     """What a task wants of its labels."""
     metres = task.target["kind"] == "depth" and getattr(task, "quantity", "depth") == "depth"
     key = f"config.data.{CLASS_KEYS[task.kind]}" if task.kind in CLASS_KEYS else "num_classes"
-    return Asked(Target(**task.target), tuple(getattr(task, "class_names", ())), metres, key)
+    facing = -AXES[task.axes][2] if isinstance(task, Normals) else 0
+    return Asked(Target(**task.target), tuple(getattr(task, "class_names", ())), metres, key, facing)

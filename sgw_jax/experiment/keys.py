@@ -52,6 +52,7 @@ from sgw_jax.optimizers import OPTIMIZERS, SCHEDULES
 from sgw_jax.sharding import MESHES
 from sgw_jax.tasks.base import PROTOCOLS
 from sgw_jax.tasks.depth import CROPS
+from sgw_jax.tasks.normals import AXES
 
 Table = Mapping[str, Any]  # of Ranges, and of Tables for sections
 
@@ -107,6 +108,7 @@ ALLOWED: Table = {
         "num_parts": CLASSES,
         "class_names": Names(or_none=True),
         "part_names": Names(or_none=True),
+        "normals_axes": OneOf(AXES),
         "mixture": {
             ANY: {
                 "source": OneOf(DATA_SETS),
@@ -117,6 +119,7 @@ ALLOWED: Table = {
                 "num_parts": CLASSES,
                 "class_names": Names(or_none=True),
                 "part_names": Names(or_none=True),
+                "normals_axes": OneOf(AXES),
                 "tasks": Names(),
                 "maps": {ANY: Several(whole(0, 255))},
             }

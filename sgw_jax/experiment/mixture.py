@@ -89,6 +89,8 @@ class MixedDataSets(DataSet):
         part = part_data(config.data, name)
         if part.source == MIXTURE:
             raise InputError(f"{key}.source is {MIXTURE!r}; a mixture within a mixture is none: list its sources here.")
+        with named_part(name):
+            self._members[part.source].check(part_config(config, name))
         for task in part.tasks:
             if task not in config.tasks:
                 OneOf(TASKS).check(f"{key}.tasks: the kind of {task!r}", kind_of(task))

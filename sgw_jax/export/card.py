@@ -37,7 +37,7 @@ KINDS = {
     "human_parts": Kind("human-parsing", "image-segmentation", "a part of the body, uint8; 0 is background"),
     "saliency": Kind("saliency-detection", "image-segmentation", "the probability of being salient, float32"),
     "depth": Kind("depth-estimation", "depth-estimation", "the depth, float32"),
-    "normals": Kind("surface-normals", "", "a unit vector, float32: x right, y down, z forward"),
+    "normals": Kind("surface-normals", "", "a unit vector, float32"),
     "edges": Kind("edge-detection", "", "the probability of an edge, float32"),
 }
 OWN = Kind("dense-prediction", "", "what the task's own class decodes")  # of a user's class
@@ -182,6 +182,8 @@ def _task_row(task: Task) -> list[str]:
     about = KINDS.get(task.kind, OWN).pixel
     if task.kind == "depth":
         about += f" ({getattr(task, 'quantity', 'depth')}, {task.units.get(task.metric) or 'no unit'})"
+    if task.kind == "normals":
+        about += f": {getattr(task, 'axes_in_words', 'axes of the training data')}"
     return [task.name, about, ", ".join(getattr(task, "class_names", ()))]
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, ratio
 
 ANGLES = (5.0, 7.5, 11.25, 22.5, 30.0)
@@ -16,13 +17,19 @@ DIGIT = 64  # the histogram of angles has DIGIT^2 bins
 # Inside the root of the norm, in the loss. The gradient of a zero prediction is then finite (at most 1e4 per unit of
 # loss), and a prediction of length 1 is not changed in float32.
 EPSILON = 1e-8
+# Signs that bring vectors to the camera's frame, x right, y down, z forward (OpenCV's), from that of the labels.
+AXES = {"opencv": (1, 1, 1), "opengl": (1, -1, -1)}
+WORDS = {"opencv": "x right, y down, z forward", "opengl": "x right, y up, z towards the viewer"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Normals(Task):
-    """One direction per pixel: camera frame x right, y down, z forward.
+    """One direction per pixel, in the axes of the labels: `axes` "opencv" is x right, y down, z forward; "opengl" is
+    x right, y up, z towards the viewer.
 
-    A visible surface faces its ray, which on the optical axis is z < 0.
+    A visible surface faces its ray, which on the optical axis is z < 0 with "opencv", z > 0 with "opengl". Predictions
+    are in the axes of the labels. Losses and metrics do not depend on the axes; pictures and legends do, and are the
+    same of the same surface.
 
     Target float (batch, height, width, 3), unit vectors; invalid where all-zero or not finite. The prediction is not
     normalised; with n(v) = v / sqrt(|v|^2 + 1e-8):
@@ -46,6 +53,12 @@ class Normals(Task):
 
     name: str = "normals"
     weight: float = 10.0
+    axes: str = "opencv"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.axes not in AXES:
+            raise InputError(f"Task {self.name!r}: axes is {self.axes!r}; choose one of {tuple(AXES)}.")
 
     @property
     def channels(self) -> int:
@@ -114,11 +127,11 @@ class Normals(Task):
         return _unit(self.float32(prediction))
 
     def draw(self, decoded: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
-        """(n + 1) / 2 of (x, -y, -z): right is red, up is green, and a surface that faces the camera light blue."""
+        """(n + 1) / 2 of (right, up, towards the camera): right is red, up green, what faces the camera light blue."""
         del like
         normals = np.asarray(decoded, np.float32)
         valid = np.asarray(self.valid(jnp.asarray(normals)))
-        shown = np.where(valid[..., None], normals, 0) * np.array([1, -1, -1], np.float32)
+        shown = np.where(valid[..., None], normals, 0) * self._signs * np.array([1, -1, -1], np.float32)
         picture = np.clip(np.rint((shown + 1) * 127.5), 0, 255).astype(np.uint8)
         picture[~valid] = IGNORED_COLOUR
         return picture
@@ -126,8 +139,17 @@ class Normals(Task):
     def legend(self, values: np.ndarray | None = None) -> Legend:
         del values
         faces = {"right": (1, 0, 0), "left": (-1, 0, 0), "up": (0, -1, 0), "down": (0, 1, 0), "camera": (0, 0, -1)}
-        colours = self.draw(np.array([list(faces.values())], np.float32))[0]
+        colours = self.draw(np.array([list(faces.values())], np.float32) * self._signs)[0]
         return [(f"faces {name}", (int(r), int(g), int(b))) for name, (r, g, b) in zip(faces, colours, strict=True)]
+
+    @property
+    def axes_in_words(self) -> str:
+        """Where x, y and z point."""
+        return WORDS[self.axes]
+
+    @property
+    def _signs(self) -> np.ndarray:
+        return np.array(AXES[self.axes], np.float32)
 
 
 def _softened(vectors: Array) -> Array:
