@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sgw_jax.commands.session import refuse
+from sgw_jax.commands.session import leave, refuse
 from sgw_jax.data_pipelines import consoles
 from sgw_jax.demo.server import check_address, serve
 from sgw_jax.experiment.config_files import UsageError
@@ -32,4 +32,4 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], console: Console) ->
     console.print("The page is being made ready.")
     serve(predictor, title, arguments.host, arguments.port, ready)
     console.print("Ended; what visitors sent is deleted.")
-    return 0
+    return leave(0, at_once=True)  # a prediction may be under way, whose thread would be torn down within it

@@ -26,13 +26,15 @@ function turned(degrees, positive, negative) {
   return `${rounded}\u00b0${rounded ? ` ${degrees > 0 ? positive : negative}` : ""}`;
 }
 
-// Camera frame: x right, y down, z forward. Seen from the camera a surface that faces it turns 0 degrees.
-function direction([x, y, z]) {
+// The vector in the axes of the labels; `signs` make x right, y down, z forward of it. Angles are those by which a
+// surface is turned away from the camera.
+function direction(vector, signs) {
+  const [x, y, z] = vector.map((value, axis) => value * signs[axis]);
   const length = Math.hypot(x, y, z);
   if (!(length > 0)) return "no direction";
   const across = turned((Math.atan2(x, -z) * 180) / Math.PI, "right", "left");
   const up = turned((Math.asin(-y / length) * 180) / Math.PI, "up", "down");
-  return `(${[x, y, z].map((value) => number(value, 2)).join(", ")})  ${across}, ${up}`;
+  return `(${vector.map((value) => number(value, 2)).join(", ")}) ${across}, ${up}`;
 }
 
 function show(reading, about, values) {
@@ -43,8 +45,8 @@ function show(reading, about, values) {
     reading.append(name);
   } else if (values.some(Number.isNaN)) {
     reading.append("no value");
-  } else if (about.kind === "vectors") {
-    reading.append(direction(values));
+  } else if (about.signs.length) {
+    reading.append(direction(values, about.signs));
   } else {
     reading.append(`${values.map((value) => number(value, 2)).join(", ")} ${about.unit}`.trim());
   }

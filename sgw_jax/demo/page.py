@@ -39,25 +39,26 @@ def build_page(predictor: Predictor, title: str) -> gr.Blocks:
                     buttons=[],
                     webcam_options=gr.WebcamOptions(mirror=False),  # left is left in what the network sees
                 )
-                download = gr.DownloadButton("Download arrays (npz)", size="md", interactive=False, elem_id="sgw-download")
+                download = gr.DownloadButton(
+                    "Download arrays (npz)", size="md", interactive=False, elem_id="sgw-download"
+                )
             with gr.Column(scale=4, min_width=300):
                 result = gr.HTML(
                     view.EMPTY, js_on_load=(HERE / "page.js").read_text(encoding="utf-8"), elem_id="sgw-result"
                 )
-        # Gradio's own reading of the upload decodes whatever it is. Where the file lies has been checked before.
-        photo.preprocess = lambda upload: upload
 
-        def answer(upload: Any) -> Iterator[tuple[Any, Any, Any]]:
+        def answer(upload: dict[str, Any] | None) -> Iterator[tuple[Any, Any, Any]]:
             yield from answers(predictor, upload)
 
         private: dict[str, Any] = {"api_visibility": "private", "outputs": [photo, result, download]}
-        photo.input(answer, photo, trigger_mode="always_last", show_progress_on=[result], **private)
+        # Gradio's own reading would decode whatever it is; that the file is an upload is checked without it, too.
+        photo.input(answer, photo, preprocess=False, trigger_mode="always_last", show_progress_on=[result], **private)
         photo.clear(lambda: (gr.skip(), view.EMPTY, gr.DownloadButton(value=None, interactive=False)), **private)
     page.queue(max_size=WAITING, default_concurrency_limit=1, api_open=False)
     return page
 
 
-def answers(predictor: Predictor, upload: Any) -> Iterator[tuple[Any, Any, Any]]:
+def answers(predictor: Predictor, upload: dict[str, Any] | None) -> Iterator[tuple[Any, Any, Any]]:
     """What the photograph, the view and the button become: the pictures first, then the arrays as a file.
 
     Args:
@@ -65,9 +66,9 @@ def answers(predictor: Predictor, upload: Any) -> Iterator[tuple[Any, Any, Any]]
     """
     if upload is None:
         return
-    name = PurePath(upload.orig_name or "photograph").name
+    name = PurePath(upload["orig_name"] or "photograph").name
     try:
-        photograph = uploads.read_upload(Path(upload.path), name)
+        photograph = uploads.read_upload(Path(upload["path"]), name)
     except InputError as error:
         yield None, view.refusal(str(error)), gr.DownloadButton(value=None, interactive=False)
         return

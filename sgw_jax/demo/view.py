@@ -12,6 +12,7 @@ from PIL import Image
 from sgw_jax.demo.codes import encode, sampled
 from sgw_jax.pictures.panels import colour_range, present
 from sgw_jax.tasks.base import Legend, Task
+from sgw_jax.tasks.normals import AXES, Normals
 
 LISTED = 12  # classes of a legend, the most frequent first
 NARROWEST, WIDEST = 130, 250  # pixels that a column has at least, by the pictures' shape
@@ -72,13 +73,14 @@ def _figure(task: Task, values: np.ndarray) -> str:
         "low": codes.low,
         "step": codes.step,
         "bytes": codes.array.itemsize,
+        "signs": AXES[task.axes] if isinstance(task, Normals) else [],
         "classes": [[name, _css(colour)] for name, colour in task.legend()] if kind == "labels" else [],
     }
     name = text(_title(task))
     return (
         f'<figure class="sgw-map" data-task="{text(task.name)}" data-about="{text(json.dumps(data))}" '
         f'data-codes="{codes.packed()}">'
-        f'<figcaption>{name}</figcaption>'
+        f"<figcaption>{name}</figcaption>"
         f'<div class="sgw-picture"><img alt="{name}" src="{_source(picture)}"><i class="sgw-cross" hidden></i>'
         '<output class="sgw-reading"></output></div>'
         f'<div class="sgw-legend">{_legend(task, values)}</div></figure>'

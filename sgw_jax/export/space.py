@@ -1,4 +1,4 @@
-"""A Space of the Hugging Face hub: the page of `sgw-jax demo` for everybody, with the model beside it or by its name."""
+"""A Space of the Hugging Face hub: the page of `sgw-jax demo` for everybody, with a model inside or by its name."""
 
 import json
 from pathlib import Path
@@ -79,7 +79,9 @@ def save_space(
 
 def _files(title: str, license: str | None, model: str | None) -> dict[str, str]:
     """Name -> text."""
-    imports, source = ("", f'"{model}"') if model else ("from pathlib import Path\n", f'Path(__file__).parent / "{MODEL}"')
+    imports, source = (
+        ("", f'"{model}"') if model else ("from pathlib import Path\n", f'Path(__file__).parent / "{MODEL}"')
+    )
     return {
         APP: SCRIPT.format(imports=imports, model=source, title=json.dumps(title)),
         REQUIREMENTS: f"sgw_jax[demo]=={sgw_jax.__version__}\n",
