@@ -30,7 +30,7 @@ from sgw_jax.prediction.predictor import Predictor
 from sgw_jax.run.saved_run import abstract_variables
 from sgw_jax.sharding import make_mesh
 
-pytest.importorskip("gradio", reason="the extra [demo]", exc_type=ImportError)
+pytest.importorskip("gradio", reason="the extra [demo]")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright, the browser's client")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 pytestmark = [
