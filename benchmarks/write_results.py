@@ -1,9 +1,9 @@
-"""docs/results.md from the measurements: every table and every number of it comes from a file of benchmarks/results.
+"""The pages of results: every table and every number of them comes from a file of benchmarks/results.
 
     python benchmarks/write_results.py
 
-The page is benchmarks/results.md.jinja, filled by the table functions of the scripts that measured. A test compares the
-page with what this script would write, so that neither is edited alone.
+docs/accuracy.md, claims.md and cost.md are the templates of benchmarks/pages, filled by the table functions of the
+scripts that measured. A test compares the pages with what this script would write, so that neither is edited alone.
 """
 
 import sys
@@ -31,7 +31,8 @@ from benchmarks.speed import (
 from sgw_jax.data_pipelines.atomic import write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "results.md"
+TEMPLATES = Path(__file__).parent / "pages"
+PAGES = {path.name.split(".")[0]: ROOT / "docs" / path.stem for path in sorted(TEMPLATES.glob("*.md.jinja"))}
 
 
 def load(name: str) -> Any:
@@ -39,9 +40,9 @@ def load(name: str) -> Any:
     return Results(name).load()
 
 
-def render() -> str:
-    """The page."""
-    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+def render(name: str) -> str:
+    """One of the pages."""
+    folder = jinja2.FileSystemLoader(TEMPLATES)
     environment = jinja2.Environment(
         loader=folder, undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True
     )
@@ -64,8 +65,9 @@ def render() -> str:
     )
     scripts = {module.__name__.rpartition(".")[2]: module for module in modules}
     environment.filters["lines"] = "\n".join
-    return environment.get_template("results.md.jinja").render(load=load, **scripts)
+    return environment.get_template(f"{name}.md.jinja").render(load=load, **scripts)
 
 
 if __name__ == "__main__":
-    write_atomically(PAGE, render())
+    for page, path in PAGES.items():
+        write_atomically(path, render(page))

@@ -46,6 +46,9 @@ def kem(etf_vertices: int | None = None) -> dict[str, Any]:
         "pre_norm": False,  # LayerNorm before the projections
         "task_embedding": False,  # a learned vector per task on keys and queries
         "task_gate": False,  # a learned scalar per task on what is written back, from 0: it starts as the identity
+        "balanced": False,  # slots retrieve from every task by itself: num_slots of them, top_k tokens each
+        "slot_exchange": False,  # the slots attend to each other, behind a gate from 0
+        "pair_gate": False,  # balanced: a learned scalar per pair of tasks on what one reads of the other, from 0
         "rounds": 1,  # retrieve-write rounds with the same weights, in [1, 64]
         "recall": optional(float),  # on TPUs: find the top k approximately, this expected share of them, in (0, 1]
         "temperature": 1.0,  # the scores of the retrieval are divided by it; positive
@@ -225,7 +228,7 @@ def get_config() -> ConfigDict:
                     "window_chunk": optional(int),  # windows x heads of an image at a time, at least 1; None = all
                 },
                 "convnext": {  # DINOv3's
-                    "size": "tiny",  # tiny | small | base | large; width overrides it
+                    "size": "tiny",  # atto | tiny | small | base | large; width overrides it
                     "width": optional(int),  # of the first stage, in [1, 8192]
                     "drop_path": 0.0,  # of the last block, in [0, 1), linear from 0
                     "remat": "none",  # none | dots | full

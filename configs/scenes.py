@@ -2,7 +2,7 @@
 
 Command:   python -m sgw_jax train --config=configs/scenes.py --workdir=runs/scenes
 Hardware:  2 CPU cores; unchanged on 1, 2, 4 or 8 GPUs or TPU chips (docs/scaling.md: --config.mesh.name)
-Time:      five to six minutes; results in docs/results.md
+Time:      five to six minutes; results in docs/accuracy.md
 Variants:  --config=configs/scenes.py:interaction=none,tasks=semseg+depth
 """
 
@@ -22,7 +22,7 @@ def get_config(arg: str | None = None):
     config.channels = 32
     config.upsample = "subpixel"
     for name in ("kem", "skem", "within_tasks"):
-        # Without the gates KEM costs semseg and normals accuracy, and sKEM edges (docs/results.md).
+        # Without the gates KEM costs semseg and normals accuracy, and sKEM edges (docs/accuracy.md).
         config.interactions[name].update({"pre_norm": True, "task_gate": True})
     config.interactions.skem.etf_vertices = 32
     config.interactions.cross_attention.update({"pre_norm": True})
@@ -34,7 +34,7 @@ def get_config(arg: str | None = None):
 
     config.steps = 1000
     config.batch_size = 8
-    # With AdamW the network does not leave "all background" on human parts (docs/results.md).
+    # With AdamW the network does not leave "all background" on human parts (docs/accuracy.md).
     config.optimizer.update(
         {"name": "muon", "learning_rate": 1.5e-3, "muon_rms": 1.0, "weight_decay": 0.02, "clip_norm": None}
     )

@@ -1,5 +1,6 @@
 """The comparison's arithmetic: pairing by seed, signs, spread, and a page that holds the numbers."""
 
+import dataclasses
 import json
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.claims import comparison, runs, seeds
+from benchmarks.claims import compare, comparison, exchange, few_labels, runs, seeds
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.tasks import Depth, SemSeg
@@ -92,6 +93,63 @@ def test_a_result_of_another_configuration_is_refused(tmp_path):
         runs.done(experiment(8), workdir, trunk)
     with pytest.raises(SystemExit, match="made with another trunk"):
         runs.done(experiment(7), workdir, other)
+
+
+def test_labels_of_a_share_of_the_images():
+    """About the share (six standard errors of 512 draws), the same ones again, and fewer of them for a smaller share;
+    images, other tasks and the other splits keep all; a result says it."""
+
+    def experiment(**shares):
+        config = read_config("scenes:tasks=semseg+depth", ["--config.data.lengths.train=512"])
+        config.mesh.data = -1
+        return few_labels.with_few_labels(build(config, "unused"), shares)
+
+    few, fewer = experiment(depth=0.5), experiment(depth=0.05)
+    source = few.data.sources["train"]
+    kept, less = ({i for i in range(512) if e.data.sources["train"].labelled("depth", i)} for e in (few, fewer))
+    assert abs(len(kept) / 512 - 0.5) < 6 * np.sqrt(0.25 / 512)
+    assert less < kept
+    assert all(source.labelled(name, i) for name in ("image", "semseg") for i in range(512))
+    assert few.data.sources["test"] is not source
+    assert runs.made_by(few, None)["few_labels"] == {"depth": 0.5}
+    assert runs.made_by(few, None) != runs.made_by(fewer, None)
+    held = few_labels.FewLabels([{"image": 0, "depth": 1}] * 512, {"depth": 0.5})
+    assert {i for i in range(512) if "depth" in held[i]} == kept
+
+
+def test_distractors_are_noise_of_their_own(tmp_path):
+    """The same for an item again, another for another task, item and split; the other tasks stay as they are."""
+    small = ["--config.data.lengths.train=8", "--config.data.lengths.test=2", "--config.mesh.data=-1"]
+    made = runs.Runs("scenes:tasks=semseg+depth", small, 100, tmp_path, tmp_path, distractors=2)
+    plain = dataclasses.replace(made, distractors=0)
+    experiment, other = (one.build(("none", {}), seed=0) for one in (made, plain))
+    assert [task.name for task in experiment.tasks] == ["semseg", "depth", "distractor00", "distractor01"]
+    train, test = (experiment.data.sources[split] for split in ("train", "test"))
+    first, second = train[0], train[1]
+    maps = [first["distractor00"], first["distractor01"], second["distractor00"], test[0]["distractor00"]]
+    assert all(np.array_equal(a, b) == (i == j) for i, a in enumerate(maps) for j, b in enumerate(maps))
+    assert np.array_equal(maps[0], train[0]["distractor00"])
+    assert all(map.shape == first["image"].shape[:2] and map.min() >= 1 and map.max() <= 5 for map in maps)
+    assert np.array_equal(first["depth"], other.data.sources["train"][0]["depth"])
+    assert runs.made_by(experiment, None) != runs.made_by(other, None)
+
+
+@pytest.mark.parametrize("part", exchange.PARTS)
+def test_the_plan_of_exchange_can_be_run(part):
+    """Its configurations exist, and backbones that stand beside the default's million parameters have about as many."""
+    overrides = [given for given in exchange.PARTS[part] if given.startswith("--config.")]
+    config = read_config("scenes", [*overrides, "--config.steps=500", "--config.mesh.data=-1"])
+    experiment = build(config, None)
+    image = jax.ShapeDtypeStruct((1, *experiment.size, 3), jnp.float32)
+    backbone = jax.eval_shape(experiment.model.init, jax.random.key(0), image)["params"]["backbone"]
+    assert 0.5e6 < sum(leaf.size for leaf in jax.tree.leaves(backbone)) < 2e6
+    assert {given for given in exchange.PARTS[part] if given in compare.METHODS} >= {"none", "kem"}
+
+
+@pytest.mark.parametrize("given", ["depth", "depth=0", "depth=2", "depth=half"])
+def test_shares_of_labels_that_are_none(given):
+    with pytest.raises(SystemExit, match=f"--labelled {given}: give TASK=SHARE"):
+        few_labels.read_shares([given])
 
 
 def test_confidence_intervals_are_students():

@@ -226,6 +226,20 @@ def test_rounds_of_plain_softmax():
         assert found[name] is None
 
 
+def test_who_reads_whom_by_gates_of_pairs():
+    """Slots of a task read it alone, and a task reads another by the size of their gate."""
+    model = model_with(kem(balanced=True, pair_gate=True))
+    variables, batches = variables_of(model, seed=1), split(1)
+    found = run(model, variables, batches)
+    names, number = [task.name for task in TASKS], model.interaction.num_slots
+    own = [[name == source for name in names] for source in sorted(names)]
+    np.testing.assert_allclose(found["reads"], np.repeat(own, number, axis=0), **TOLERANCE)
+    params = variables["params"]["interaction"]
+    gates = np.array([[float(params[f"pair_gate_{reader}_from_{s}"][0]) for s in names] for reader in names])
+    np.testing.assert_array_equal(found["pair_gates"], gates)
+    np.testing.assert_allclose(found["flow"], np.abs(gates) / np.abs(gates).sum(1, keepdims=True), **TOLERANCE)
+
+
 def test_shares_are_shares(plain):
     for name in ("reads", "writes", "flow"):
         np.testing.assert_allclose(np.sum(plain[3][name], axis=-1), 1, **TOLERANCE)

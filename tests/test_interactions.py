@@ -147,6 +147,25 @@ CASES: dict[str, tuple[KEM, dict]] = {
         RAGGED,
     ),
     "one task": (KEM(3, top_k=2, task_embedding=True, task_gate=True), {"only": (2, 6, CHANNELS)}),
+    "balanced": (KEM(3, num_heads=2, top_k=4, slot_dim=12, balanced=True), RAGGED),
+    "balanced, softmax over all": (KEM(2, balanced=True, slot_exchange=True), RAGGED),
+    "balanced, fewer tokens than k": (KEM(2, top_k=13, balanced=True), RAGGED),
+    "slot exchange": (KEM(4, num_heads=2, top_k=5, slot_dim=12, slot_exchange=True, rounds=2), RAGGED),
+    "pair gates": (
+        KEM(
+            2,
+            num_heads=2,
+            top_k=3,
+            etf_vertices=9,
+            pre_norm=True,
+            task_embedding=True,
+            balanced=True,
+            slot_exchange=True,
+            pair_gate=True,
+            rounds=2,
+        ),
+        RAGGED,
+    ),
     "sixteen tasks": (KEM(3, top_k=6, task_embedding=True), SIXTEEN),
 }
 MARGIN = 1e-3  # between the k-th and the (k+1)-th score: far more than rounding or a finite difference moves a score
@@ -172,6 +191,18 @@ def frame_of(module, variables, channels):
     return np.asarray(frame, np.float64)
 
 
+def exchanged(params, slots, heads, scale):
+    """What each slot holds once it has looked at all."""
+    centred = slots - slots.mean(1, keepdims=True)
+    normed = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-6)
+    normed = normed * params["norm"]["scale"] + params["norm"]["bias"]
+    query, key, value = (normed @ params[name]["kernel"] for name in ("query", "key", "value"))
+    taken = np.zeros_like(slots)
+    for slot, cut in itertools.product(range(len(slots)), heads):
+        taken[slot, cut] = softmax([query[slot, cut] @ other * scale for other in key[:, cut]]) @ value[:, cut]
+    return slots + params["gate"] * taken
+
+
 def reference(module, variables, features, slots=None, record=None):
     """The method, one score at a time: outputs, slots, the least margin of a selection, and the largest number met.
     ``record`` gets {name: {(image, head, slot or token, entry): weight or index}} of the last round."""
@@ -182,7 +213,7 @@ def reference(module, variables, features, slots=None, record=None):
     retrieve, write = (
         {name: params[part][name]["kernel"] for name in ("query", "key", "value")} for part in ("retrieve", "write")
     )
-    names = list(features)
+    names = sorted(features) if module.balanced else list(features)
     batch, channels = features[names[0]].shape[0], features[names[0]].shape[-1]
     tokens = {n: features[n].astype(np.float64).reshape(batch, -1, channels) for n in names}
     owner = [n for n in names for _ in range(tokens[n].shape[1])]
@@ -190,7 +221,8 @@ def reference(module, variables, features, slots=None, record=None):
     results, states = [], []
     for b in range(batch):
         stream = [row for n in names for row in tokens[n][b]]
-        state = params["slots"] if slots is None else slots[b].astype(np.float64)
+        state = np.tile(params["slots"], (len(names) if module.balanced else 1, 1))
+        state = state if slots is None else slots[b].astype(np.float64)
         width = state.shape[1]
         for _ in range(module.rounds):
             normed, chooser = [], []
@@ -206,11 +238,14 @@ def reference(module, variables, features, slots=None, record=None):
                 chooser.append(z + (params[f"task_embedding_{task}"] if module.task_embedding else 0))
             heads, wide = (cuts(size, module.num_heads) for size in (width, channels))
             scale = 1 / np.sqrt(width // module.num_heads)
-            found = np.zeros((module.num_slots, width))
-            for slot, cut in itertools.product(range(module.num_slots), heads):
+            found = np.zeros_like(state)
+            for slot, cut in itertools.product(range(len(state)), heads):
                 query = (state[slot] @ retrieve["query"])[cut]
                 scores = [query @ (z @ retrieve["key"])[cut] * scale / module.temperature for z in chooser]
-                order = sorted(range(len(scores)), key=lambda i: (-scores[i], i))
+                seen = [
+                    i for i, task in enumerate(owner) if not module.balanced or task == names[slot // module.num_slots]
+                ]
+                order = sorted(seen, key=lambda i: (-scores[i], i))
                 kept = order if module.top_k is None else order[: module.top_k]
                 if len(kept) < len(order):
                     margin = min(margin, scores[kept[-1]] - scores[order[len(kept)]])
@@ -222,16 +257,23 @@ def reference(module, variables, features, slots=None, record=None):
                 values = [(normed[i] @ retrieve["value"])[cut] for i in kept]
                 found[slot, cut] = sum(w * value for w, value in zip(weights, values, strict=True))
                 largest = max(largest, np.abs(scores).max(), np.abs(query).max())
-            state = found
+            state = exchanged(params["exchange"], found, heads, scale) if module.slot_exchange else found
+            groups = cuts(len(state), len(names) if module.pair_gate else 1)
             updated = []
             for token, (row, task, z) in enumerate(zip(stream, owner, chooser, strict=True)):
                 update = np.zeros(channels)
                 for head, (cut, out) in enumerate(zip(heads, wide, strict=True)):
                     query = (z @ write["query"])[cut]
                     scores = [query @ (slot @ write["key"])[cut] * scale for slot in state]
-                    weights = softmax(scores)
-                    record["write_weights"] |= {(b, head, token, i): weight for i, weight in enumerate(weights)}
-                    update[out] = sum(w * (slot @ write["value"])[out] for w, slot in zip(weights, state, strict=True))
+                    weights = np.concatenate([softmax(scores[group]) for group in groups])
+                    shares = factors = np.ones(len(state))
+                    if module.pair_gate:
+                        gates = np.concatenate([params[f"pair_gate_{task}_from_{source}"] for source in names])
+                        factors = np.repeat(gates, module.num_slots)
+                        shares = np.abs(factors) / np.abs(gates).sum()
+                    record["write_weights"] |= {(b, head, token, i): w for i, w in enumerate(weights * shares)}
+                    read = zip(weights * factors, state, strict=True)
+                    update[out] = sum(w * (slot @ write["value"])[out] for w, slot in read)
                     largest = max(largest, np.abs(scores).max())
                 updated.append(row + update * (params[f"task_gate_{task}"] if module.task_gate else 1))
             stream = updated
@@ -367,10 +409,10 @@ def test_parameters_are_float32_in_a_float64_program():
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
 
 
-@pytest.mark.parametrize("case", ["top-k, heads, wide slots", "all options"])
+@pytest.mark.parametrize("case", ["top-k, heads, wide slots", "all options", "pair gates"])
 def test_kem_gradients_match_finite_differences(case):
-    """Central differences along random directions of all parameters and features at once, in float64: truncation
-    h^2 = 1e-10 and cancellation 1e-16 / h = 1e-11, times derivatives up to 1e3."""
+    """Central differences along random directions of all parameters and features at once, in float64, of h and h / 2,
+    extrapolated to 0: truncation h^4 = 1e-20 and cancellation 1e-16 / h = 1e-11, times values up to 1e3."""
     module, shapes = CASES[case]
     features, variables, _, _ = clear_case(case)
     rng = np.random.default_rng(1)
@@ -389,15 +431,21 @@ def test_kem_gradients_match_finite_differences(case):
         h = 1e-5
         for _ in range(4):
             direction = jax.tree.map(lambda x: rng.normal(size=x.shape), point)
-            ahead, behind = (
-                value_and_grad(*jax.tree.map(lambda x, u: x + sign * h * u, point, direction))[0]  # noqa: B023
-                for sign in (1, -1)
-            )
+
+            def central(h):
+                ahead, behind = (
+                    value_and_grad(*jax.tree.map(lambda x, u: x + sign * h * u, point, direction))[0]  # noqa: B023
+                    for sign in (1, -1)
+                )
+                return (ahead - behind) / (2 * h)
+
             along = sum(np.sum(g * u) for g, u in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
-            np.testing.assert_allclose((ahead - behind) / (2 * h), along, rtol=1e-7, atol=1e-7)
+            np.testing.assert_allclose((4 * central(h / 2) - central(h)) / 3, along, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("case", ["top-k, heads, wide slots", "more slots than their width", "all options"])
+@pytest.mark.parametrize(
+    "case", ["top-k, heads, wide slots", "more slots than their width", "all options", "pair gates"]
+)
 def test_what_is_recorded_matches_the_reference(case):
     """Weights and indices by head, slot and token, with maps on either side."""
     module, shapes = CASES[case]
@@ -441,6 +489,8 @@ def test_initial_slots_replace_the_learned_ones():
         ({"num_slots": 2, "num_heads": 3, "slot_dim": 6}, "channels = 8 does not divide by num_heads = 3"),
         ({"num_slots": 2, "etf_for": "keys"}, "etf_for is 'keys'"),
         ({"num_slots": 2, "temperature": 0.0}, "temperature is 0.0"),
+        ({"num_slots": 2, "pair_gate": True}, "pair_gate tells .* it needs balanced=True"),
+        ({"num_slots": 2, "pair_gate": True, "balanced": True, "task_gate": True}, "neither would learn; choose one"),
         ({"num_slots": 2, "projection": "pca", "etf_vertices": 5}, "projection is 'pca'"),
         ({"num_slots": 2, "projection": "learned"}, "etf_vertices is None"),
         ({"num_slots": 2, "projection": "orthonormal", "etf_vertices": 10}, r"rank is 9; it must be in \[1, 8\]"),
@@ -516,10 +566,11 @@ def test_slots_start_orthogonal_and_queries_with_unit_variance():
     np.testing.assert_allclose(np.mean(queries[:width] ** 2), 1, atol=5 * np.sqrt(2 / width**2))
 
 
-def test_task_gates_start_as_the_identity():
+@pytest.mark.parametrize("options", [{"task_gate": True}, {"balanced": True, "slot_exchange": True, "pair_gate": True}])
+def test_gates_start_as_the_identity(options):
     """And learn at once: each has a gradient, though nothing behind them has one yet."""
     features = make_features()
-    module = KEM(3, top_k=4, task_gate=True)
+    module = KEM(3, top_k=4, **options)
     variables = jit(module.init)(jax.random.key(0), features)
 
     def loss(params):
@@ -528,7 +579,9 @@ def test_task_gates_start_as_the_identity():
 
     gradient, outputs = jit(jax.grad(loss, has_aux=True))(variables["params"])
     assert all(np.array_equal(outputs[name], features[name]) for name in features)
-    assert all(np.all(gradient[f"task_gate_{name}"] != 0) for name in features)
+    gates = [name for name in gradient if "_gate_" in name]
+    assert len(gates) == len(features) ** (2 if module.pair_gate else 1)
+    assert all(np.all(gradient[name] != 0) for name in gates)
     assert not np.any(gradient["write"]["value"]["kernel"])
 
 

@@ -13,7 +13,7 @@ from sgw_jax.data_pipelines.scenes import Scenes
 
 @pytest.mark.slow
 def test_a_short_run_beats_the_constant_predictor_and_predicts(tmp_path) -> None:
-    """An eighth of the default run; margins are left to the default run itself (docs/results.md)."""
+    """An eighth of the default run; margins are left to the default run itself (docs/accuracy.md)."""
     run, cache = tmp_path / "run", f"--cache_dir={tmp_path / 'cache'}"
     short = ["steps=250", "data.lengths.train=512", "data.lengths.validation=32", "data.lengths.test=64"]
     short += ["checkpoint_every=125", "eval_every=250"]

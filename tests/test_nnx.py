@@ -30,11 +30,17 @@ def tokens():
 
 
 ALL = {"num_heads": 2, "pre_norm": True, "task_embedding": True, "task_gate": True, "rounds": 2}
+BY_TASK = {"balanced": True, "slot_exchange": True, "pair_gate": True}
 PAIRS = {  # linen, nnx, an input
     "kem": (sgw_jax.KEM(4, top_k=3), lambda r: KEM(C, 4, top_k=3, rngs=r), maps),
     "kem, all options": (
         sgw_jax.KEM(4, top_k=3, **ALL),
         lambda r: KEM(C, 4, top_k=3, tasks=TASKS, rngs=r, **ALL),
+        maps,
+    ),
+    "kem, by pairs": (
+        sgw_jax.KEM(4, top_k=3, **BY_TASK),
+        lambda r: KEM(C, 4, top_k=3, tasks=TASKS, rngs=r, **BY_TASK),
         maps,
     ),
     **{

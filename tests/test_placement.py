@@ -170,6 +170,8 @@ MODULES = {
     "softmax": (KEM, {"num_slots": 5, "top_k": None}),
     "many": (KEM, {"num_slots": 5, "top_k": 40}),
     "skem": (KEM, {"num_slots": 5, "top_k": 4, "etf_vertices": 9, "task_embedding": True, "task_gate": True}),
+    "balanced": (KEM, {"num_slots": 3, "top_k": 4, "balanced": True, "slot_exchange": True, "pair_gate": True}),
+    "balanced softmax": (KEM, {"num_slots": 3, "top_k": None, "balanced": True}),
     "rounds": (KEM, {"num_slots": 5, "top_k": 4, "rounds": 2, "pre_norm": True}),
     "unfolded": (KEM, {"num_slots": 5, "num_heads": 8, "top_k": 4, "etf_vertices": 9}),
     "workspace": (WorkspaceInteraction, {"num_slots": 5, "num_heads": 2, "top_k": 4}),

@@ -1,4 +1,4 @@
-"""Costs counted from the trace, against formulas; the promises that docs/results.md makes of the full-size systems."""
+"""Costs counted from the trace, against formulas; the promises that docs/cost.md makes of the full-size systems."""
 
 import io
 import json
@@ -180,7 +180,7 @@ def test_the_swin_l_system_is_as_small_as_promised():
     saved = json.loads(RESULTS.read_text())["systems"]["nyud:swin_l,interaction=skem"]["plan"]
     assert (found.parameters, found.macs, found.training_macs) == (
         *(saved[key] for key in ("parameters", "macs", "training_macs")),
-    ), "the table of docs/results.md is of another network: run benchmarks/speed/full_size.py anew"
+    ), "the table of docs/cost.md is of another network: run benchmarks/speed/full_size.py anew"
     tokens = 4 * 112 * 144
     assert all(size < 4 * tokens * 1024 for _, _, size in found.largest)  # linear in tokens x tasks
     # Over all tokens the scores of retrieving and of writing and what is written, of 32 slots; the maps, and the frame

@@ -1,4 +1,4 @@
-"""docs/results.md says what the files of benchmarks/results hold, all of it and nothing else; so does README.md."""
+"""The pages of results say what the files of benchmarks/results hold, all of it and nothing else; so does README.md."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from benchmarks import measure, write_results
 from benchmarks.claims import seeds
 from sgw_jax.data_pipelines.errors import InputError, MissingFileError
 
-PAGES = [write_results.PAGE, write_results.ROOT / "README.md"]
+PAGES = [*write_results.PAGES.values(), write_results.ROOT / "README.md"]
 
 
 def cells(line: str) -> list[str]:
@@ -114,9 +114,11 @@ def test_every_file_of_results_names_what_made_it(path: Path) -> None:
     assert script == "-m" or (write_results.ROOT / script).exists()
 
 
-def test_the_page_is_filled_in_from_the_measurements():
-    same = write_results.render() == write_results.PAGE.read_text(encoding="utf-8")
-    assert same, "docs/results.md is out of date: python benchmarks/write_results.py"
+@pytest.mark.parametrize("name", write_results.PAGES)
+def test_a_page_is_filled_in_from_the_measurements(name: str) -> None:
+    path = write_results.PAGES[name]
+    same = write_results.render(name) == path.read_text(encoding="utf-8")
+    assert same, f"docs/{path.name} is out of date: python benchmarks/write_results.py"
 
 
 def test_the_readme_shows_the_default_run():

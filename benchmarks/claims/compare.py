@@ -10,9 +10,11 @@ data in the same order as the others of its seed. delta_m is taken against the s
 went on from the same trunk (--no_singles leaves them out). Scores are of the test split, by the average of the
 parameters after the last step: nothing is chosen by looking at a split. With --tune every method, single-task models
 too, first tries each of these learning rates with a seed of its own, and keeps the one of the lowest loss on the
-validation split: the same budget for all. With --trunk the runs go on from another comparison's trunk, whose tasks may
-be more; with --trunk_steps=0 there is none, and every run starts from random parameters. Killed and run again, it goes
-on with the first run that is missing.
+validation split: the same budget for all; --either kem,kem_plain keeps of these the one of the lowest such loss. With
+--trunk the runs go on from another comparison's trunk, whose tasks may be more; with --trunk_steps=0 there is none, and
+every run starts from random parameters. With --labelled depth=0.05 a share of the training images alone has labels
+of a task; the trunk's have all of theirs. With --distractors=10 as many tasks of noise are trained beside the others,
+which alone are scored. Killed and run again, it goes on with the first run that is missing.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from rich.progress import Progress
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
 from benchmarks.claims.comparison import markdown, page, single_task_models, summarise
+from benchmarks.claims.few_labels import read_shares
 from benchmarks.claims.runs import (
     Method,
     Runs,
@@ -47,6 +50,10 @@ UNWEIGHTED = {f"task_weights.{task}": "1" for task in TASKS}
 BY_REPRESENTATION = {**UNWEIGHTED, "gradients": "representation"}
 KEM_PLAIN = {"interactions.kem.task_gate": "false"}
 SKEM_PLAIN = {"interactions.skem.task_gate": "false"}
+# Gather from each task, exchange among the slots, read each task's slots through gates of their own.
+BY_TASK = KEM_PLAIN | {"interactions.kem.balanced": "true"}
+BY_PAIR = BY_TASK | {"interactions.kem.pair_gate": "true"}
+EXCHANGE = {"interactions.kem.slot_exchange": "true"}
 WITHIN_PLAIN = {"interactions.within_tasks.task_gate": "false"}
 
 # What is compared: the interaction, and options over the configuration's; "widened" gets its MLP in `main`. The
@@ -77,6 +84,10 @@ METHODS: dict[str, Method] = {
     "kem_heads4": ("kem", KEM_PLAIN | {"interactions.kem.num_heads": "4"}),
     "kem_rounds2": ("kem", KEM_PLAIN | {"interactions.kem.rounds": "2"}),
     "kem_scales": ("kem", KEM_PLAIN | {"scales": "16,8", "persist": "true"}),
+    "kem_balanced": ("kem", {"interactions.kem.balanced": "true"}),
+    "kem_exchange": ("kem", EXCHANGE),
+    "kem_pairs": ("kem", BY_PAIR),
+    "kem_pairs_exchange": ("kem", BY_PAIR | EXCHANGE),
     "skem_vertices8": ("skem", SKEM_PLAIN | {"interactions.skem.etf_vertices": "8"}),
     "skem_selection": ("skem", SKEM_PLAIN | {"interactions.skem.etf_for": "selection"}),
 }
@@ -95,9 +106,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no_singles", action="store_true", help="no single-task models: gains over none alone")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(INTERACTIONS))
     parser.add_argument("--tune", nargs="+", default=[], help="learning rates to choose from on the validation split")
+    parser.add_argument(
+        "--either", action="append", default=[], metavar="A,B", help="of these the best by --tune alone"
+    )
+    parser.add_argument("--labelled", nargs="+", default=[], metavar="TASK=SHARE", help="of the training images")
+    parser.add_argument("--distractors", type=int, default=0, help="tasks of noise beside the configuration's")
     parser.add_argument("--results", type=Path, help="where the numbers go too, for the page of results")
     parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "sgw_jax")
     arguments, overrides = parser.parse_known_args(argv)
+    groups = [tuple(group.split(",")) for group in arguments.either]
+    if unknown := {name for group in groups for name in group} - set(arguments.methods):
+        parser.error(f"--either: {', '.join(sorted(unknown))}: none of --methods.")
+    if groups and not arguments.tune:
+        parser.error("--either: what chooses is the loss on the validation split; give --tune its learning rates.")
+    if arguments.distractors and not arguments.no_singles:
+        parser.error("--distractors: there are no single-task models to compare with; add --no_singles.")
     console = begin(arguments.cache_dir)
 
     runs = Runs(arguments.config, overrides, arguments.steps, arguments.out, arguments.cache_dir)
@@ -113,7 +136,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not (trunk / "result.json").exists():
         raise SystemExit(f"--trunk: {trunk} is no trunk of a comparison: it has no result.json.")
     trunk_steps = 0 if trunk is None else read_result(trunk)["made_by"]["steps"]
-    runs = dataclasses.replace(runs, trunk=trunk)
+    runs = dataclasses.replace(runs, trunk=trunk, labelled=read_shares(arguments.labelled))
+    runs = dataclasses.replace(runs, distractors=arguments.distractors)
     cases: dict[str, Method] = {name: METHODS[name] for name in arguments.methods}
     if "widened" in cases:
         width = equal_mlp_width(runs.build(("kem", {}), seed=0))
@@ -132,6 +156,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in cases if arguments.tune else ():
             rates[name] = runs.tune(name, cases[name], arguments.tune, begun)
             cases[name] = with_rate(cases[name], rates[name]["chosen"])
+        losses = {name: min(rate["validation_loss"].values()) for name, rate in rates.items()}
+        for group in groups:
+            best = min(group, key=losses.__getitem__)
+            cases = {name: method for name, method in cases.items() if name == best or name not in group}
         for seed in range(arguments.seeds):
             for name, method in cases.items():
                 begun(f"{name}, seed {seed}")
@@ -144,8 +172,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overrides": overrides,
         "steps": arguments.steps,
         "trunk_steps": trunk_steps,
+        "labelled": dict(runs.labelled),
+        "distractors": runs.distractors,
         "seeds": arguments.seeds,
         "rates": rates,
+        "either": groups,
         "environment": environment(),
     }
     for path in (arguments.out / "compare.json", arguments.results):

@@ -169,7 +169,7 @@ def run(quick: bool) -> dict[str, list[dict[str, Any]]]:
 
 
 def tables(found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Markdown: what docs/results.md shows."""
+    """Markdown: what docs/claims.md shows."""
     counts = sorted({row["tasks"] for row in found["planted"]})
     labels = {("dense", None, TOPICS): "dense", ("kem", None, TOPICS): "KEM, no selection"}
     labels |= {("workspace", 32, TOPICS): "SharedWorkspace, k = 32 (retrieval)", ("skem", 32, TOPICS): "sKEM, k = 32"}

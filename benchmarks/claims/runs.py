@@ -12,11 +12,14 @@ import jax.numpy as jnp
 from absl import logging
 from rich.console import Console
 
+from benchmarks.claims.distractors import distractors, with_distractors
+from benchmarks.claims.few_labels import with_few_labels
 from benchmarks.measure import Results
 from sgw_jax.evaluation.diagnostics import diagnose
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.experiment.tasks import build_tasks
 from sgw_jax.host import keep_freed_memory
 from sgw_jax.report.results import count_parameters
 from sgw_jax.run.logs import without_nan
@@ -41,7 +44,8 @@ class Runs:
     """What the runs of a comparison have in common, and where they lie.
 
     config, overrides: of `read_config`. steps: of each run. trunk: a run that each goes on from; None: each starts as
-    the configuration says. A run is complete when its folder has a result.json, which is written last.
+    the configuration says. labelled: task -> share of the training images that have its labels. distractors: tasks of
+    noise beside the configuration's. A run is complete when its folder has a result.json, which is written last.
     """
 
     config: str
@@ -50,6 +54,8 @@ class Runs:
     out: Path
     cache_dir: Path
     trunk: Path | None = None
+    labelled: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    distractors: int = 0
 
     def build(self, method: Method, seed: int, steps: int | None = None, tuning: bool = False) -> Experiment:
         """The experiment of one run: the user's configuration, the method's options, no evaluation on the way, and of
@@ -58,12 +64,14 @@ class Runs:
         keys = {"interaction": interaction, "seed": seed, "steps": steps, "checkpoint_every": steps}
         keys |= {"eval_every": steps, "keep": 1, **({} if tuning else {"data.lengths.validation": 0}), **options}
         given = [f"--config.{key}={value}" for key, value in keys.items()]
-        experiment = build(read_config(self.config, [*self.overrides, *given]), self.cache_dir)
+        config, others = read_config(self.config, [*self.overrides, *given]), distractors(self.distractors)
+        experiment = build(config, self.cache_dir, (*build_tasks(config), *others))
         for source in experiment.data.each_source().values():
             prepare = getattr(source, "prepare", None)
             if prepare is not None:  # rendered once, read from then on
                 prepare()
-        return experiment
+        experiment = with_few_labels(experiment, self.labelled) if self.labelled else experiment
+        return with_distractors(experiment, others) if others else experiment
 
     def tune(self, name: str, method: Method, rates: Sequence[str], begun: Callable[[str], None]) -> dict[str, Any]:
         """Tries the learning rates with a seed of its own, and chooses that of the lowest loss on the validation split:
@@ -112,7 +120,10 @@ def equal_mlp_width(kem: Experiment) -> int:
 
 def made_by(experiment: Experiment, trunk: Path | None) -> dict[str, Any]:
     """What a result depends on: its configuration and its trunk's, wherever that lies."""
-    return {**json.loads(experiment.config.to_json_best_effort()), "trunk": trunk and read_result(trunk)["made_by"]}
+    data = experiment.data.sources["train"].fingerprint()
+    changes = {name: data[name] for name in ("few_labels", "distractors") if name in data}
+    configuration = json.loads(experiment.config.to_json_best_effort())
+    return {**configuration, **changes, "trunk": trunk and read_result(trunk)["made_by"]}
 
 
 def without_repeats(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, list[dict[str, Any]]]:

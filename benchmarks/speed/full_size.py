@@ -4,7 +4,7 @@
     python benchmarks/speed/full_size.py --compile          also compiles both steps for this machine, one image each
 
 Writes benchmarks/results/full_size.json after each system and skips what is there already, so that it can be stopped
-at any time; prints the table of docs/results.md. Nothing is executed: shapes only.
+at any time; prints the table of docs/cost.md. Nothing is executed: shapes only.
 """
 
 import argparse

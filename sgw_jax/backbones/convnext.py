@@ -167,6 +167,7 @@ class Size:
 
 
 SIZES: dict[str, Size] = {
+    "atto": Size(40, (2, 2, 6, 2)),  # of ConvNeXt V2 (Woo et al. 2023)
     "tiny": Size(96, (3, 3, 9, 3)),
     "small": Size(96, (3, 3, 27, 3)),
     "base": Size(128, (3, 3, 27, 3)),
@@ -175,7 +176,7 @@ SIZES: dict[str, Size] = {
 
 
 def convnext(size: str = "tiny", image_size: tuple[int, int] | None = None, **overrides) -> ConvNeXt:
-    """A ConvNeXt of a named size ("tiny", "small", "base", "large"); any attribute of `ConvNeXt` can be overridden.
+    """A ConvNeXt of a named size, a key of `SIZES`; any attribute of `ConvNeXt` can be overridden.
 
     ``image_size`` is what every backbone is told; no parameter of ConvNeXt depends on it, so it is not used.
     """

@@ -16,6 +16,7 @@ from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
 from sgw_jax.evaluation.metrics import add_all
 from sgw_jax.evaluation.selection import jaccard, selection_between_images, selection_overlap
+from sgw_jax.functional.knowledge_extraction import pair_gate_name
 from sgw_jax.functional.tokens import TokenLayout, concatenate_tasks
 from sgw_jax.interactions.knowledge_extraction import KEM
 from sgw_jax.sharding import global_batch, replicated
@@ -63,6 +64,7 @@ def diagnose(
         stable under anything. None without top-k or where no batch has two images.
       update_ratio: mean over images of ||F^|| / ||F||, the norms over all tokens and channels.
       task_gates: {task: the learned factor of its update}; empty without KEM's ``task_gate``.
+      pair_gates (T, T): the learned factor of what a task (row) reads of another's slots; empty without ``pair_gate``.
       reads (L, T): share of slot l's retrieved attention that falls on tokens of task t; rows sum to 1.
       writes (T, L): mean attention of task t's tokens to slot l; rows sum to 1.
       flow (T, T): mean over images and heads of writes times reads, the composed map from token to token summed by
@@ -82,6 +84,7 @@ def diagnose(
         "tasks": [task.name for task in tasks],
         **_means(total["module"]),
         "task_gates": _task_gates(variables["params"]["interaction"], tasks) if model.interaction.task_gate else {},
+        "pair_gates": _pair_gates(variables["params"]["interaction"], tasks) if model.interaction.pair_gate else [],
         "ablations": {name: _values(total["ablations"][name], tasks) for name in ABLATIONS},  # jit sorts keys
     }
 
@@ -89,6 +92,11 @@ def diagnose(
 def _task_gates(params: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, float]:
     # A single number is on every device.
     return {task.name: float(jax.device_get(params[f"task_gate_{task.name}"])[0]) for task in tasks}
+
+
+def _pair_gates(params: Mapping[str, Any], tasks: Sequence[Task]) -> list[list[float]]:
+    names = [task.name for task in tasks]
+    return [[float(jax.device_get(params[pair_gate_name(reader, source)])[0]) for source in names] for reader in names]
 
 
 def make_step(model: nn.Module, tasks: Sequence[Task], mesh: Mesh) -> Callable[[Any, Batch], dict[str, Any]]:
@@ -128,7 +136,8 @@ def _intervene(features: Features, change: Intervention | None = None):
         if not isinstance(context.module, KEM) or context.method_name != "__call__":
             return method(*args, **kwargs)
         if not features:
-            features.update(args[0])
+            # A balanced KEM's tokens lie by sorted names; and so does what it records.
+            features.update(sorted(args[0].items()) if context.module.balanced else args[0])
         return method(features, *args[1:], **kwargs, change=change)
 
     return nn.intercept_methods(intercept)

@@ -5,16 +5,16 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.etf.projections import PROJECTIONS
 from sgw_jax.functional.axes import auto_inside
 from sgw_jax.functional.linear import layer_norm
-from sgw_jax.functional.products import PRODUCTS, Maps, Products, Tokens, by_head, cheaper, maps_of
+from sgw_jax.functional.products import PRODUCTS, Tokens, cheaper, maps_of
+from sgw_jax.functional.steps import Seen, broadcast, exchange, retrieve, retrieve_each, write
 from sgw_jax.functional.tokens import TokenLayout, concatenate_mask, concatenate_tasks, split_tasks
 from sgw_jax.layers.placement import Placement
-from sgw_jax.layers.topk_attention import apply_weights, topk_attention
 
 Params = Mapping[str, Any]
 Projection = Callable[[Array], tuple[Array, Array | None]]  # tokens -> (values, frame or None), whose product it is
@@ -41,28 +41,6 @@ class Extraction(NamedTuple):
     records: dict[str, list[Array]]
 
 
-class Seen(NamedTuple):
-    """The tokens as the slots see them: what makes keys and queries, and what makes values."""
-
-    chooser: Tokens
-    source: Tokens
-
-
-class Retrieved(NamedTuple):
-    """R^ (batch, L, d_e), and behind it the weights (batch, heads, L, kept) of which tokens (None: of all)."""
-
-    readout: Float[Array, "batch slots width"]
-    weights: Float[Array, "batch heads slots kept"]
-    tokens: Int[Array, "batch heads slots kept"] | None
-
-
-class Written(NamedTuple):
-    """F^ (batch, tokens, C) and the weights (batch, heads, tokens, L) behind it."""
-
-    update: Float[Array, "batch tokens channels"]
-    weights: Float[Array, "batch heads tokens slots"]
-
-
 @auto_inside(lambda layouts, rows: Extraction(layouts, rows, rows))  # type: ignore[arg-type]
 def knowledge_extraction(
     params: Params,
@@ -74,6 +52,7 @@ def knowledge_extraction(
     values_from: Literal["projected", "features"] = "projected",
     temperature: float = 1.0,
     rounds: int = 1,
+    balanced: bool = False,
     recall: float | None = None,
     products: Literal["cheaper", "tokens", "slots"] = "cheaper",
     placement: Placement | None = None,
@@ -88,7 +67,8 @@ def knowledge_extraction(
       params: {"slots": (L, d_e), "retrieve": {"query": {"kernel": (d_e, d_e)}, "key": {"kernel": (C', d_e)}, "value":
         ...}, "write": {"query": {"kernel": (C', d_e)}, "key": {"kernel": (d_e, d_e)}, "value": {"kernel": (d_e, C)}}},
         C' the width of the projected features; and, for the options they stand for, "norm": {"scale", "bias"} (C,),
-        "task_embedding_NAME" (C',) and "task_gate_NAME" (1,) of every task.
+        "task_embedding_NAME" (C',) and "task_gate_NAME" (1,) of every task, "pair_gate_READER_from_SOURCE" (1,) of
+        every pair of tasks, and what `exchange` takes as "exchange".
       features: task -> (batch, *space, C), floating-point, of one C, batch size and dtype.
       num_heads: h; divides d_e and C.
       top_k: tokens that a slot keeps per head; None: all.
@@ -96,10 +76,12 @@ def knowledge_extraction(
       values_from: whether values are of the "projected" tokens or of the "features" as they are.
       temperature: divides the scores of the retrieval.
       rounds: how often retrieve and write run.
+      balanced: slots retrieve from every task by itself, see `retrieve_each`; there are then T L of them, task by task
+        in the order of the sorted names, and so are the tokens of the records.
       recall: expected share of the k best that a TPU finds, in (0, 1]; None: all, exactly.
       products: on which side the tokens' maps are applied, see products.py; "cheaper" counts.
       placement: how batch and tokens are split over a mesh; None leaves it to the partitioner.
-      slots: the state to start from, (batch, L, d_e), in place of ``params["slots"]``.
+      slots: the state to start from, (batch, L, d_e), if balanced (batch, T L, d_e), in place of ``params["slots"]``.
       mask: task -> (batch, *space) bool, True where a token is real; padding is not retrieved and keeps its features.
         None: all are.
       change: applied to R^ of every round before it is used: what would be if the slots held something else.
@@ -123,14 +105,20 @@ def knowledge_extraction(
     ((1, 2, 4), [(1, 1, 2, 3)])
     """
     parts = 1 if placement is None else placement.shards()
-    tokens, layout = concatenate_tasks(features, "KEM", parts)
+    # Under jit mappings come sorted: so are the groups of slots, whoever calls, for a state may go from one to another.
+    maps = dict(sorted(features.items())) if balanced else features
+    tokens, layout = concatenate_tasks(maps, "KEM", parts)
     real = None if mask is None else concatenate_mask(mask, layout, "KEM")
     if slots is None:
         initial = params["slots"].astype(dtype)
+        initial = jnp.tile(initial, (len(layout.names) if balanced else 1, 1))
         slots = jnp.broadcast_to(initial, (tokens.shape[0], *initial.shape))
     to_retrieve, to_write = (maps_of(params[name], num_heads, dtype) for name in ("retrieve", "write"))
     gate = _by_task(params, "task_gate", layout, dtype)
     embedding = _by_task(params, "task_embedding", layout, dtype)
+    pair_gates = _by_pair(params, layout, dtype)
+    reading = slots.shape[1] // (len(layout.names) if balanced else 1)  # slots that a token is scored for
+    width = slots.shape[2]
 
     records: dict[str, list[Array]] = {}
 
@@ -146,146 +134,55 @@ def knowledge_extraction(
         if products == "cheaper":
             as_they_are = values_from == "features"
             costs = {"selects": top_k is not None, "embeds": embedding is not None, "values_as_they_are": as_they_are}
-            side = cheaper(projected, slots=slots.shape[1], heads=num_heads, width=slots.shape[2], **costs)
+            side = cheaper(projected, reading=reading, writing=slots.shape[1], heads=num_heads, width=width, **costs)
         chooser = projected.formed() if side == "tokens" or embedding is not None else projected
         source = Tokens(normed) if values_from == "features" else chooser
         if embedding is not None:  # among the vertices, if there are any
             chooser = Tokens(chooser.values + embedding)
         seen = Seen(chooser, source)
 
-        found = retrieve(
-            *(slots, seen, to_retrieve, PRODUCTS[side], top_k),
-            temperature=temperature,
-            recall=recall,
-            placement=placement,
-            layout=layout,
-            mask=real,
-        )
-        slots = found.readout if change is None else change(found.readout)
-        written = write(seen, slots, to_write, PRODUCTS[side])
+        how: dict[str, Any] = {"temperature": temperature, "recall": recall, "placement": placement, "mask": real}
+        step = retrieve_each if balanced else retrieve
+        found = step(slots, seen, to_retrieve, PRODUCTS[side], top_k, layout=layout, **how)
+        in_order = balanced or found.tokens is not None
+        slots = exchange(params["exchange"], found.readout, num_heads, dtype) if "exchange" in params else found.readout
+        slots = slots if change is None else change(slots)
+        written = write(seen, slots, to_write, PRODUCTS[side], pair_gates)
         update = written.update if gate is None else written.update * gate
         update = update if real is None else jnp.where(real[..., None], update, 0)
         record(
-            retrieve_weights=layout.by_index(found.weights, 3) if found.tokens is None else found.weights,
+            retrieve_weights=found.weights if in_order else layout.by_index(found.weights, 3),
             retrieve_index=found.tokens,
             readout=slots,
             write_weights=layout.by_index(written.weights, 2),
             update_ratio=_norm(update) / _norm(tokens),
         )
         tokens = broadcast(tokens, update)
-    return Extraction(split_tasks(tokens, layout), slots, records)
-
-
-def retrieve(
-    slots: Float[Array, "batch slots width"],
-    seen: Seen,
-    maps: Maps,
-    products: Products,
-    top_k: int | None,
-    *,
-    temperature: float = 1.0,
-    recall: float | None = None,
-    placement: Placement | None = None,
-    layout: TokenLayout | None = None,
-    mask: Bool[Array, "batch tokens"] | None = None,
-) -> Retrieved:
-    """``R^ = topk-softmax((R W_qr)(F W_kr)^T / (temperature sqrt(d))) (F W_vr)`` (the paper's first step).
-
-    Args:
-      slots: R (batch, L, d_e).
-      seen: the tokens, as what makes keys and as what makes values.
-      maps: W_qr, W_kr and W_vr, cut into heads.
-      products: on which side W_kr and W_vr are applied: a value of `PRODUCTS`.
-      top_k: tokens that a slot keeps per head; None: all.
-      temperature: as in the formula.
-      recall: expected share of the k best that a TPU finds; None: all, exactly.
-      placement: how batch and tokens are split over a mesh.
-      layout: where each task's tokens lie; needed where ``placement`` splits them.
-      mask: (batch, tokens), False for padding, which no slot retrieves.
-
-    Returns:
-      R^ (batch, L, d_e), the weights (batch, heads, L, kept) behind it, and of which tokens they are (None: of all).
-
-    Raises:
-      ValueError: tokens that the shards of ``placement`` do not divide.
-
-    >>> import jax.numpy as jnp
-    >>> from sgw_jax.functional import retrieve
-    >>> from sgw_jax.functional.knowledge_extraction import Seen
-    >>> from sgw_jax.functional.products import PRODUCTS, Maps, Tokens
-    >>> tokens, kernel = Tokens(jnp.ones((1, 6, 4))), jnp.ones((4, 1, 4))
-    >>> maps = Maps(kernel, kernel, kernel)
-    >>> found = retrieve(jnp.ones((1, 2, 4)), Seen(tokens, tokens), maps, PRODUCTS["tokens"], top_k=3)
-    >>> found.readout.shape, found.weights.shape, found.tokens.shape
-    ((1, 2, 4), (1, 1, 2, 3), (1, 1, 2, 3))
-    """
-
-    def attend(query: Array, key: Array, value: Array) -> tuple[Array, Array, Array | None]:
-        scale = 1 / (temperature * maps.query.shape[-1] ** 0.5)
-        located = None if layout is None else layout.locate
-        options: dict[str, Any] = {"scale": scale, "recall": recall, "placement": placement, "located": located}
-        return topk_attention(query, key, value, top_k, mask=mask, **options)
-
-    readout, weights, index = products.retrieve(slots, seen.chooser, seen.source, maps, attend)
-    return Retrieved(readout.reshape(*readout.shape[:2], -1), weights, index)
-
-
-def write(seen: Seen, slots: Float[Array, "batch slots width"], maps: Maps, products: Products) -> Written:
-    """``F^ = softmax((F W_qw)(R^ W_kw)^T / sqrt(d)) (R^ W_vw)`` (the paper's second step).
-
-    Args:
-      seen: the tokens, whose choosers make the queries.
-      slots: R^ (batch, L, d_e).
-      maps: W_qw, W_kw and W_vw, cut into heads.
-      products: on which side W_qw is applied: a value of `PRODUCTS`.
-
-    Returns:
-      F^ (batch, tokens, C) and the weights (batch, heads, tokens, L) behind it.
-
-    >>> import jax.numpy as jnp
-    >>> from sgw_jax.functional import write
-    >>> from sgw_jax.functional.knowledge_extraction import Seen
-    >>> from sgw_jax.functional.products import PRODUCTS, Maps, Tokens
-    >>> tokens, kernel = Tokens(jnp.ones((1, 6, 4))), jnp.ones((4, 1, 4))
-    >>> written = write(Seen(tokens, tokens), jnp.ones((1, 2, 4)), Maps(kernel, kernel, kernel), PRODUCTS["tokens"])
-    >>> written.update.shape, written.weights.shape
-    ((1, 6, 4), (1, 1, 6, 2))
-    """
-    scale = maps.query.shape[-1] ** -0.5
-    scores = products.scores(seen.chooser, maps.query, by_head(slots, maps.key), scale)
-    weights = jax.nn.softmax(scores, axis=-1)
-    update = apply_weights(weights, by_head(slots, maps.value))
-    return Written(update.reshape(*update.shape[:2], -1), weights)
-
-
-def broadcast(
-    tokens: Float[Array, "batch tokens channels"], update: Float[Array, "batch tokens channels"]
-) -> Float[Array, "batch tokens channels"]:
-    """``F <- F + F^`` (the paper's third step, residual weight 1), in the dtype of the tokens.
-
-    Args:
-      tokens: F (batch, tokens, C).
-      update: F^, of the same shape.
-
-    Returns:
-      F + F^ (batch, tokens, C): each task takes its own tokens back.
-
-    >>> import jax.numpy as jnp
-    >>> from sgw_jax.functional import broadcast
-    >>> broadcast(jnp.ones((1, 1, 2)), jnp.array([[[0.5, -1.0]]])).tolist()
-    [[[1.5, 0.0]]]
-    """
-    return tokens + update.astype(tokens.dtype)
+    mixed = split_tasks(tokens, layout)
+    return Extraction({name: mixed[name] for name in features}, slots, records)
 
 
 def _by_task(params: Params, option: str, layout: TokenLayout, dtype: Any) -> Float[Array, "tokens width"] | None:
     """The tasks' vectors of an option, each repeated over its task's tokens; None where the option is off."""
     if f"{option}_{layout.names[0]}" not in params:
         return None
-    vectors = [params[f"{option}_{name}"].astype(dtype) for name in layout.names]
-    rows = zip(vectors, layout.part_lengths, strict=True)
-    part = jnp.concatenate([jnp.broadcast_to(vector, (length, *vector.shape)) for vector, length in rows])
-    return jnp.tile(part, (layout.parts, 1))
+    return layout.repeated([params[f"{option}_{name}"].astype(dtype) for name in layout.names])
+
+
+def _by_pair(params: Params, layout: TokenLayout, dtype: Any) -> Float[Array, "tokens tasks"] | None:
+    """The gate of each token on what it reads of each task; None where the option is off."""
+    if pair_gate_name(layout.names[0], layout.names[0]) not in params:
+        return None
+    rows = [
+        jnp.concatenate([params[pair_gate_name(reader, source)].astype(dtype) for source in layout.names])
+        for reader in layout.names
+    ]
+    return layout.repeated(rows)
+
+
+def pair_gate_name(reader: str, source: str) -> str:
+    """The name of the parameter that gates what a task reads of another's slots."""
+    return f"pair_gate_{reader}_from_{source}"
 
 
 def _norm(tokens: Float[Array, "batch tokens width"]) -> Float[Array, " batch"]:
@@ -303,6 +200,10 @@ def check_extraction(options: Any, channels: int, width: int) -> None:
             f"KEM: projection is {options.projection!r} but etf_vertices is None; give the number of vertices whose "
             "rank the projection is to have."
         )
+    if options.pair_gate and not options.balanced:
+        raise InputError("KEM: pair_gate tells the slots of one task from those of another; it needs balanced=True.")
+    if options.pair_gate and options.task_gate:
+        raise InputError("KEM: task_gate and pair_gate both start at 0, and neither would learn; choose one.")
     if options.products not in ("cheaper", *PRODUCTS):
         raise InputError(f"KEM: products is {options.products!r}; it must be one of {['cheaper', *PRODUCTS]}.")
     if not options.temperature > 0:
@@ -327,11 +228,15 @@ def check_extraction(options: Any, channels: int, width: int) -> None:
             raise InputError(f"KEM: {name} = {size} does not divide by num_heads = {options.num_heads}.")
 
 
-def check_slots(slots: Any, shape: tuple[int, int, int]) -> None:
-    """Raises a ValueError if slots are given whose shape is another."""
-    if slots is not None and slots.shape != shape:
+def check_slots(slots: Any, shape: tuple[int, int, int], tasks: int | None = None) -> None:
+    """Raises a ValueError if slots are given whose shape is not (batch, slots, width); ``tasks``: there are as many
+    slots for each of them."""
+    batch, number, width = shape
+    wanted = batch, number * (tasks or 1), width
+    if slots is not None and slots.shape != wanted:
+        each = "num_slots" if tasks is None else "tasks x num_slots"
         raise InputError(
-            f"KEM: the initial slots have shape {slots.shape}; they must have (batch, num_slots, slot_dim) = {shape}."
+            f"KEM: the initial slots have shape {slots.shape}; they must have (batch, {each}, slot_dim) = {wanted}."
         )
 
 

@@ -121,22 +121,31 @@ PRODUCTS: dict[str, Products] = {"tokens": OnTokens(), "slots": OnSlots()}
 
 
 def cheaper(
-    tokens: Tokens, *, slots: int, heads: int, width: int, selects: bool, embeds: bool, values_as_they_are: bool
+    tokens: Tokens,
+    *,
+    reading: int,
+    writing: int,
+    heads: int,
+    width: int,
+    selects: bool,
+    embeds: bool,
+    values_as_they_are: bool,
 ) -> str:
     """The key of `PRODUCTS` that takes fewer multiply-accumulates for a token and round.
 
     Args:
       tokens: with their frame, if there is one.
-      slots, heads, width: L, h and d_e.
+      reading, writing: slots that a token is scored for in the retrieval, and slots that it is written from.
+      heads, width: h and d_e.
       selects: with top-k the values of few tokens are summed; without, those of all.
       embeds: task embeddings are added to the tokens behind the frame, which must then be formed.
       values_as_they_are: values are of tokens in front of the frame.
     """
-    channels, mapped, rows = tokens.values.shape[-1], tokens.width, heads * slots
-    sums = 2 if selects else 3  # over all tokens: the scores of both steps, and what is retrieved
-    on_slots = sums * rows * (mapped if embeds else channels)
+    channels, mapped = tokens.values.shape[-1], tokens.width
+    sums = (reading if selects else 2 * reading) + writing  # over all tokens: what is scored, retrieved and written
+    on_slots = sums * heads * (mapped if embeds else channels)
     sources = channels if values_as_they_are else mapped
-    on_tokens = (2 * mapped + sources + sums * slots) * width
+    on_tokens = (2 * mapped + sources + sums) * width
     if tokens.frame is not None and not embeds:
         on_tokens += channels * mapped
     return "slots" if on_slots <= on_tokens else "tokens"

@@ -37,6 +37,22 @@ class TokenLayout(NamedTuple):
         offset = jnp.asarray(_starts(self.lengths) - first)[task] + jnp.asarray(self.part_lengths)[task] * part
         return (position + offset).astype(jnp.int32)
 
+    def alone(self, place: int) -> "TokenLayout":
+        """Of one task's tokens."""
+        return TokenLayout((self.names[place],), (self.lengths[place],), (self.shapes[place],), self.parts)
+
+    def tokens_of(self, place: int, tokens: Array) -> Array:
+        """One task's tokens of (batch, tokens, ...), in the order of `alone`."""
+        start, length = int(_starts(self.part_lengths)[place]), self.part_lengths[place]
+        parts = tokens.reshape(tokens.shape[0], self.parts, -1, *tokens.shape[2:])[:, :, start : start + length]
+        return parts.reshape(tokens.shape[0], -1, *tokens.shape[2:])
+
+    def repeated(self, vectors: Sequence[Array]) -> Array:
+        """A vector of each task, repeated over its tokens: (tokens, width)."""
+        rows = zip(vectors, self.part_lengths, strict=True)
+        part = jnp.concatenate([jnp.broadcast_to(vector, (length, *vector.shape)) for vector, length in rows])
+        return jnp.tile(part, (self.parts, 1))
+
     def by_index(self, tokens: Array, axis: int) -> Array:
         """An array over the sequence, in the order of the tokens' indices."""
         if self.parts == 1:

@@ -14,9 +14,16 @@ from sgw_jax.functional.knowledge_extraction import (
     check_slots,
     knowledge_extraction,
     orthogonal_rows,
+    pair_gate_name,
 )
 from sgw_jax.functional.tokens import by_name, check_features
-from sgw_jax.layers.parameters import AttentionParameters, Initializer, NormParameters, with_axes
+from sgw_jax.layers.parameters import (
+    AttentionParameters,
+    ExchangeParameters,
+    Initializer,
+    NormParameters,
+    with_axes,
+)
 from sgw_jax.layers.placement import Placement
 
 Maps = TypeVar("Maps", bound=Mapping[str, Array] | Sequence[Array])  # what comes in goes out
@@ -62,7 +69,13 @@ class KEM(nn.Module):
       task_embedding: a learned vector per task added to the tokens that make keys and queries [ours, off].
       task_gate: a learned scalar per task on F^, starting at 0, so that the module starts as the identity and a task
         takes of the workspace what helps it (as ReZero, Bachlechner et al. 2021) [ours, off; measured in
-        docs/results.md].
+        docs/accuracy.md].
+      balanced: slots retrieve from every task by itself, L slots and ``top_k`` tokens for each, so that no task is
+        crowded out; tokens read all T L of them, which lie by the sorted names of the tasks [ours, off].
+      slot_exchange: the slots attend to each other before tokens read them, behind a gate that starts at 0; see
+        `sgw_jax.functional.exchange` [ours, off].
+      pair_gate: each task reads the slots of every task by itself, behind a learned scalar for each pair, starting at
+        0, in place of one softmax over all slots. Needs ``balanced`` [ours, off].
       temperature: the scores of the retrieval are divided by it [ours, 1]. Among thousands of tokens the k best scores
         lie close together, so that at 1 a slot all but averages what it keeps.
       recall: None selects the k best exactly; a number in (0, 1] lets a TPU find them approximately, with this expected
@@ -81,8 +94,8 @@ class KEM(nn.Module):
     Call:
       features: mapping task -> (batch, *space, C); tasks may differ in *space, not in C. A list or tuple of maps will
         do, and so will the entries as keyword arguments, which is how `nn.Sequential` passes a mapping on.
-      slots: initial slot state (batch, L, d_e) in place of the learned one, so that a workspace can persist over
-        scales or frames.
+      slots: initial slot state (batch, L, d_e), if balanced (batch, T L, d_e), in place of the learned one, so that a
+        workspace can persist over scales or frames.
       return_slots: also return R^ of the last round.
       mask: mapping task -> (batch, *space) bool, False for tokens that are padding: they are not retrieved, and keep
         their features.
@@ -90,19 +103,19 @@ class KEM(nn.Module):
 
     Returns:
       The same mapping (or list or tuple): keys, order, shapes and dtype; with ``return_slots`` a pair with the slots
-      (batch, L, d_e).
+      (batch, L, d_e), if balanced (batch, T L, d_e).
 
     Collections:
       params: slots, retrieve/{query,key,value}/kernel, write/{query,key,value}/kernel; with the options also
-        task_embedding_NAME, task_gate_NAME and norm.
+        task_embedding_NAME, task_gate_NAME, pair_gate_NAME_from_NAME, exchange and norm.
       constants: the fixed frame, if any; a host need not keep it, see `SimplexETF`.
       intermediates: when made mutable, retrieve_weights, retrieve_index, write_weights, readout (R^) and update_ratio
         (||F^|| / ||F||) of every round.
 
     Raises:
       ValueError: no task, tasks of different channels, batch size or dtype, widths that do not divide by the heads,
-        an unknown ``etf_for`` or ``projection``, a temperature that is not positive, a count below 1, ``slots`` of
-        another shape, an impossible ETF (see `simplex_etf`).
+        an unknown ``etf_for`` or ``projection``, a temperature that is not positive, a count below 1, ``pair_gate``
+        without ``balanced`` or with ``task_gate``, ``slots`` of another shape, an impossible ETF (see `simplex_etf`).
 
     >>> import functools
     >>> import jax
@@ -131,6 +144,9 @@ class KEM(nn.Module):
     pre_norm: bool = False
     task_embedding: bool = False
     task_gate: bool = False
+    balanced: bool = False
+    slot_exchange: bool = False
+    pair_gate: bool = False
     temperature: float = 1.0
     rounds: int = 1
     recall: float | None = None
@@ -206,7 +222,7 @@ class KEM(nn.Module):
         batch, channels = first.shape[0], first.shape[-1]
         width = channels if self.slot_dim is None else self.slot_dim
         check_extraction(self, channels, width)
-        check_slots(slots, (batch, self.num_slots, width))
+        check_slots(slots, (batch, self.num_slots, width), len(features) if self.balanced else None)
         projection, chosen = self._projection(channels)
         source = channels if self.etf_for == "selection" else chosen
         rows = with_axes(orthogonal_rows, None if self.kernel_axes is None else (None, self.kernel_axes[1]))
@@ -226,6 +242,11 @@ class KEM(nn.Module):
                 for name in features:
                     path = f"{option}_{name}"
                     params[path] = self.param(path, nn.initializers.zeros, (size,), self.param_dtype)
+        if self.pair_gate:
+            for path in (pair_gate_name(reader, source) for reader in features for source in features):
+                params[path] = self.param(path, nn.initializers.zeros, (1,), self.param_dtype)
+        if self.slot_exchange:
+            params["exchange"] = ExchangeParameters(width, *options, name="exchange")()
 
         found = knowledge_extraction(
             params,
@@ -236,6 +257,7 @@ class KEM(nn.Module):
             values_from="features" if self.etf_for == "selection" else "projected",
             temperature=self.temperature,
             rounds=self.rounds,
+            balanced=self.balanced,
             recall=self.recall,
             products=self.products,
             placement=self.placement,

@@ -51,6 +51,25 @@ class NormParameters(nn.Module):
         return {name: self.param(name, start, (self.width,), self.param_dtype) for name, start in starts.items()}
 
 
+class ExchangeParameters(nn.Module):
+    """Of a self-attention with a norm in front and a gate behind: {"query": {"kernel" (width, width)}, "key", "value",
+    "norm", "gate" (1,) from 0}; attributes as `DenseParameters`."""
+
+    width: int
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    param_dtype: Any = jnp.float32
+    axes: tuple[str | None, str | None] | None = None
+
+    @nn.compact
+    def __call__(self) -> dict[str, Any]:
+        width, options = self.width, (self.kernel_init, self.param_dtype, self.axes)
+        return {
+            **{name: DenseParameters(width, width, False, *options, name=name)() for name in ("query", "key", "value")},
+            "norm": NormParameters(self.width, self.param_dtype, name="norm")(),
+            "gate": self.param("gate", nn.initializers.zeros, (1,), self.param_dtype),
+        }
+
+
 class AttentionParameters(nn.Module):
     """Of the query, key and value maps of an attention, without biases: {"query": {"kernel"}, "key", "value"}.
 

@@ -1,5 +1,6 @@
 """KEM and sKEM as an nnx module."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,10 +17,11 @@ from sgw_jax.functional.knowledge_extraction import (
     check_slots,
     knowledge_extraction,
     orthogonal_rows,
+    pair_gate_name,
 )
 from sgw_jax.functional.tokens import by_name, check_features
 from sgw_jax.layers.placement import Placement
-from sgw_jax.nnx.parameters import Attention, Initializer, Norm, params_of
+from sgw_jax.nnx.parameters import Attention, Exchange, Initializer, Norm, params_of
 
 
 class _LearnedFrame(nnx.Module):
@@ -46,7 +48,11 @@ class KEM(nnx.Module):
       pre_norm: LayerNorm on F before all of it.
       task_embedding: a learned vector per task added to what makes keys and queries.
       task_gate: a learned scalar per task on the update, starting at 0.
-      tasks: names of the tasks; only ``task_embedding`` and ``task_gate`` need them, for a parameter each.
+      balanced: slots retrieve from every task by itself.
+      slot_exchange: the slots attend to each other before tokens read them.
+      pair_gate: a learned scalar per pair of tasks, starting at 0, on what one reads of the other's slots.
+      tasks: names of the tasks; only ``task_embedding``, ``task_gate`` and ``pair_gate`` need them, for their
+        parameters.
       temperature: divides the scores of the retrieval.
       rounds: how often retrieve and write run, with the same weights.
       recall: expected share of the k best that a TPU finds, in (0, 1]; None: all, exactly.
@@ -59,7 +65,7 @@ class KEM(nnx.Module):
 
     Call:
       features: mapping task -> (batch, *space, C), or a list or tuple of maps, or the entries as keyword arguments.
-      slots: the state to start from, (batch, L, d_e), in place of the learned one.
+      slots: the state to start from, (batch, L, d_e), if balanced (batch, T L, d_e), in place of the learned one.
       return_slots: also return R^ of the last round.
       mask: mapping task -> (batch, *space) bool, False for padding, which is not retrieved and keeps its features.
       change: applied to R^ of every round before it is used.
@@ -69,7 +75,7 @@ class KEM(nnx.Module):
       (batch, L, d_e).
 
     Raises:
-      ValueError: as `sgw_jax.KEM`; ``task_embedding`` or ``task_gate`` without ``tasks``.
+      ValueError: as `sgw_jax.KEM`; ``task_embedding``, ``task_gate`` or ``pair_gate`` without ``tasks``.
 
     >>> import jax.numpy as jnp
     >>> from flax import nnx
@@ -96,6 +102,9 @@ class KEM(nnx.Module):
         pre_norm: bool = False,
         task_embedding: bool = False,
         task_gate: bool = False,
+        balanced: bool = False,
+        slot_exchange: bool = False,
+        pair_gate: bool = False,
         tasks: Sequence[str] = (),
         temperature: float = 1.0,
         rounds: int = 1,
@@ -110,12 +119,15 @@ class KEM(nnx.Module):
         self.num_slots, self.num_heads, self.top_k = num_slots, num_heads, top_k
         self.slot_dim = channels if slot_dim is None else slot_dim
         self.etf_vertices, self.etf_for, self.etf_seed, self.projection = etf_vertices, etf_for, etf_seed, projection
+        self.task_gate, self.balanced, self.pair_gate = task_gate, balanced, pair_gate
         self.temperature, self.rounds, self.recall = temperature, rounds, recall
         self.products, self.placement, self.dtype = products, placement, dtype
         width = self.slot_dim
         check_extraction(self, channels, width)
-        if (task_embedding or task_gate) and not tasks:
-            raise InputError("KEM: task_embedding and task_gate have a parameter per task; give tasks=[names].")
+        if (task_embedding or task_gate or pair_gate) and not tasks:
+            raise InputError(
+                "KEM: task_embedding, task_gate and pair_gate have parameters per task; give tasks=[names]."
+            )
         chosen = projected_width(projection, etf_vertices, channels)
         source = channels if etf_for == "selection" else chosen
         options: dict[str, Any] = {"rngs": rngs, "param_dtype": param_dtype, "kernel_init": kernel_init}
@@ -130,6 +142,10 @@ class KEM(nnx.Module):
         for option, wanted, size in (("task_embedding", task_embedding, chosen), ("task_gate", task_gate, 1)):
             for name in tasks if wanted else ():
                 setattr(self, f"{option}_{name}", nnx.Param(jnp.zeros((size,), param_dtype)))
+        for pair in itertools.product(tasks, tasks) if pair_gate else ():
+            setattr(self, pair_gate_name(*pair), nnx.Param(jnp.zeros((1,), param_dtype)))
+        if slot_exchange:
+            self.exchange = Exchange(width, **options)
 
     def __call__(
         self,
@@ -167,7 +183,8 @@ class KEM(nnx.Module):
           The features, the slots and what happened.
         """
         check_features(features, "KEM")
-        check_slots(slots, (next(iter(features.values())).shape[0], self.num_slots, self.slot_dim))
+        shape = next(iter(features.values())).shape[0], self.num_slots, self.slot_dim
+        check_slots(slots, shape, len(features) if self.balanced else None)
         params = params_of(self)
         learned = params.get("learned", {}).get("kernel")
         return knowledge_extraction(
@@ -179,6 +196,7 @@ class KEM(nnx.Module):
             values_from="features" if self.etf_for == "selection" else "projected",
             temperature=self.temperature,
             rounds=self.rounds,
+            balanced=self.balanced,
             recall=self.recall,
             products=self.products,
             placement=self.placement,

@@ -46,6 +46,15 @@ class Norm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((width,), param_dtype))
 
 
+class Exchange(nnx.Module):
+    """The parameters of a self-attention with a norm in front and a gate, from 0, behind."""
+
+    def __init__(self, width: int, **options: Any):
+        self.query, self.key, self.value = (Dense(width, width, use_bias=False, **options) for _ in range(3))
+        self.norm = Norm(width, param_dtype=options.get("param_dtype", jnp.float32))
+        self.gate = nnx.Param(jnp.zeros((1,), options.get("param_dtype", jnp.float32)))
+
+
 class Attention(nnx.Module):
     """The query, key and value maps of an attention, without biases; each is (inputs, outputs)."""
 

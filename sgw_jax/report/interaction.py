@@ -139,7 +139,16 @@ def _heat_maps(found: Diagnostics) -> list[Record]:
             (tasks, slots),
             ("task", "slot"),
         ),
+        *_pair_gates(found),
     ]
+
+
+def _pair_gates(found: Diagnostics) -> list[Record]:
+    if not found.pair_gates:
+        return []
+    sizes = [[abs(gate) for gate in row] for row in found.pair_gates]
+    caption = "Size of the learned factor, times 100, on what a task (row) reads of the slots of another (column)."
+    return [_heat_map("Gates between tasks", caption, sizes, (found.tasks, found.tasks), ("to", "from"))]
 
 
 def _heat_map(

@@ -60,6 +60,7 @@ class Diagnostics:
     flow: list[list[float]]
     task_gates: dict[str, float]
     ablations: dict[str, Ablation]
+    pair_gates: list[list[float]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
