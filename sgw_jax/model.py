@@ -1,5 +1,6 @@
 """The whole network: backbone -> stems -> interaction -> heads."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -83,6 +84,12 @@ class MultiTaskModel(nn.Module):
     preliminary: bool = False
     dtype: jnp.dtype = jnp.float32
     lora: LoRA | None = None
+
+    @property
+    def coarsest_stride(self) -> int:
+        """In pixels of the image: an image moved by it moves every grid of features by whole cells."""
+        cells = math.lcm(*getattr(self.backbone, "strides", ()), self.stride, *self.scales)
+        return math.ceil(cells / self.input_scale)
 
     @property
     def fixed_size(self) -> str:

@@ -55,6 +55,8 @@ def labels_of(seed, only_predicted=False):
 
 # torchmetrics divides and adds up to CLASSES shares in float32.
 SHARES = (2 + CLASSES) * SINGLE
+# Of a calibration error in percent: roundings of a float32 sum of differences below 1, as a random walk.
+GAPS = 100 * math.sqrt(PIXELS) * SINGLE
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -62,7 +64,10 @@ def test_segmentation_equals_torchmetrics(seed):
     from torchmetrics.functional import classification, segmentation
 
     labels, predicted, scores = labels_of(seed)
+    scores = scores * np.random.default_rng(seed).uniform(0.1, 8, (*SHAPE, 1)).astype(np.float32)
     found = values_of(SemSeg(num_classes=CLASSES), scores, labels)
+    share = np.exp(scores.astype(np.float64))
+    share /= share.sum(-1, keepdims=True)
     options = {"num_classes": CLASSES, "ignore_index": 255}
     pair = tensors(predicted, labels)
     valid = tensors(predicted[labels != 255][None], labels[labels != 255][None])
@@ -73,6 +78,8 @@ def test_segmentation_equals_torchmetrics(seed):
         "mean_accuracy": classification.multiclass_accuracy(*pair, average="macro", **options),
         "dice": segmentation.dice_score(*valid, CLASSES, input_format="index", aggregation_level="global"),
     }
+    ece = classification.multiclass_calibration_error(*tensors(np.moveaxis(share, -1, 1), labels), n_bins=15, **options)
+    assert found.pop("ece") == pytest.approx(100 * float(ece), abs=GAPS)
     assert set(theirs) == set(found)
     for name, value in theirs.items():
         assert found[name] == pytest.approx(100 * float(value), rel=SHARES), name
@@ -251,7 +258,10 @@ def test_pooled_scores_of_masks_equal_torchmetrics(seed):
     assert saliency["max_f"] == pytest.approx(best(math.sqrt(0.3), SALIENCY_THRESHOLDS), rel=8 * SINGLE)
     iou = classification.binary_jaccard_index(*pair, threshold=0.5, ignore_index=-1)
     assert saliency["iou"] == pytest.approx(100 * float(iou), rel=4 * SINGLE)
+    ece = classification.binary_calibration_error(*pair, n_bins=15, ignore_index=-1)
+    assert saliency["ece"] == pytest.approx(100 * float(ece), abs=GAPS)
     edges = values_of(Edges(), prediction[..., None], target)
+    assert edges["ece"] == saliency["ece"]
     assert edges["max_f"] == pytest.approx(best(1.0, EDGE_THRESHOLDS), rel=8 * SINGLE)
 
 

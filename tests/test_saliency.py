@@ -258,5 +258,5 @@ def test_what_is_measured_on_the_host_is_described():
     metrics = dict.fromkeys([*task.units, *SCORES], 0.5)
     described = describe(task, metrics)
     assert list(described.units) == list(described.directions) == list(metrics)
-    assert {name for name, up in described.directions.items() if not up} == {"mae", "image_mae"}
+    assert {name for name, up in described.directions.items() if not up} == {"mae", "ece", "image_mae"}
     assert list(describe(task, dict.fromkeys(task.units, 0.5)).units) == list(task.units)

@@ -17,7 +17,8 @@ from sgw_jax.evaluation.metrics import add_sums
 from sgw_jax.tasks import TASKS, Depth, Edges, HumanParts, Normals, Saliency, SemSeg, Task, normals, task_from_dict
 from sgw_jax.tasks.base import IGNORED_COLOUR, count
 from sgw_jax.tasks.colours import spread_colours
-from sgw_jax.tasks.mask import float32_at_least, logit_of
+from sgw_jax.tasks.mask import logit_of
+from sgw_jax.tasks.thresholds import float32_at_least
 
 SHAPE = (4, 6, 8)
 PIXELS = math.prod(SHAPE)
@@ -140,6 +141,13 @@ def reference_f(probability, truth, thresholds, beta_squared):
     return 100 * best
 
 
+def reference_ece(confidence, right):
+    """Bin by bin, from each bin's own accuracy and mean confidence."""
+    number = np.minimum((confidence * 15).astype(int), 14)
+    parts = [(number == b) for b in range(15) if np.any(number == b)]
+    return 100 * sum(np.mean(part) * abs(np.mean(right[part]) - np.mean(confidence[part])) for part in parts)
+
+
 def reference_depth(task, p, t):
     """Of pairs of depths as one population."""
     published = task.protocol == "published"
@@ -184,6 +192,7 @@ def reference_metrics(task, prediction, target) -> dict[str, float]:
             "mean_accuracy": np.mean(accuracy),
             "frequency_weighted_iou": weighted,
             "dice": np.mean(dice),
+            "ece": reference_ece((np.exp(p) / np.exp(p).sum(1, keepdims=True)).max(1), chosen == t),
         }
     if isinstance(task, Depth):
         return reference_depth(task, p[:, 0], t)
@@ -203,11 +212,13 @@ def reference_metrics(task, prediction, target) -> dict[str, float]:
             "max_f": reference_f(seen, truth, np.arange(1, 20) / 20, 0.3),
             "iou": 100 * inside / union,
             "mae": np.mean(np.abs(probability - truth)),
+            "ece": reference_ece(probability, truth),
         }
     w = task.edge_weight if task.edge_weight is not None else np.mean(~truth)
     return {
         "max_f": reference_f(probability, truth, np.arange(1, 100) / 100, 1.0),
         "loss": weighted_bce(probability if published else p[:, 0], t, w),
+        "ece": reference_ece(probability, truth),
     }
 
 
@@ -377,6 +388,9 @@ def test_the_inverse_of_the_regression_target_is_a_perfect_prediction(task):
     for name, value in found.items():
         if name == "mae":
             assert value == pytest.approx(1e-4, rel=1e4 * 4 * EPS)  # the clipped probability
+        elif name == "ece":  # of each of the other classes
+            others = 1e-4 * (task.channels - 1) if isinstance(task, SemSeg) else 1e-4 / (1 - 1e-4)
+            assert value == pytest.approx(100 * others / (1 + others), rel=1e4 * 4 * EPS)
         elif name == "loss":  # the clipped probability 1e-4 leaves softplus(logit(1e-4)) = 1e-4, and less with a weight
             assert value < (1e-3 if task.protocol == "exact" else 1)
         else:  # atan2 of a rounded difference of unit vectors: a few eps, in degrees
@@ -918,8 +932,10 @@ def test_directions_are_those_of_the_papers():
     down = {
         "depth": {"rmse", "abs_err", "abs_rel", "sq_rel", "log_rmse", "log10", "silog"},
         "normals": {"mean", "median", "rmse"},
-        "edges": {"loss"},
-        "saliency": {"mae"},
+        "edges": {"loss", "ece"},
+        "saliency": {"mae", "ece"},
+        "semseg": {"ece"},
+        "human_parts": {"ece"},
     }
     for kind, task in INSTANCES.items():
         if kind in TASKS:

@@ -10,6 +10,7 @@ import numpy as np
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.tasks.base import Task
+from sgw_jax.tasks.calibration import ECE
 
 
 def add_sums(total: Any | None, new: Any) -> Any:
@@ -90,7 +91,8 @@ def delta_m_of_all(
 
     Args:
       results, baselines, tasks: as in `delta_m`.
-      metrics: {task name: names of its metrics}; None = all in `task.directions`, which say also which way is better.
+      metrics: {task name: names of its metrics}; None = all in `task.directions`, which say also which way is better,
+        but for the calibration error, which is of the network's doubts and not of its maps.
         LibMTL takes miou and pixel_accuracy, abs_err and abs_rel, and mean, median, within_11.25, within_22.5 and
         within_30.
 
@@ -174,10 +176,11 @@ def _gain(value: float, baseline: float, higher_is_better: bool) -> float:
 def _chosen(
     tasks: Iterable[Task], metrics: Mapping[str, Sequence[str]] | None, caller: str
 ) -> list[tuple[Task, Sequence[str]]]:
-    """(task, its metrics to compare), each with a direction; all of the task's where `metrics` is None."""
+    """(task, its metrics to compare), each with a direction; all of its maps' where `metrics` is None."""
     chosen: list[tuple[Task, Sequence[str]]] = []
     for task in tasks:
-        names = tuple(task.directions) if metrics is None else tuple(metrics.get(task.name, ()))
+        compared = tuple(name for name in task.directions if name != ECE)
+        names = compared if metrics is None else tuple(metrics.get(task.name, ()))
         if not names:
             raise InputError(f"{caller}: metrics name none of task {task.name!r}; give at least one.")
         for name in names:

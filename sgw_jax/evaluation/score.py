@@ -16,6 +16,7 @@ from sgw_jax.evaluation.metrics import add_all
 from sgw_jax.evaluation.saliency_scores import means_of, no_sums, sums_of
 from sgw_jax.experiment.experiment import Boundary
 from sgw_jax.tasks.base import Sums, Task
+from sgw_jax.tasks.calibration import ECE
 from sgw_jax.tasks.mask import labelled
 
 Maps = Mapping[str, np.ndarray]
@@ -37,7 +38,7 @@ def score(
 
     A task says by `from_decoded` what raw prediction a map stands for. ODS, OIS and AP (`boundary_scores`, if
     `matching.max_dist` is given) and the saliency measures (`scores_images`) take the probabilities as they are: 8 bits
-    stay 8 bits.
+    stay 8 bits. Labels have no calibration error: they do not say how sure they are, nor do scores of unknown scale.
 
     Args:
       pairs: task names -> (decoded maps by task, labels by task as the loader has them) of each image. A task of
@@ -67,6 +68,8 @@ def score(
         raise InputError("score: there are no images; the split is empty.")
     metrics = {task.name: task.metric_values(added[task.name]) for task in tasks}
     for task in tasks:
+        if task.target["kind"] == "labels":
+            metrics[task.name].pop(ECE, None)
         if task.boundary_scores and matching.max_dist is not None:
             metrics[task.name] |= _boundaries(task, pairs, matching, total, console)
         if task.name in by_image:

@@ -17,7 +17,6 @@ order a map's rows and columns are interpolated depends on its sides, where they
 import contextlib
 import hashlib
 import json
-import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,6 +48,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 FORMAT, VERSION = "sgw_jax stablehlo", 1
 METADATA, PREDICT, RAW = "metadata.json", "predict.jax_export", "raw.jax_export"
 PREDICT_ANY_SIZE = "predict_any_size.jax_export"
+STRIDE = 32  # the coarsest of all backbones here: for files that do not say theirs
 EPOCH = (1980, 1, 1, 0, 0, 0)  # of every member: the same network makes the same bytes
 
 Parameters = dict[str, Any]  # by path: {"params/backbone/...": array, "constants/...": array}
@@ -168,7 +168,7 @@ def export_stablehlo(
     if foreign and parameters == "inside":
         raise InputError(f"export: npz has no {', '.join(foreign)}; write the parameters beside the file.")
     programs = _programs(model, tasks, arrays, dimensions, platforms)
-    metadata = _metadata(tasks, dimensions, programs, arrays, step)
+    metadata = _metadata(tasks, dimensions, programs, arrays, step, model.coarsest_stride)
 
     beside = path.with_name(f"{path.name}.safetensors")
     with files_named(f"{path} cannot be written"):
@@ -213,6 +213,7 @@ class StableHLO:
         self.parameters = parameters
         self.dimensions = Dimensions(**metadata["dimensions"])._replace(size=tuple(metadata["dimensions"]["size"]))
         self.size = self.dimensions.size
+        self.coarsest_stride = metadata.get("stride", STRIDE)
         self._programs = {name: export.deserialize(bytearray(content)) for name, content in programs.items()}
         self._predict = jax.jit(self._predicted)
 
@@ -287,7 +288,7 @@ def _dimensions(model: MultiTaskModel, size: tuple[int, int], any_size: bool | N
         raise InputError(f"export: the network cannot take images of any size: {reason}; leave any_size out.")
     if reason or any_size is False:
         return Dimensions((height, width), reason=reason or "as was asked for")
-    multiple = math.lcm(*getattr(model.backbone, "strides", ()), model.stride, *model.scales)
+    multiple = model.coarsest_stride
     # Not below what training saw: so that as many tokens as top_k keeps are always there.
     least = max(1, min(height, width) // multiple) * multiple
     return Dimensions((height, width), multiple, least)
@@ -352,6 +353,7 @@ def _metadata(
     programs: Mapping[str, export.Exported],
     arrays: Mapping[str, np.ndarray],
     step: int | None,
+    stride: int,
 ) -> dict[str, Any]:
     predict = programs[PREDICT]
     outputs = dict(zip(sorted(task.name for task in tasks), predict.out_avals, strict=True))  # as JAX orders a dict
@@ -364,6 +366,7 @@ def _metadata(
         "step": step,
         "images": f"uint8 RGB (batch, height, width, 3): any number, {dimensions}",
         "dimensions": dimensions._asdict(),
+        "stride": stride,
         "mean": list(IMAGE_MEAN),
         "std": list(IMAGE_STD),
         "tasks": [_about(task, outputs[task.name]) for task in tasks],

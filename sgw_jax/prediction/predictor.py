@@ -8,21 +8,23 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from sgw_jax.data_pipelines.errors import InputError
-from sgw_jax.data_pipelines.transforms import normalise, pad, resize_to_fit
 from sgw_jax.export.folder import read_folder, save_folder
 from sgw_jax.export.hub import locate, upload
 from sgw_jax.export.stablehlo import StableHLO, load_stablehlo
-from sgw_jax.layers.resize import places
 from sgw_jax.model import MultiTaskModel
+from sgw_jax.prediction.assembly import Assembly
+from sgw_jax.prediction.blending import Blending
+from sgw_jax.prediction.network import Network
+from sgw_jax.prediction.options import Options
+from sgw_jax.prediction.tiles import View
 from sgw_jax.run.saved_run import open_run, saved_model
 from sgw_jax.tasks import TASKS
 from sgw_jax.tasks.base import Task
 
-PIXELS = 2**16  # decoded at once: one compiled program then serves images of every size
+CONFIDENCES = ("probability", "entropy", "spread")  # what a map of confidence is called, behind its task's name
 
 
 class Predictor:
@@ -35,6 +37,10 @@ class Predictor:
     as the network predicts it (our decision): resizing a picture changes neither the scene nor the angle of view, so
     distances stay, unlike under the zoom of training, which stands for a step closer.
 
+    `Options` ask for more: the image as it is or at a size of one's own, in overlapping tiles of the training size
+    (`tiles`) whose raw predictions are averaged before they are decoded (`Task.averageable`, `blending`); the average
+    with the mirror image's; how sure the network is. Depth stays as predicted in all of them.
+
     `Task.decode` must treat each pixel by itself, as it does in all tasks of the package.
 
     Args:
@@ -45,11 +51,14 @@ class Predictor:
       config: of the run, where there is one.
       step: of the run, where there is one.
       origin: the directory it was loaded from, where there is one: a run's or a model's folder.
-      batch_size: images that the network takes at once, always filled up to this number, so that it is compiled once.
-        None: 1 on a CPU, where more gain nothing, else 8.
+      batch_size: views (images, or tiles of them) that the network takes at once, always filled up to this number, so
+        that it is compiled once. Divided by the number of this process' devices they are laid over all of them, each
+        with a copy of the variables; any other number is for one. None: 1 on a CPU, where more gain nothing, else 8 for
+        each device.
 
     Call:
       images: RGB, uint8 or float in [0, 1]: one (H, W, 3), a batch (N, H, W, 3) or a list of images of any sizes.
+      options: resolution, flip, confidence; None: `Options()`.
 
     Returns:
       Decoded maps by task: labels uint8 (H, W), depth float32 (H, W) in metres, unit normals float32 (H, W, 3),
@@ -87,15 +96,16 @@ class Predictor:
         batch_size: int | None = None,
     ):
         if batch_size is None:
-            batch_size = 1 if jax.default_backend() == "cpu" else 8
+            batch_size = 1 if jax.default_backend() == "cpu" else 8 * len(jax.local_devices())
         if batch_size < 1:
             raise InputError(f"Predictor: batch_size is {batch_size}; it must be at least 1.")
         self.tasks = tuple(tasks)
         self.config, self.step, self.origin = config, step, origin
         self.size, self.batch_size = (int(size[0]), int(size[1])), batch_size
         self.module, self.variables = model, variables
-        self._network = jax.jit(model.apply)
-        self._decode = jax.jit(self._decoded_at)
+        self._network = Network(model, variables, batch_size)
+        self._blending = Blending(self.tasks)
+        self._stride = getattr(model, "coarsest_stride", 1)
 
     @classmethod
     def from_workdir(
@@ -208,13 +218,14 @@ class Predictor:
         options: dict[str, Any] = {"step": network.step, "batch_size": batch_size}
         return cls(network, network.parameters, network.tasks, network.size, **options)
 
-    def __call__(self, images: Any) -> dict[str, Any]:
+    def __call__(self, images: Any, options: Options | None = None) -> dict[str, Any]:
         """Decoded maps by task.
 
         Args:
           images: RGB, uint8 or float in [0, 1] (rounded to 8 bits, which is what the network was trained on): one
             (H, W, 3), whose maps are returned as they are; a batch (N, H, W, 3), whose maps get the leading axis N; or
             a list of images of any sizes, which gives a list per task.
+          options: resolution, flips, confidence; None: `Options()`.
 
         Returns:
           Labels uint8 (H, W), depth float32 (H, W) in metres, unit normals float32 (H, W, 3), probabilities of edges
@@ -227,77 +238,56 @@ class Predictor:
             checked = [check_image(image, f"image {index}") for index, image in enumerate(images)]
             if not checked:
                 raise InputError("predictor: the list of images is empty; give at least one image.")
-            return self._gathered(checked)
+            return self._gathered(checked, options)
         array = np.asarray(images)
         if array.ndim != 4:
-            return next(self.stream([array]))
+            return next(self.stream([array], options))
         if not len(array):
             raise InputError(f"predictor: the batch has shape {array.shape}, no image; give at least one image.")
-        maps = self._gathered([check_image(image, f"image {index}") for index, image in enumerate(array)])
+        maps = self._gathered([check_image(image, f"image {index}") for index, image in enumerate(array)], options)
         return {name: np.stack(values) for name, values in maps.items()}
 
-    def stream(self, images: Iterable[Any]) -> Iterator[dict[str, np.ndarray]]:
-        """The maps of one image after another, in order; only `batch_size` images are held at a time.
+    def stream(self, images: Iterable[Any], options: Options | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """The maps of one image after another, in order; only the images of `batch_size` views are held at a time.
 
         Args:
           images: as of a call, one after another.
+          options: as of a call.
 
         Returns:
           Their maps by task.
         """
-        for group in _grouped(images, self.batch_size):
-            checked = [check_image(image, "image") for image in group]
-            fitted = [resize_to_fit(image, self.size) for image in checked]
+        chosen = Options() if options is None else options
+        self._check_names(chosen)
+
+        def views() -> Iterator[tuple[Assembly, View]]:
+            for image in images:
+                assembly = Assembly(check_image(image, "image"), self.size, self._stride, chosen, self._blending)
+                for view in assembly.views():
+                    yield assembly, view
+
+        for group in _grouped(views(), self.batch_size):
             batch = np.zeros((self.batch_size, *self.size, 3), np.float32)
-            for row, image in enumerate(fitted):
-                batch[row] = pad(normalise(image), self.size, 0)
-            raw = self._network(self.variables, batch)
-            for row, (image, copy) in enumerate(zip(checked, fitted, strict=True)):
-                yield self._restored(raw, row, copy.shape[:2], image.shape[:2])
+            for row, (assembly, view) in enumerate(group):
+                batch[row] = assembly.tile(view)
+            for (assembly, view), (raw, row) in zip(group, self._network.rows(batch), strict=False):
+                maps = assembly.take(view, raw, row)
+                if maps is not None:
+                    yield maps
 
-    def _gathered(self, images: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
-        maps = list(self.stream(images))
-        return {task.name: [found[task.name] for found in maps] for task in self.tasks}
+    def _gathered(self, images: Sequence[np.ndarray], options: Options | None) -> dict[str, list[np.ndarray]]:
+        maps = list(self.stream(images, options))
+        return {name: [found[name] for found in maps] for name in maps[0]}
 
-    def _restored(
-        self, raw: Mapping[str, Array], row: int, inner: tuple[int, int], size: tuple[int, int]
-    ) -> dict[str, np.ndarray]:
-        """Decoded maps of `size` from the `inner` part, without the padding, of one row of the raw predictions."""
-        height, width = size
-        down, across = (
-            _sampling(outer, part, length) for outer, part, length in zip(self.size, inner, size, strict=True)
-        )
-        pieces = []
-        for start in range(0, height * width, PIXELS):
-            # The last piece is filled up with its last pixel, so that all have one shape.
-            pixel = np.minimum(np.arange(start, start + PIXELS), height * width - 1)
-            y, x = np.divmod(pixel, width)
-            pieces.append(jax.device_get(self._decode(raw, row, *(a[y] for a in down), *(a[x] for a in across))))
-        maps = {}
-        for task in self.tasks:
-            flat = np.concatenate([piece[task.name] for piece in pieces])[: height * width]
-            maps[task.name] = flat.reshape(height, width, *flat.shape[1:])
-        return maps
-
-    def _decoded_at(
-        self,
-        raw: Mapping[str, Float[Array, "batch height width _"]],
-        row: Int[Array, ""],
-        y: Int[Array, " pixels"],
-        y_weight: Float[Array, " pixels"],
-        x: Int[Array, " pixels"],
-        x_weight: Float[Array, " pixels"],
-    ) -> dict[str, Array]:
-        """Every task's decoded prediction at points between pixels (y, x) and their lower and right neighbours."""
-        below, right = y + (y_weight > 0), x + (x_weight > 0)  # without weight there is no neighbour: no padding leaks
-        y_weight, x_weight = y_weight[:, None], x_weight[:, None]
-        maps = {}
-        for task in self.tasks:
-            values = raw[task.name][row]
-            upper = values[y, x] * (1 - x_weight) + values[y, right] * x_weight
-            lower = values[below, x] * (1 - x_weight) + values[below, right] * x_weight
-            maps[task.name] = task.decode((upper * (1 - y_weight) + lower * y_weight)[None])[0]
-        return maps
+    def _check_names(self, options: Options) -> None:
+        """Raises where a task has the name of another's map."""
+        names = [task.name for task in self.tasks]
+        for name in names if options.confidence else ():
+            for other in names:
+                if name.removeprefix(f"{other}_") in CONFIDENCES:
+                    raise InputError(
+                        f"confidence: the task {name!r} has the name of a map of {other!r}; predict without it."
+                    )
 
 
 def check_image(image: Any, name: str) -> np.ndarray:
@@ -318,12 +308,6 @@ def check_image(image: Any, name: str) -> np.ndarray:
             "in [0, 1]. Divide by 255, or convert to uint8."
         )
     return np.rint(array.astype(np.float32) * 255).astype(np.uint8)
-
-
-def _sampling(outer: int, inner: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """`places` of an image's pixels in the centred `inner` of `outer` pixels."""
-    first, share = places(inner, length, length, np)
-    return first.astype(np.int32) + (outer - inner) // 2, share
 
 
 def _grouped(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -132,6 +132,40 @@ class Task(abc.ABC):
             return prediction * zoom
         return prediction / zoom if kind == "disparity" else prediction
 
+    def mirrored(self, prediction: Array) -> Array:
+        """The raw prediction (..., height, width, channels) of a view, from that of its mirror image, left for right,
+        by the rule of augmentation: vectors change the sign of x, which is to the right in either convention of y and
+        z; classes stay what they are. A task whose classes have sides (a left and a right arm) overrides it."""
+        flipped = prediction[..., ::-1, :]
+        return flipped * jnp.array([-1, 1, 1], flipped.dtype) if self.target["kind"] == "vectors" else flipped
+
+    def averageable(self, prediction: Array) -> Array:
+        """What of a raw prediction several passes over one pixel may be averaged of; `decode` takes it too.
+
+        As it stands here the prediction itself: metres; logits, whose average is the normalised geometric mean of the
+        passes' probabilities, whatever constant a pass adds to all of them. A task whose raw numbers have a part
+        without meaning leaves it out.
+        """
+        return prediction
+
+    def confidence(self, prediction: Array) -> dict[str, Array]:
+        """How sure a raw prediction (..., height, width, channels) is, float32 (..., height, width) by name.
+
+        Empty as it stands here: a mask is a probability already, a regression says nothing of itself.
+        """
+        del prediction
+        return {}
+
+    def spread(self, mean: Float[Array, "... channels"], variance: Float[Array, "..."]) -> Float[Array, "..."] | None:
+        """How far several passes over a pixel lie apart, in the unit of the map; None: the task has no such measure.
+
+        Args:
+          mean: of the passes' decoded values, with an axis of one channel where a map has none.
+          variance: the mean squared distance of the passes to it.
+        """
+        del mean, variance
+        return None
+
     def batch_statistics(self, target: Array) -> Sums:
         """What the loss needs to know of the whole batch, as sums that add over micro-batches: at least the count."""
         return {"count": count(self.valid(target))}

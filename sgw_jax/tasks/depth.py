@@ -220,6 +220,10 @@ class Depth(Task):
         """float32 metres (or pixels of disparity) (..., height, width), negative predictions as 0."""
         return jnp.maximum(self.float32(prediction)[..., 0], 0)
 
+    def spread(self, mean: Float[Array, "... channels"], variance: Float[Array, "..."]) -> Float[Array, "..."] | None:
+        """The standard deviation, in metres (or pixels of disparity)."""
+        return jnp.sqrt(variance)
+
     def draw(self, decoded: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
         values = np.asarray(decoded, np.float32)
         values = values[..., 0] if values.ndim == 3 else values

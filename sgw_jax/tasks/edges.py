@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.tasks.base import Sums, ratio
+from sgw_jax.tasks.calibration import ECE
 from sgw_jax.tasks.mask import MaskTask, bce_terms, logit_of, maximum_f
 
 THRESHOLDS = tuple(step / 100 for step in range(1, 100))  # 0.01 .. 0.99
@@ -26,6 +27,7 @@ class Edges(MaskTask):
         (ods, with ois and ap) needs matching on the host: `edge_scores.edge_scores` adds it at the end of a run.
       loss: the loss above, with the balance of the whole data set for w = None. The peers report this number "for
         reference", computed by mistake on sigmoid(x) in place of x; "published" does the same.
+      ece: percent; the expected calibration error of sigmoid(x), see calibration.py.
     Thresholds are compared as logits: sigmoid(x) >= t is x >= logit(t), which no rounding of a sigmoid can upset.
     """
 
@@ -47,11 +49,11 @@ class Edges(MaskTask):
 
     @property
     def directions(self) -> dict[str, bool]:
-        return {"max_f": True, "loss": False}
+        return {"max_f": True, "loss": False, ECE: False}
 
     @property
     def units(self) -> dict[str, str]:
-        return {"max_f": "%", "loss": ""}
+        return {"max_f": "%", "loss": "", ECE: "%"}
 
     def loss_terms(
         self, prediction: Array, target: Array, statistics: Sums | None = None
@@ -70,6 +72,7 @@ class Edges(MaskTask):
         positive, negative = bce_terms(logit, jnp.where(valid, truth, 0).astype(jnp.float32))
         return {
             **self.threshold_sums(prediction, target, [logit_of(t) for t in THRESHOLDS]),
+            "calibration": self.calibration(prediction, target),
             "positive_loss": jnp.sum(jnp.where(valid, positive, 0)),
             "negative_loss": jnp.sum(jnp.where(valid, negative, 0)),
         }
@@ -79,4 +82,5 @@ class Edges(MaskTask):
         pixels = int(sums["pixels"])
         weight = self.edge_weight if self.edge_weight is not None else ratio(pixels - int(sums["positive"]), pixels)
         total = weight * float(sums["positive_loss"]) + (1 - weight) * float(sums["negative_loss"])
-        return {"max_f": maximum_f(sums, 1.0, self.protocol), "loss": ratio(total, pixels)}
+        values = {"max_f": maximum_f(sums, 1.0, self.protocol), "loss": ratio(total, pixels)}
+        return values | {ECE: self.calibration_error(sums)}

@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, scalar_map
+from sgw_jax.tasks.calibration import calibration_error, calibration_sums
+from sgw_jax.tasks.thresholds import float32_at_least
 
 # A target above this (1, and a margin for interpolated targets) is an error of the data, such as the code 255 of
 # ignored labels in a float target.
@@ -85,6 +87,15 @@ class MaskTask(Task):
             "out_of_range": count(valid & (target > LARGEST_TARGET)),
         }
 
+    def calibration(self, prediction: Array, target: Array) -> Float[Array, " bins"]:
+        """The sums of `calibration_error`, with sigmoid(x) as the confidence that a pixel is positive."""
+        target = self.scalar_target(prediction, target)
+        return calibration_sums(self.decode(prediction), positive(target), self.valid(target))
+
+    def calibration_error(self, sums: Sums) -> float:
+        """ece, in percent, of sums that hold "calibration" and "pixels"."""
+        return calibration_error(sums["calibration"], int(sums["pixels"]))
+
     def check_range(self, sums: Sums) -> None:
         """Raises where a target was above 1."""
         if int(sums["out_of_range"]):
@@ -147,13 +158,6 @@ def logit_of(probability: float) -> float:
     if not 0 < probability < 1:
         return -math.inf if probability <= 0 else math.inf
     return math.log(probability) - math.log1p(-probability)
-
-
-def float32_at_least(thresholds: Sequence[float] | np.ndarray) -> np.ndarray:
-    """The least float32 not below each float64 threshold: then x >= t in float32 says what it says in float64."""
-    wide = np.asarray(thresholds, np.float64)
-    narrow = wide.astype(np.float32)
-    return np.where(narrow < wide, np.nextafter(narrow, np.float32(np.inf)), narrow)
 
 
 def maximum_f(sums: Sums, beta_squared: float, protocol: str) -> float:

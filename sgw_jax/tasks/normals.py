@@ -126,6 +126,19 @@ class Normals(Task):
         """float32 unit vectors (..., height, width, 3)."""
         return _unit(self.float32(prediction))
 
+    def averageable(self, prediction: Array) -> Array:
+        """Directions: no loss sees a vector's length, and a pass of long ones would outweigh the others."""
+        return _unit(self.float32(prediction))
+
+    def spread(self, mean: Float[Array, "... channels"], variance: Float[Array, "..."]) -> Float[Array, "..."] | None:
+        """The angle, in degrees, whose cosine is the mean cosine of the angles to the mean direction.
+
+        With r the length of the mean of unit vectors, that mean cosine is r and the variance 1 - r^2; so it is
+        atan2(sqrt(variance), r), which is exact near 0. It is the root mean square angle where all are equal, and
+        differs from it by their fourth powers where not.
+        """
+        return jnp.rad2deg(jnp.arctan2(jnp.sqrt(variance), jnp.linalg.norm(mean, axis=-1)))
+
     def draw(self, decoded: np.ndarray, like: np.ndarray | None = None) -> np.ndarray:
         """(n + 1) / 2 of (right, up, towards the camera): right is red, up green, what faces the camera light blue."""
         del like

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sgw_jax.tasks.base import Sums, ratio
+from sgw_jax.tasks.calibration import ECE
 from sgw_jax.tasks.mask import MaskTask, logit_of, maximum_f, positive
 
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))  # 0.05 .. 0.95
@@ -26,6 +27,7 @@ class Saliency(MaskTask):
       max_f: the greatest F, beta^2 = 0.3, of p >= t over t = 0.05, 0.10 .. 0.95, with p = sigmoid(x).
       iou: intersection over union of p >= 0.5 with the salient pixels (one class; older tables call it mIoU).
       mae: mean |p - y|, with y = 1 for the salient pixels and 0 for the others; not in percent.
+      ece: the expected calibration error of p, see calibration.py.
     `image_scores` adds, at the end of a run, what is computed of each image on the host: S- and E-measure, weighted F
     and their like, of evaluation/saliency.py.
 
@@ -47,11 +49,11 @@ class Saliency(MaskTask):
 
     @property
     def directions(self) -> dict[str, bool]:
-        return {"max_f": True, "iou": True, "mae": False}
+        return {"max_f": True, "iou": True, "mae": False, ECE: False}
 
     @property
     def units(self) -> dict[str, str]:
-        return {"max_f": "%", "iou": "%", "mae": ""}
+        return {"max_f": "%", "iou": "%", "mae": "", ECE: "%"}
 
     def loss_terms(
         self, prediction: Array, target: Array, statistics: Sums | None = None
@@ -66,6 +68,7 @@ class Saliency(MaskTask):
         error = jnp.abs(self.decode(prediction) - positive(target))
         return {
             **self.threshold_sums(prediction, target, [logit_of(p) for p in (*probabilities, 0.5)]),  # the last: iou
+            "calibration": self.calibration(prediction, target),
             "absolute": jnp.sum(jnp.where(self.valid(target), error, 0)),
         }
 
@@ -78,4 +81,5 @@ class Saliency(MaskTask):
             "max_f": maximum_f(pooled, BETA_SQUARED, self.protocol),
             "iou": 100 * ratio(inside[-1], union),
             "mae": ratio(sums["absolute"], int(sums["pixels"])),
+            ECE: self.calibration_error(sums),
         }

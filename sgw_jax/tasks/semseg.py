@@ -13,6 +13,7 @@ from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.etf.neural_collapse import dot_regression_loss
 from sgw_jax.etf.simplex import simplex_etf
 from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, is_number, ratio, scalar_map
+from sgw_jax.tasks.calibration import ECE, calibration_error, calibration_sums
 from sgw_jax.tasks.colours import spread_colours
 
 IGNORE = 255
@@ -40,6 +41,7 @@ class SemSeg(Task):
       mean_accuracy: the mean over the labelled classes of tp / (tp + fn).
       frequency_weighted_iou: the mean of the IoU weighted by the classes' shares of the valid pixels.
       dice: the mean over the classes of 2 tp / (2 tp + fp + fn), absent classes as in miou.
+      ece: the expected calibration error of the softmax probability of the predicted class, see calibration.py.
       boundary_iou, with `boundary_iou`: miou of the pixels of each mask within `BOUNDARY_RATIO` of the diagonal of its
         outline (Cheng et al. 2021), counts pooled over the data set. Distances are Chebyshev's; the frame's edge and
         ignored pixels end a mask. As they cost two more passes over the labels, they are off.
@@ -115,12 +117,12 @@ class SemSeg(Task):
 
     @property
     def directions(self) -> dict[str, bool]:
-        return dict.fromkeys(self.units, True)
+        return {name: name != ECE for name in self.units}
 
     @property
     def units(self) -> dict[str, str]:
         names = ["miou", "pixel_accuracy", "mean_accuracy", "frequency_weighted_iou", "dice"]
-        names += ["boundary_iou"] * self.boundary_iou + ["category_iou"] * bool(self.categories)
+        names += [ECE] + ["boundary_iou"] * self.boundary_iou + ["category_iou"] * bool(self.categories)
         return dict.fromkeys(names, "%")
 
     def valid(self, target: Array) -> Bool[Array, "batch height width"]:
@@ -157,9 +159,10 @@ class SemSeg(Task):
         labels = self.scalar_target(prediction, target)
         predicted = jnp.argmax(self.float32(prediction), axis=-1)
         valid = self.valid(labels)
+        gaps = calibration_sums(self.confidence(prediction)["probability"], predicted == labels, valid)
         predicted = jnp.where(valid, predicted, IGNORE)
 
-        sums = {**_counts(labels, predicted, self.num_classes), "pixels": count(valid)}
+        sums = {**_counts(labels, predicted, self.num_classes), "pixels": count(valid), "calibration": gaps}
         if self.boundary_iou:
             true_rims, rims = (jnp.where(_near_outline(m), m, IGNORE) for m in (labels, predicted))
             sums["boundary"] = _stacked(_counts(true_rims, rims, self.num_classes))
@@ -195,6 +198,7 @@ class SemSeg(Task):
             "mean_accuracy": 100 * _mean(accuracy),
             "frequency_weighted_iou": ratio(weighted, pixels),
             "dice": _mean(self._shares(np.stack([2 * counts[0], counts[1], counts[2]]))),
+            ECE: calibration_error(sums["calibration"], pixels),
         }
         if self.boundary_iou:
             values["boundary_iou"] = _mean(self._shares(np.asarray(sums["boundary"], np.int64)))
@@ -217,6 +221,12 @@ class SemSeg(Task):
     def decode(self, prediction: Array) -> Array:
         """uint8 labels (..., height, width)."""
         return jnp.argmax(self.float32(prediction), axis=-1).astype(jnp.uint8)
+
+    def confidence(self, prediction: Array) -> dict[str, Array]:
+        """probability: softmax of the class that `decode` returns; entropy: -sum p ln p / ln num_classes, in [0, 1]."""
+        log_share = jax.nn.log_softmax(self.float32(prediction), axis=-1)
+        entropy = -jnp.sum(jnp.exp(log_share) * log_share, axis=-1) / math.log(self.num_classes)
+        return {"probability": jnp.exp(jnp.max(log_share, axis=-1)), "entropy": jnp.clip(entropy, 0, 1)}
 
     def from_decoded(self, decoded: np.ndarray) -> np.ndarray:
         """One-hot labels; floats (batch, height, width, num_classes) are scores already."""
