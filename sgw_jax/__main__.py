@@ -19,7 +19,7 @@ COMMANDS = {
     "check": "Look at the data of a configuration, as every training does first. Needs no network.",
     "train": "Train, or go on where --workdir stands; then evaluate and write report.html.",
     "evaluate": "Evaluate a run's checkpoint on a split.",
-    "predict": "Predict on image files: panels (PNG) and arrays (npz).",
+    "predict": "Predict on image files: panels (PNG) and arrays (npz or PNG).",
     "export": "Write a run's checkpoint for others: a folder to share, of the hub's form.",
     "demo": "A page in the browser: a photograph in, every task's map beside it. Needs the extra [demo].",
     "score": "Score anybody's predictions of a split, by a configuration's protocol. Needs no network.",
@@ -118,11 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("evaluate")
     sub.add_argument("--split", default="test", help="train, validation or test (default: %(default)s)")
     sub.add_argument("--mesh", type=_mesh, help="in place of the run's, for another number of devices")
-    sub = command("predict")
-    sub.add_argument("--output", required=True, type=user_path, help="directory for the results")
-    help = "leave out images that cannot be read, list them at the end on standard error, and end with exit code 0"
-    sub.add_argument("--skip_bad", "--skip-bad", action="store_true", help=help)
-    sub.add_argument("inputs", nargs="+", type=user_path, help="image files or directories")
+    sub = command("predict", workdir=False)
+    _predict_options(sub)
     sub = command("export")
     sub.add_argument("--output", required=True, type=user_path, help="directory or file that is not there yet")
     help = (
@@ -163,6 +160,38 @@ def _parser() -> argparse.ArgumentParser:
     for name in ELSEWHERE:
         commands.add_parser(name, help=COMMANDS[name])
     return parser
+
+
+def _predict_options(sub: argparse.ArgumentParser) -> None:
+    network = sub.add_mutually_exclusive_group(required=True)
+    network.add_argument("--workdir", type=_directory, help="directory of the run")
+    help = "instead: a model's folder, a model of the hub, org/name, or a StableHLO file"
+    network.add_argument("--model", type=user_path, help=help)
+    help = "directory for the results; what is there is kept, and the same command goes on with what is missing"
+    sub.add_argument("--output", required=True, type=user_path, help=help)
+    help = "of the image as the network sees it: fit, into the training size; native, in tiles; or the longer side in "
+    help += "pixels, in tiles (default: %(default)s)"
+    sub.add_argument("--resolution", default="fit", type=_resolution, help=help)
+    help = "share of a tile's side that neighbours have in common (default: %(default)s)"
+    sub.add_argument("--overlap", default=0.25, type=float, help=help)
+    sub.add_argument("--flip", action="store_true", help="average with the predictions of the mirror image")
+    sub.add_argument("--confidence", action="store_true", help="also maps of how sure the network is of each task")
+    help = "npz: all maps of an image in a file; png: a 16-bit, indexed or 8-bit picture of each; none"
+    sub.add_argument("--arrays", default="npz", help=f"{help} (default: %(default)s)")
+    help = "leave out the pictures of image and maps"
+    sub.add_argument("--no_panels", dest="panels", action="store_false", help=help)
+    help = "files, or array_record: shards with a record for each image (default: %(default)s)"
+    sub.add_argument("--format", default="files", help=help)
+    help = "of the images, I/N: one of N shares, from 0/N on, for machines that know nothing of each other"
+    sub.add_argument("--share", default="0/1", help=help)
+    help = "leave out images that cannot be read, list them at the end on standard error, and end with exit code 0"
+    sub.add_argument("--skip_bad", "--skip-bad", action="store_true", help=help)
+    sub.add_argument("--list", type=user_path, help="file with more inputs, a path on each line")
+    sub.add_argument("inputs", nargs="*", type=user_path, help="image files or directories")
+
+
+def _resolution(text: str) -> str | int:
+    return int(text) if text.isdecimal() else text  # what it may be, prediction's options say
 
 
 def _examples(command: str) -> str:

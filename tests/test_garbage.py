@@ -151,7 +151,7 @@ def reading(monkeypatch):
         list(found([task.name for task in tasks]))
         raise ReadToTheEnd
 
-    def consumed(self, images):
+    def consumed(self, images, options=None):
         list(images)
         raise ReadToTheEnd
 

@@ -54,7 +54,7 @@ def test_every_path_option_is_read_like_that(monkeypatch, capsys):
     options = {
         "train": ("--workdir", "--cache_dir", "--init_from"),
         "evaluate": ("--workdir", "--cache_dir"),
-        "predict": ("--workdir", "--output"),
+        "predict": ("--workdir", "--model", "--output", "--list"),
         "export": ("--workdir", "--output"),
         "score": ("--predictions", "--json"),
         "plan": ("--json",),

@@ -25,9 +25,11 @@ from sgw_jax.data_pipelines.scenes import SEMSEG_CLASSES
 from sgw_jax.data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
 from sgw_jax.experiment.build import build
 from sgw_jax.pictures import panels
-from sgw_jax.prediction import image_files
-from sgw_jax.prediction.image_files import predict_files
+from sgw_jax.prediction import background, image_files
+from sgw_jax.prediction.outputs import replacing
+from sgw_jax.prediction.predict_files import predict_files
 from sgw_jax.prediction.predictor import Predictor
+from sgw_jax.prediction.source import Source
 from sgw_jax.run.checkpoints import CheckpointError
 from sgw_jax.run.saved_run import open_run, saved_model
 from sgw_jax.tasks import TASKS, Depth, SemSeg
@@ -296,7 +298,7 @@ def test_streams_hold_few_images(echo: Predictor) -> None:
     next(stream)
     assert pulled == echo.batch_size
     pulled = 0
-    threaded = image_files.in_background(np.sum, images(), ahead=3)
+    threaded = background.in_background(np.sum, images(), ahead=3)
     next(threaded)
     assert pulled == 3
     threaded.close()
@@ -321,20 +323,20 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def test_files_become_panels_and_arrays(
-    workdir: Path, predictor: Predictor, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_become_panels_and_arrays(workdir: Path, predictor: Predictor, pictures: Path, tmp_path: Path) -> None:
     output = tmp_path / "new" / "output"
-    written = predict_files(workdir, [pictures, pictures / "b.png"], output, QUIET)
-    assert [path.name for path in written] == ["A.png", "b.png", "grey.png", "turned.png"]
-    assert {path.name for path in output.iterdir()} == {
+    written = predict_files(Source(workdir), [pictures, pictures / "b.png"], output, QUIET)
+    assert written == ["A", "b", "grey", "turned"]
+    assert {path.name for path in output.iterdir()} == {"predictions.json", ".predictions.lock"} | {
         f"{stem}{suffix}" for stem in ("A", "b", "grey", "turned") for suffix in (".png", ".npz")
     }
     with np.load(output / "b.npz", allow_pickle=False) as arrays:
         assert set(arrays) == {*TASK_NAMES, "semseg_classes"}
         assert tuple(arrays["semseg_classes"]) == SEMSEG_CLASSES
+        types = {"semseg": "uint8", "depth": "float32", "normals": "float16", "saliency": "float16"}
+        assert {name: str(arrays[name].dtype) for name in TASK_NAMES} == types
         for name, expected in predictor(noise(20, 30)).items():
-            np.testing.assert_array_equal(arrays[name], expected)
+            np.testing.assert_array_equal(arrays[name], expected.astype(types[name]))
     with np.load(output / "turned.npz", allow_pickle=False) as arrays:
         assert arrays["normals"].shape == (48, 16, 3)
     with Image.open(output / "b.png") as panel:
@@ -342,14 +344,6 @@ def test_files_become_panels_and_arrays(
         top = panels.MARGIN + panels.TITLE_SIZE + panels.SPACE
         tile = np.asarray(panel)[top : top + 320, panels.MARGIN : panels.MARGIN + 480]
         np.testing.assert_array_equal(tile[8::16, 8::16], noise(20, 30))
-
-    # Again over the same names.
-    monkeypatch.setattr(Predictor, "from_workdir", lambda *_: predictor)  # compiled already
-    before = (output / "b.npz").read_bytes()
-    Image.fromarray(noise(21, 30)).save(pictures / "b.png")
-    predict_files(workdir, [pictures / "b.png"], output, QUIET)
-    assert (output / "b.npz").read_bytes() != before
-    assert not list(output.glob(".*"))
 
 
 def test_nothing_is_written_where_an_image_is_cut_off(
@@ -359,7 +353,7 @@ def test_nothing_is_written_where_an_image_is_cut_off(
     whole = (pictures / "turned.jpg").read_bytes()
     (pictures / "z_cut.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"^1 of 5 images .*z_cut\.jpg, an image: .*[Tt]runcated.*--skip_bad"):
-        predict_files(workdir, [pictures], tmp_path / "output", QUIET)
+        predict_files(Source(workdir), [pictures], tmp_path / "output", QUIET)
     assert not (tmp_path / "output").exists()
 
 
@@ -374,8 +368,9 @@ def test_bad_images_are_left_out_and_listed(
     (pictures / "folder.png").mkdir()
     os.mkfifo(pictures / "pipe.jpg")
     (pictures / "lost.jpg").symlink_to("nowhere")
-    written = predict_files("run", [pictures], tmp_path / "[out]", Console(), skip_bad=True)
-    assert written == [tmp_path / "[out]" / "grey.png"]
+    written = predict_files(Source("run"), [pictures], tmp_path / "[out]", Console(), skip_bad=True)
+    assert written == ["grey"]
+    assert (tmp_path / "[out]" / "grey.png").exists()
     said = capfd.readouterr()
     assert f"1 panels (png) and arrays (npz) in {tmp_path}/[out]," in said.out
     first, *listed = said.err.splitlines()
@@ -392,7 +387,7 @@ def test_bad_images_are_left_out_and_listed(
     for spelt in ("--skip_bad", "--skip-bad"):
         assert _parser().parse_args(["predict", "--workdir=a", "--output=b", spelt, "c.png"]).skip_bad
     with pytest.raises(ValueError, match=r"^4 of 4 images cannot be read"):
-        predict_files("run", [pictures], tmp_path / "none", Console(), skip_bad=True)
+        predict_files(Source("run"), [pictures], tmp_path / "none", Console(), skip_bad=True)
     assert not (tmp_path / "none").exists()
 
 
@@ -465,7 +460,7 @@ def test_inputs_that_are_not_there(workdir: Path, pictures: Path, tmp_path: Path
     for inputs, output, error, message in cases:
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(error, match=message):
-            predict_files(workdir, inputs, tmp_path / output, QUIET)
+            predict_files(Source(workdir), inputs, tmp_path / output, QUIET)
         assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -479,7 +474,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_bytes(b"old")
 
     def fail() -> None:
-        with image_files.replacing(path) as file:
+        with replacing(path) as file:
             file.write(b"half")
             raise RuntimeError("full")
 

@@ -155,7 +155,8 @@ def test_train_evaluate_and_predict(weights, photographs, tmp_path):
 
     ids = (photographs / "splits" / "test.txt").read_text(encoding="utf-8").split()[:2]
     command("predict", f"--workdir={run}", f"--output={drawn}", *(str(PEOPLE / "images" / f"{id_}.jpg") for id_ in ids))
-    assert sorted(file.name for file in drawn.iterdir()) == sorted(f"{i}.{end}" for i in ids for end in ("npz", "png"))
+    shown = sorted(file.name for file in drawn.glob("[!.]*"))
+    assert shown == sorted(["predictions.json", *(f"{i}.{end}" for i in ids for end in ("npz", "png"))])
     with np.load(drawn / f"{ids[0]}.npz") as maps:
         assert {maps[task].shape[:2] for task in ("semseg", "human_parts", "saliency", "edges")} == {(336, 168)}
 

@@ -24,7 +24,8 @@ from sgw_jax.evaluation.score import score
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.experiment.experiment import Boundary
-from sgw_jax.prediction.image_files import predict_files
+from sgw_jax.prediction.predict_files import predict_files
+from sgw_jax.prediction.source import Source
 from sgw_jax.run.saved_run import open_run
 from sgw_jax.run.state import restored_state
 from sgw_jax.run.steps import compiled_eval_step, evaluate_split
@@ -253,7 +254,7 @@ def test_predict_then_score_is_evaluate(tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for index in range(LENGTH):
         Image.fromarray(experiment.data.sources["test"][index]["image"]).save(tmp_path / "images" / f"{index}.png")
-    predict_files(tmp_path / "run", [tmp_path / "images"], tmp_path / "maps", Console(quiet=True))
+    predict_files(Source(tmp_path / "run"), [tmp_path / "images"], tmp_path / "maps", Console(quiet=True))
     out = tmp_path / "scores.json"
     arguments = [f"--predictions={tmp_path / 'maps'}", "--config=scenes", f"--json={out}", *SCENES]
     assert main(["score", *arguments, f"--cache_dir={tmp_path / 'cache'}"]) == 0, capsys.readouterr().err

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sgw_jax.tasks.base import Legend, Task
+from sgw_jax.tasks.base import Legend
 
 TILE = 480  # pixels of a tile's longer side; smaller images are enlarged by whole factors, so that pixels stay crisp
 NARROWEST = 240  # a column's least width: room for title and legend beside a narrow picture
@@ -19,7 +19,20 @@ ASPECT = 1.8  # width / height that the arrangement of the tiles aims at
 MARGIN, GAP, SPACE = 32, 28, 10  # around the panel, between tiles, between a tile's parts
 TITLE_SIZE, TEXT_SIZE, LINE, SWATCH, BAR = 22, 15, 23, 13, 12
 LEGEND_LINES = 5
+BARS = ("depth", "disparity", "mask", "angle")  # kinds of maps with a colour bar
 INK, SOFT_INK, OUTLINE, PAPER = (26, 28, 32), (104, 108, 116), (196, 199, 205), (255, 255, 255)
+
+
+class Drawn(Protocol):
+    """What a panel shows of an image: a `Task`, or a map of how sure the network is of one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def target(self) -> dict[str, Any]: ...
+    def valid(self, target: Any) -> Any: ...
+    def draw(self, decoded: np.ndarray, like: np.ndarray | None = None) -> np.ndarray: ...
+    def legend(self, values: np.ndarray | None = None) -> Legend: ...
 
 
 class Lettering:
@@ -58,7 +71,7 @@ class Panel:
         self._title, self._text = Lettering(TITLE_SIZE), Lettering(TEXT_SIZE)
 
     def draw(
-        self, image: np.ndarray, maps: Mapping[str, np.ndarray], tasks: Sequence[Task], name: str = ""
+        self, image: np.ndarray, maps: Mapping[str, np.ndarray], tasks: Sequence[Drawn], name: str = ""
     ) -> Image.Image:
         """The panel: the image first, then one tile per task.
 
@@ -68,8 +81,8 @@ class Panel:
           name: what the first tile says beside the image's size, for example the file's name.
 
         Each picture is drawn by `Task.draw` and shares its colour range with `Task.legend`. Under a task of kind
-        "labels" stand the classes that occur, the largest first; under "depth", "disparity" and "mask" a colour bar;
-        under "vectors" the colours of the legend.
+        "labels" stand the classes that occur, the largest first; under one of BARS a colour bar; under "vectors" the
+        colours of the legend.
         """
         height, width = image.shape[:2]
         tile = tile_size(height, width)
@@ -94,13 +107,13 @@ class Panel:
             top += row_height + GAP
         return panel
 
-    def _task_tile(self, task: Task, values: np.ndarray, tile: tuple[int, int], width: int) -> Image.Image:
+    def _task_tile(self, task: Drawn, values: np.ndarray, tile: tuple[int, int], width: int) -> Image.Image:
         # Twice the tile's resolution is plenty: colours are then averaged, and the whole map need not be coloured.
         stride = max(1, min(values.shape[0] // (2 * tile[0]), values.shape[1] // (2 * tile[1])))
         picture = _scaled(task.draw(values[::stride, ::stride], like=values), tile)
         title = task.name.replace("_", " ").capitalize()
         kind = task.target["kind"]
-        if kind in ("depth", "disparity", "mask"):
+        if kind in BARS:
             return self._tile(title, "", picture, self._colour_bar(task, values, width), width)
         legend = task.legend(values)
         if kind == "labels":
@@ -148,7 +161,7 @@ class Panel:
             self._text.write(draw, place, f"+ {len(legend) - len(shown)} more", "lm", strong=False)
         return picture
 
-    def _colour_bar(self, task: Task, values: np.ndarray, width: int) -> Image.Image:
+    def _colour_bar(self, task: Drawn, values: np.ndarray, width: int) -> Image.Image:
         """The colours from the least to the greatest value, over the legend's evenly spaced ticks."""
         ends, ticks = colour_range(task, values), [text for text, _ in task.legend(values)]
         if ends is None:
@@ -202,7 +215,7 @@ def present(legend: Legend, labels: np.ndarray) -> Legend:
     return [legend[index] for index in order if counts[index]]
 
 
-def colour_range(task: Task, values: np.ndarray) -> tuple[float, float] | None:
+def colour_range(task: Drawn, values: np.ndarray) -> tuple[float, float] | None:
     """The values at the two ends of a colour bar; None where no pixel is valid. A mask's are always 0 and 1."""
     if task.target["kind"] == "mask":
         return 0.0, 1.0

@@ -1,26 +1,18 @@
-"""Prediction over image files: files and folders in, panels (PNG) and arrays (npz) out, few of them in memory."""
+"""Image files to predict on: which ones, what their results are called, and their pixels."""
 
-import contextlib
 import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TypeVar
 
-import jax
 import numpy as np
 from PIL import ExifTags, Image
 from rich.console import Console
 
-from sgw_jax.data_pipelines import atomic
-from sgw_jax.data_pipelines.consoles import messages
-from sgw_jax.data_pipelines.errors import InputError, MissingFileError, files_named
+from sgw_jax.data_pipelines.errors import InputError, MissingFileError
 from sgw_jax.data_pipelines.progress import counted
-from sgw_jax.data_pipelines.readers import WrongFileError, first_few, read
-from sgw_jax.pictures.panels import Panel
-from sgw_jax.prediction.predictor import Predictor
-from sgw_jax.tasks.base import Task
+from sgw_jax.data_pipelines.readers import WrongFileError, read, read_picture_size, read_text
+from sgw_jax.prediction.background import in_background
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 TURNS = {  # EXIF orientation -> what brings the picture upright
@@ -32,108 +24,6 @@ TURNS = {  # EXIF orientation -> what brings the picture upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-AHEAD = 4  # files read before they are needed; bounds what is in memory
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def predict_files(
-    workdir: Path | str,
-    inputs: Sequence[Path | str],
-    output: Path | str,
-    console: Console,
-    which: str | int = "best",
-    skip_bad: bool = False,
-) -> list[Path]:
-    """Writes `<name>.png`, a panel of the image and its maps, and `<name>.npz`, the maps, for every image.
-
-    The arrays have the tasks' names; the class names of a task with labels are beside them as `<task>_classes`. A name
-    is the file's stem; where several files share it, the folder comes before it. Files of an earlier call are replaced,
-    each at once: a reader sees the old or the new. Images are read as they are needed, so there may be any number. With
-    several processes each takes its share.
-
-    Args:
-      inputs: image files, and folders, whose images (SUFFIXES; not hidden ones, nor those of folders within) are taken
-        sorted by name.
-      output: directory for the results, made if missing.
-      skip_bad: leave out images that cannot be read, and list them at the end on standard error.
-
-    Raises, before anything is written:
-      FileNotFoundError: an input does not exist.
-      ValueError: a folder without images, results that would replace an input, an image that cannot be read to its end
-        (with `skip_bad`: all of them).
-      CheckpointError: there is no complete checkpoint.
-
-    Returns the panels' paths.
-    """
-    files = find_images(inputs)
-    output = Path(output)
-    names = output_names(files)
-    check_output(output, inputs, files, names)
-    predictor = Predictor.from_workdir(workdir, which)
-    bad = unreadable(files, console)
-    if bad and (not skip_bad or len(bad) == len(files)):
-        raise InputError(
-            f"{len(bad)} of {len(files)} images cannot be read, and nothing was written: "
-            f"{first_few(list(bad.values()), 3)}. Mend or remove them"
-            f"{'' if len(bad) == len(files) else ', or leave them out with --skip_bad'}."
-        )
-    names = [name for name, file in zip(names, files, strict=True) if file not in bad]
-    files = [file for file in files if file not in bad]
-
-    with files_named("--output cannot be made"):
-        output.mkdir(parents=True, exist_ok=True)
-    total = len(files)
-    mine = slice(jax.process_index(), None, jax.process_count())
-    files, names = files[mine], names[mine]
-    panel = Panel()
-
-    def write(item: tuple[str, str, np.ndarray, dict[str, np.ndarray]]) -> Path:
-        name, label, image, maps = item
-        with replacing(output / f"{name}.npz") as file:
-            np.savez_compressed(file, allow_pickle=False, **maps, **class_names(predictor.tasks))
-        with replacing(output / f"{name}.png") as file:
-            panel.draw(image, maps, predictor.tasks, label).save(file, format="PNG")
-        return output / f"{name}.png"
-
-    def predicted() -> Iterator[tuple[str, str, np.ndarray, dict[str, np.ndarray]]]:
-        held: deque[np.ndarray] = deque()  # images that the network has and whose maps are still to come
-
-        def images() -> Iterator[np.ndarray]:
-            for image in in_background(read_image, files):
-                held.append(image)
-                yield image
-
-        for name, file, maps in zip(names, files, predictor.stream(images()), strict=True):
-            yield name, file.name, held.popleft(), maps
-
-    written = list(counted(in_background(write, predicted(), ahead=2), "predict", len(files), console))
-    console.print(
-        f"{len(written)} panels (png) and arrays (npz) in {output}, by step {predictor.step} of {workdir}.",
-        soft_wrap=True,
-        markup=False,
-    )
-    if bad:
-        errors = messages(quiet=console.quiet)
-        errors.print(f"{len(bad)} of {len(bad) + total} images were left out, for they cannot be read:", soft_wrap=True)
-        for reason in bad.values():
-            errors.print(f"  {reason}", soft_wrap=True)
-    return written
-
-
-def unreadable(files: Sequence[Path], console: Console | None) -> dict[Path, str]:
-    """Reads every file as prediction will, and tells of each that cannot be read why."""
-
-    def reason(path: Path) -> str | None:
-        try:
-            read_image(path)
-        except InputError as error:
-            return str(error)
-        return None
-
-    found = counted(in_background(reason, files), "check", len(files), console)
-    return {file: why for file, why in zip(files, found, strict=True) if why is not None}
 
 
 def find_images(inputs: Sequence[Path | str]) -> list[Path]:
@@ -151,13 +41,32 @@ def find_images(inputs: Sequence[Path | str]) -> list[Path]:
             found = [path]
         else:
             raise MissingFileError(f"{path} does not exist; give image files or directories of images.")
-        files |= {_real(file): file for file in found if _real(file) not in files}
+        for file in found:
+            files.setdefault(real_path(file), file)
     if not files:
         raise InputError("predict: no input; give image files or directories of images.")
     return list(files.values())
 
 
-def _real(path: Path) -> Path:
+def listed_paths(path: Path | str) -> list[str]:
+    """The paths of a text file, one a line; empty lines are left out.
+
+    Args:
+      path: of the file, in UTF-8.
+
+    Returns:
+      Them as they stand there, without the spaces around them.
+
+    Raises:
+      ValueError: it cannot be read, is no text, or names nothing.
+    """
+    lines = [line.strip() for line in read(Path(path), "a list of images", read_text).splitlines()]
+    if not any(lines):
+        raise InputError(f"{path} is empty; it needs one path of an image or a directory per line.")
+    return [line for line in lines if line]
+
+
+def real_path(path: Path) -> Path:
     """Where a path leads; unlike Path.resolve no error for links in a circle, which reading the file names."""
     return Path(os.path.realpath(path))
 
@@ -170,34 +79,41 @@ def output_names(files: Sequence[Path]) -> list[str]:
     shared = Counter(file.stem.casefold() for file in files)
     names: list[str] = []
     taken: set[str] = set()
+    numbers: dict[str, int] = {}  # the next of a name that is taken
     for file in files:
-        folder = _real(file).parent.name
-        wanted = file.stem if shared[file.stem.casefold()] == 1 or not folder else f"{folder}_{file.stem}"
-        name, number = wanted, 2
+        folder = "" if shared[file.stem.casefold()] == 1 else real_path(file).parent.name
+        wanted = f"{folder}_{file.stem}" if folder else file.stem
+        name = wanted
         while name.casefold() in taken:
-            name, number = f"{wanted}_{number}", number + 1
+            number = numbers.get(wanted.casefold(), 2)
+            numbers[wanted.casefold()] = number + 1
+            name = f"{wanted}_{number}"
         taken.add(name.casefold())
         names.append(name)
     return names
 
 
-def check_output(output: Path, inputs: Sequence[Path | str], files: Sequence[Path], names: Sequence[str]) -> None:
-    """Raises where a panel would replace an image that is an input, or be taken for an input the next time."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output: {output} is a file; give a directory.")
-    if _real(output) in {_real(Path(path)) for path in inputs if Path(path).is_dir()}:
-        raise InputError(f"--output: {output} is also an input, whose images the panels would join; give another.")
-    images = {_real(file) for file in files}
-    for name in names:
-        target = _real(output / f"{name}.png")
-        if target in images:
-            raise InputError(f"--output: the panel {target.name} would replace the input {target}; give another.")
+def unreadable(files: Sequence[Path], console: Console | None) -> dict[Path, str]:
+    """Reads every file as prediction will, and tells of each that cannot be read why."""
+
+    def reason(path: Path) -> str | None:
+        try:
+            read_image(path)
+        except InputError as error:
+            return str(error)
+        return None
+
+    found = counted(in_background(reason, files, pixels=pixel_count), "check", len(files), console)
+    return {file: why for file, why in zip(files, found, strict=True) if why is not None}
 
 
-def class_names(tasks: Iterable[Task]) -> dict[str, np.ndarray]:
-    """{"<task>_classes": Unicode array} of the tasks with labels: entry i names label i."""
-    labelled = (task for task in tasks if task.target["kind"] == "labels")
-    return {f"{task.name}_classes": np.array([name for name, _ in task.legend()], np.str_) for task in labelled}
+def pixel_count(path: Path) -> int:
+    """Height times width, as the file's header says; 0 where it cannot be read, which reading the file names."""
+    try:
+        height, width = read(path, "an image", read_picture_size)
+    except InputError:
+        return 0
+    return height * width
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -218,29 +134,3 @@ def _pixels(path: Path) -> np.ndarray:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
         upright = image if turn is None else image.transpose(turn)
         return np.array(upright.convert("RGB"))
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to by `atomic.replacing`."""
-    with (
-        files_named(f"{path} cannot be written"),
-        atomic.replacing(path, contended=True) as temporary,
-        temporary.open("wb") as file,
-    ):
-        yield file
-
-
-def in_background(function: Callable[[Item], Result], items: Iterable[Item], ahead: int = AHEAD) -> Iterator[Result]:
-    """map(function, items) by threads, in order, at most `ahead` items before the consumer."""
-    pool = ThreadPoolExecutor(ahead)
-    try:
-        waiting: deque[Future[Result]] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
