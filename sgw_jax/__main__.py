@@ -142,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("demo", workdir=False)
     network = sub.add_mutually_exclusive_group(required=True)
     network.add_argument("--workdir", type=_directory, help="directory of a run")
-    network.add_argument("--model", type=_directory, help="a model's folder, or a model of the hub, org/name")
+    help = "instead: a model's folder, a model of the hub, org/name, or a StableHLO file"
+    network.add_argument("--model", type=user_path, help=help)
     help = "address to listen at; 0.0.0.0: others reach the page, too (default: %(default)s)"
     sub.add_argument("--host", default="127.0.0.1", help=help)
     sub.add_argument("--port", type=_port, default=7860, help="of the address (default: %(default)s)")

@@ -10,25 +10,23 @@ from sgw_jax.commands.session import leave, refuse
 from sgw_jax.data_pipelines import consoles
 from sgw_jax.demo.server import check_address, serve
 from sgw_jax.experiment.config_files import UsageError
-from sgw_jax.prediction.predictor import Predictor
+from sgw_jax.prediction.source import Source
 
 
 def run(arguments: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     refuse(rest, "demo takes its configuration from the checkpoint")
     check_address(arguments.host, arguments.port)  # before a network is loaded
-    if arguments.model is None:
-        predictor = Predictor.from_workdir(arguments.workdir, arguments.step or arguments.checkpoint)
-        name = arguments.workdir
-    else:
-        if arguments.step is not None or arguments.checkpoint != "best":
-            raise UsageError("--checkpoint and --step choose among a run's; a model's folder has one.")
-        predictor, name = Predictor.from_pretrained(arguments.model), arguments.model
+    if arguments.model and (arguments.step or arguments.checkpoint != "best"):
+        raise UsageError("--checkpoint and --step choose among a run's checkpoints: they go with --workdir.")
+    source = Source(arguments.workdir, arguments.model, arguments.step or arguments.checkpoint)
+    predictor = source.load()
 
     def ready(address: str) -> None:
-        consoles.results(console).print(f"{name}, step {predictor.step}: {address}", soft_wrap=True)
+        consoles.results(console).print(f"{source}, step {predictor.step}: {address}", soft_wrap=True)
         console.print("Ctrl-C ends it.")
 
-    title = name if arguments.model is not None and not Path(name).exists() else Path(name).resolve().name
+    name = str(source)
+    title = Path(name).resolve().name if Path(name).exists() else name
     console.print("The page is being made ready.")
     serve(predictor, title, arguments.host, arguments.port, ready)
     console.print("Ended; what visitors sent is deleted.")

@@ -10,28 +10,28 @@ import numpy as np
 from PIL import Image
 
 from sgw_jax.demo.codes import encode, sampled
-from sgw_jax.pictures.panels import colour_range, present
-from sgw_jax.tasks.base import Legend, Task
+from sgw_jax.pictures.panels import BARS, Drawn, colour_range, present
+from sgw_jax.tasks.base import Legend
 from sgw_jax.tasks.normals import AXES, Normals
 
 LISTED = 12  # classes of a legend, the most frequent first
 NARROWEST, WIDEST = 130, 250  # pixels that a column has at least, by the pictures' shape
 RAMP = 24  # colours of a bar
-BARS = ("depth", "disparity", "mask")  # kinds of target with a colour bar
 
 EMPTY = '<div class="sgw-note">Drop a photograph, paste one, or use the webcam.</div>'
 
 
-def view(maps: Mapping[str, np.ndarray], tasks: Sequence[Task], about: str) -> str:
-    """The pictures of all tasks.
+def view(maps: Mapping[str, np.ndarray], drawn: Sequence[Drawn], about: str) -> str:
+    """The pictures of all maps.
 
     Args:
-      maps: decoded maps by task, as `Predictor` returns them for one image.
+      maps: by name, as `Predictor` returns them for one image.
+      drawn: what they are: tasks, and how sure the network is of them.
       about: a line above them.
     """
-    figures = "".join(_figure(task, maps[task.name]) for task in tasks)
+    figures = "".join(_figure(shown, maps[shown.name]) for shown in drawn)
     hint = "Move over a picture, or tap it, to read what is there."
-    height, width = maps[tasks[0].name].shape[:2]
+    height, width = maps[drawn[0].name].shape[:2]
     least = max(NARROWEST, min(WIDEST, round(WIDEST * width / height)))  # upright pictures stand closer together
     return (
         f'<div class="sgw-about">{text(about)} {hint}</div>'
@@ -44,7 +44,7 @@ def refusal(message: str) -> str:
     return f'<div class="sgw-note sgw-refusal" role="alert">{text(message)}</div>'
 
 
-def heading(title: str, tasks: Sequence[Task], remark: str) -> str:
+def heading(title: str, tasks: Sequence[Drawn], remark: str) -> str:
     """The page's first lines."""
     names = ", ".join(_title(task) for task in tasks).capitalize()
     return f'<div class="sgw-heading"><h1>{text(title)}</h1><p>{text(names)}. {text(remark)}</p></div>'
@@ -58,11 +58,11 @@ def text(words: str) -> str:
     return escaped
 
 
-def _title(task: Task) -> str:
+def _title(task: Drawn) -> str:
     return task.name.replace("_", " ").capitalize()
 
 
-def _figure(task: Task, values: np.ndarray) -> str:
+def _figure(task: Drawn, values: np.ndarray) -> str:
     shown = sampled(values)
     picture = task.draw(shown, like=values)
     codes, kind = encode(shown), task.target["kind"]
@@ -87,7 +87,7 @@ def _figure(task: Task, values: np.ndarray) -> str:
     )
 
 
-def _legend(task: Task, values: np.ndarray) -> str:
+def _legend(task: Drawn, values: np.ndarray) -> str:
     kind = task.target["kind"]
     if kind in BARS:
         return _bar(task, values)
@@ -104,7 +104,7 @@ def _swatches(legend: Legend) -> str:
     return shown
 
 
-def _bar(task: Task, values: np.ndarray) -> str:
+def _bar(task: Drawn, values: np.ndarray) -> str:
     ends = colour_range(task, values)
     if ends is None:
         return "<span>no valid value</span>"
