@@ -100,6 +100,7 @@ def running(command: list[str], port: int, folder: Path, **variables: str) -> It
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "XDG_CACHE_HOME": str(cache),
         "MPLCONFIGDIR": str(cache),
+        "HTTP_PROXY": "http://127.0.0.1:9",  # of the web outside, where nobody answers
         **variables,
     }
     with (folder / "log").open("wb") as log:

@@ -1,5 +1,6 @@
 """The page, made of gradio's parts: a photograph, the view of its maps, and their arrays as a file."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePath
@@ -9,6 +10,7 @@ import gradio as gr
 
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.demo import uploads, view
+from sgw_jax.pictures.panels import Drawn
 from sgw_jax.pictures.sureness import sureness_of
 from sgw_jax.prediction.arrays import write_npz
 from sgw_jax.prediction.options import Options
@@ -90,12 +92,12 @@ def answers(
         yield None, view.refusal(str(error)), gr.DownloadButton(value=None, interactive=False)
         return
     image = uploads.shrunk(photograph)
-    drawn = [*predictor.tasks, *(sureness_of(predictor.tasks) if sure else [])]
+    drawn: list[Drawn] = [*predictor.tasks, *(sureness_of(predictor.tasks) if sure else [])]
     maps = predictor(image, Options(SEEN[seen], flip=bool(sure), confidence=bool(sure)))
     about = f"{name}, {'' if image is photograph else 'shrunk to '}{image.shape[1]} x {image.shape[0]}."
     waiting = gr.DownloadButton(value=None, interactive=False)
     yield gr.skip(), view.view(maps, drawn, about), waiting
-    with tempfile.TemporaryDirectory() as folder:  # gradio copies the file among its own
+    with tempfile.TemporaryDirectory(dir=os.environ["GRADIO_TEMP_DIR"]) as folder:  # gradio keeps a copy beside it
         file = Path(folder) / f"{PurePath(name).stem}.npz"
         with file.open("wb") as opened:
             write_npz(opened, maps, drawn)

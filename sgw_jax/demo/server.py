@@ -43,7 +43,7 @@ def serve(
       MissingPackageError: gradio is not installed.
     """
     check_address(host, port)
-    with _temporary_folder():
+    with _surroundings(host):
         with extra_named("The page", "demo"):
             from sgw_jax.demo.page import build_page, look
 
@@ -51,7 +51,9 @@ def serve(
         page = build_page(predictor, title)
         try:
             _, address, _ = page.launch(
-                server_name=host,
+                server_name=f"[{host.strip('[]')}]"
+                if ":" in host
+                else host,  # of version 6, as addresses of pages have it
                 server_port=port,
                 share=False,
                 inbrowser=False,
@@ -85,10 +87,10 @@ def check_address(host: str, port: int) -> None:
       InputError: names the host or the port.
     """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will: what just ended may wait
-            probe.bind((host, port))
+            probe.bind((host.strip("[]"), port))
             probe.listen(1)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
@@ -106,10 +108,16 @@ def _in_use(host: str, port: int) -> str:
 
 
 @contextlib.contextmanager
-def _temporary_folder() -> Iterator[None]:
-    """A folder for all that gradio and the page write, and gradio's settings that are read from the environment."""
+def _surroundings(host: str) -> Iterator[None]:
+    """A folder for all that gradio and the page write, and what gradio reads from the environment."""
     with tempfile.TemporaryDirectory(prefix="sgw_jax-demo-", ignore_cleanup_errors=True) as folder:
-        settings = {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+        direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        settings = {
+            "GRADIO_TEMP_DIR": folder,
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            # It asks its own server whether it answers; a proxy for the web does not know this machine.
+            "no_proxy": ",".join(filter(None, [direct, host, "localhost", HOST])),
+        }
         before = {name: os.environ.get(name) for name in settings}
         os.environ.update(settings)
         try:
