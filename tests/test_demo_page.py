@@ -348,8 +348,15 @@ def test_a_space_runs_by_its_own_app(tab: Callable, predictor: Predictor, tmp_pa
     assert {path.name for path in folder.iterdir()} == {"app.py", "requirements.txt", "README.md", "model"}
     port = free_port()
     with running([sys.executable, str(folder / "app.py")], port, tmp_path, GRADIO_SERVER_PORT=str(port)) as process:
-        page = tab(at=f"http://127.0.0.1:{port}/")
+        address = f"http://127.0.0.1:{port}/"
+        page = tab(at=address)
         assert page.title() == "rooms"
+        upload = {"path": "/etc/passwd", "orig_name": "passwd", "meta": {"_type": "gradio.FileData"}}
+        asked = {"data": [upload, "shrunk, in one look", False], "fn_index": 0, "session_hash": "forged"}
+        assert page.request.post(f"{address}gradio_api/queue/join", data=asked).ok
+        told = page.request.get(f"{address}gradio_api/queue/data?session_hash=forged").text()
+        assert '"success":false' in told
+        assert "passwd is no image" not in told  # nobody read it
         give(page, photograph(tmp_path, 96, 64))
         await_pictures(page)
         process.send_signal(signal.SIGTERM)

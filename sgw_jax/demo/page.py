@@ -97,11 +97,11 @@ def answers(
     about = f"{name}, {'' if image is photograph else 'shrunk to '}{image.shape[1]} x {image.shape[0]}."
     waiting = gr.DownloadButton(value=None, interactive=False)
     yield gr.skip(), view.view(maps, drawn, about), waiting
-    with tempfile.TemporaryDirectory(dir=os.environ["GRADIO_TEMP_DIR"]) as folder:  # gradio keeps a copy beside it
-        file = Path(folder) / f"{PurePath(name).stem}.npz"
-        with file.open("wb") as opened:
-            write_npz(opened, maps, drawn)
-        yield gr.skip(), gr.skip(), gr.DownloadButton(value=file, interactive=True)
+    # Among gradio's own files, of which it serves and forgets what lies there.
+    file = Path(tempfile.mkdtemp(dir=os.environ["GRADIO_TEMP_DIR"])) / f"{PurePath(name).stem}.npz"
+    with file.open("wb") as opened:
+        write_npz(opened, maps, drawn)
+    yield gr.skip(), gr.skip(), gr.DownloadButton(value=file, interactive=True)
 
 
 def look() -> dict[str, Any]:
