@@ -1,11 +1,14 @@
 """Files and directories that appear whole: whenever the process dies, what a path holds is the old or the new."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # disks without any say these
 
 
 @contextlib.contextmanager
@@ -60,12 +63,13 @@ def publish(partial: Path, directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
+def alone(path: Path, waiting: Callable[[], object], *, needed: bool = True) -> Iterator[None]:
     """Holds a file's lock, which the kernel releases however its holder ends; waits for another process that has it.
 
     Args:
       path: of the file, which stays, empty.
       waiting: called once, before a wait.
+      needed: raise where the disk has no locks; else go on without.
     """
     with path.open("w") as file:
         try:
@@ -73,6 +77,9 @@ def alone(path: Path, waiting: Callable[[], object]) -> Iterator[None]:
         except BlockingIOError:
             waiting()
             fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if needed or error.errno not in NO_LOCKS:
+                raise
         yield
 
 

@@ -253,7 +253,7 @@ def test_how_sure_the_network_is_and_tiles(tab: Callable, tmp_path: Path) -> Non
     more += ["human_parts_probability", "human_parts_entropy"]
     assert [figure.get_attribute("data-task") for figure in page.locator(".sgw-map").all()] == [*TASK_NAMES, *more]
     page.locator(".sgw-map[data-task=normals_spread] img").hover()
-    assert re.fullmatch(r"\d+\.\d\d °", await_readings(page)[9])
+    assert re.fullmatch(r"\d+\.\d\d deg", await_readings(page)[9])
 
 
 def test_what_is_refused_leaves_it_serving(tab: Callable, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """The files of predictions: formats and their rounding, lists, shares, what a second call does, killed processes."""
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,12 +18,13 @@ from rich.console import Console
 from test_predict import workdir  # noqa: F401 [a fixture]
 
 from sgw_jax.__main__ import main
-from sgw_jax.data_pipelines import readers
+from sgw_jax.data_pipelines import atomic, readers
 from sgw_jax.data_pipelines.scenes import SEMSEG_CLASSES
-from sgw_jax.pictures.sureness import sureness_of
 from sgw_jax.prediction import arrays, background, shards
+from sgw_jax.prediction.confidence_maps import confidence_maps
 from sgw_jax.prediction.image_files import listed_paths, output_names
 from sgw_jax.prediction.manifest import network_digest
+from sgw_jax.prediction.options import Options
 from sgw_jax.prediction.outputs import Form
 from sgw_jax.prediction.predict_files import predict_files
 from sgw_jax.prediction.predictor import Predictor
@@ -124,6 +127,23 @@ def test_pictures_hold_maps_within_their_rounding(loaded: Predictor, photos: Pat
     assert turned.max() <= np.sqrt(3) * arrays.rounding("vectors") + 8 * eps
 
 
+def test_the_lines_of_deploy_md_read_predictions(loaded: Predictor, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "deploy.md").read_text(encoding="utf-8")
+    (snippet,) = (
+        part for part in re.findall(r"^```python\n(.*?)^```", page, re.M | re.S) if "read_predictions" in part
+    )
+    predict_files(MODEL, [photos], tmp_path / "pictures", QUIET)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(snippet, names)
+    assert names["name"] == "p4"
+    with pytest.raises(ValueError, match=r"photos holds no predictions\.json"):
+        next(read_predictions(photos))
+    (tmp_path / "pictures" / "p2.npz").write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"p2\.npz: cannot be decoded"):
+        list(read_predictions(tmp_path / "pictures"))
+
+
 def test_score_reads_what_predict_writes(loaded: Predictor, photos: Path, tmp_path: Path, capsys) -> None:
     """Of pictures as of arrays, within what rounding can change."""
     data, rng = tmp_path / "data", np.random.default_rng(0)
@@ -196,17 +216,33 @@ def test_every_way_of_writing_reads_back_the_same(loaded: Predictor, photos: Pat
     }  # fmt: skip
 
 
-def test_maps_of_sureness_are_stored_and_drawn(predictor: Predictor) -> None:
-    """By the names that the predictor gives them."""
-    drawn = sureness_of(predictor.tasks)
+def test_maps_of_confidence_are_stored_and_drawn(loaded: Predictor, photos: Path, tmp_path: Path) -> None:
+    drawn = confidence_maps(loaded.tasks)
     kinds = {about.name: about.target["kind"] for about in drawn}
     assert kinds == {
         "semseg_probability": "mask", "semseg_entropy": "mask", "depth_spread": "depth", "normals_spread": "angle",
         "near_spread": "disparity",
     }  # fmt: skip
+    options = Options(flip=True, confidence=True)
+    expected = loaded(np.array(Image.open(photos / "p0.png")), options)
+    assert set(expected) == {*(task.name for task in TASKS), *kinds}
+    for kind in ("npz", "png"):
+        predict_files(MODEL, [photos / "p0.png"], tmp_path / kind, QUIET, options=options, form=Form(kind))
+        ((_, found),) = read_predictions(tmp_path / kind)
+        half = {"mask": 2.0**-12, "angle": 180 * 2.0**-11}  # of numbers up to 1 and 180
+        for name, stored in kinds.items():
+            allowed = half.get(stored, 0) if kind == "npz" or stored == "disparity" else arrays.rounding(stored)
+            assert np.abs(found[name] - expected[name]).max() <= allowed * 1.001, name
+    with Image.open(tmp_path / "png" / "p0.png") as panel:
+        tiles = panel.size
+    predict_files(MODEL, [photos / "p0.png"], tmp_path / "plain", QUIET)
+    with Image.open(tmp_path / "plain" / "p0.png") as panel:
+        assert tiles[0] * tiles[1] > panel.width * panel.height  # of twelve tiles and of six
+    with pytest.raises(ValueError, match=r"another call: options\.confidence is True there and False here"):
+        predict_files(MODEL, [photos / "p0.png"], tmp_path / "npz", QUIET, options=Options(flip=True))
     ramp = np.linspace(0, 180, 12, dtype=np.float32).reshape(3, 4)
     angle = next(about for about in drawn if about.name == "normals_spread")
-    assert [text for text, _ in angle.legend(ramp)] == ["0 °", "45 °", "90 °", "135 °", "180 °"]
+    assert [text for text, _ in angle.legend(ramp)] == ["0 deg", "45 deg", "90 deg", "135 deg", "180 deg"]
     assert angle.draw(ramp[:, :2], like=ramp).shape == (3, 2, 3)
     with pytest.raises(ValueError, match="Neither arrays nor panels"):
         Form("none", panels=False)
@@ -302,6 +338,24 @@ def test_results_of_something_else_are_refused(
     (out / "predictions.json").unlink()
     whole = contents(out)
     refused(r"p0\.npz is there, but predictions\.json does not say of which image")
+
+
+def test_names_that_differ_by_case_alone_do_not_meet(loaded: Predictor, photos: Path, tmp_path: Path) -> None:
+    predict_files(MODEL, [photos / "p0.png"], tmp_path / "out", QUIET)
+    (photos / "p1.png").rename(photos / "P0.png")
+    with pytest.raises(ValueError, match="results of the name p0, which differs from P0 by case alone"):
+        predict_files(MODEL, [photos / "P0.png"], tmp_path / "out", QUIET)
+
+
+def test_a_disk_without_locks_is_written_to(loaded: Predictor, photos: Path, tmp_path: Path, monkeypatch) -> None:
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert len(predict_files(MODEL, [photos], tmp_path / "out", QUIET)) == 5
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]) == 5
+    with pytest.raises(OSError, match="not implemented"), atomic.alone(tmp_path / "lock", lambda: None):
+        pass
 
 
 def test_a_network_is_known_by_its_numbers(predictor: Predictor) -> None:

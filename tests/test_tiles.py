@@ -1,6 +1,7 @@
 """Whole images: tiles without seams, mirror images, confidence, several devices."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import sgw_jax
 from sgw_jax import KEM, TASKS, MultiTaskModel
 from sgw_jax.data_pipelines.transforms import normalise
 from sgw_jax.export.stablehlo import export_stablehlo
@@ -332,3 +334,15 @@ def test_devices_share_a_batch(network, tmp_path: Path) -> None:
 def test_options_say_what_they_take(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Options(**given)
+
+
+def test_the_lines_of_the_page(local: Predictor, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "deploy.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(sgw_jax, "load", {"runs/scenes": local}.__getitem__)
+    for title in ("Whole images", "Confidence"):
+        section = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+        (snippet,) = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+        names: dict[str, Any] = {}
+        exec(snippet.replace("(480, 640, 3)", "(48, 96, 3)"), names)
+        assert names["maps"]["depth"].shape == (48, 96)
+    assert names["doubtful"].shape == (48, 96)

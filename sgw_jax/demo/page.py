@@ -11,8 +11,8 @@ import gradio as gr
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.demo import uploads, view
 from sgw_jax.pictures.panels import Drawn
-from sgw_jax.pictures.sureness import sureness_of
 from sgw_jax.prediction.arrays import write_npz
+from sgw_jax.prediction.confidence_maps import confidence_maps
 from sgw_jax.prediction.options import Options
 from sgw_jax.prediction.predictor import Predictor
 
@@ -92,7 +92,7 @@ def answers(
         yield None, view.refusal(str(error)), gr.DownloadButton(value=None, interactive=False)
         return
     image = uploads.shrunk(photograph)
-    drawn: list[Drawn] = [*predictor.tasks, *(sureness_of(predictor.tasks) if sure else [])]
+    drawn: list[Drawn] = [*predictor.tasks, *(confidence_maps(predictor.tasks) if sure else [])]
     maps = predictor(image, Options(SEEN[seen], flip=bool(sure), confidence=bool(sure)))
     about = f"{name}, {'' if image is photograph else 'shrunk to '}{image.shape[1]} x {image.shape[0]}."
     waiting = gr.DownloadButton(value=None, interactive=False)

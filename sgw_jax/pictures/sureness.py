@@ -1,23 +1,13 @@
 """Maps of how sure a network is of its maps, as panels draw them and files store them."""
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from sgw_jax.tasks.base import Legend, Task
+from sgw_jax.tasks.base import Legend
 
 COLORMAP = "viridis"
-UNITS = {"mask": "", "depth": "m", "angle": "°"}
-# Of a task by the kind of its target: what a map is called behind the task's name, and the kind of its own values.
-MAPS = {
-    "labels": {"probability": "mask", "entropy": "mask"},
-    "depth": {"spread": "depth"},
-    "disparity": {"spread": "disparity"},
-    "vectors": {"spread": "angle"},
-    "mask": {},  # a probability itself
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +56,3 @@ class Sureness:
 
         share = np.clip((np.nan_to_num(values, nan=low) - low) / max(high - low, 1e-9), 0, 1)
         return np.ascontiguousarray(matplotlib.colormaps[COLORMAP](share, bytes=True)[..., :3])
-
-
-def sureness_of(tasks: Iterable[Task]) -> list[Sureness]:
-    """The maps that a prediction with confidence has beside those of the tasks, in their order.
-
-    Args:
-      tasks: of the network.
-
-    Returns:
-      What draws them.
-    """
-    return [
-        Sureness(f"{task.name}_{what}", kind, getattr(task, "unit", "") if kind == "disparity" else UNITS[kind])
-        for task in tasks
-        for what, kind in MAPS[task.target["kind"]].items()
-    ]

@@ -1,1 +1,1 @@
-"""Predictions of a trained network: on arrays (`predictor`) and on image files (`image_files`)."""
+"""Predictions of a trained network: on arrays (`predictor`) and on image files (`predict_files`)."""

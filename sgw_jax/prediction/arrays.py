@@ -81,7 +81,7 @@ def write_npz(file: IO[bytes], maps: Mapping[str, np.ndarray], drawn: Iterable[D
 def _add(archive: zipfile.ZipFile, name: str, values: np.ndarray) -> None:
     member = zipfile.ZipInfo(f"{name}.npy", EPOCH)
     member.compress_type = zipfile.ZIP_DEFLATED
-    member._compresslevel = LEVEL  # type: ignore[attr-defined]  # 3.13 names it compress_level
+    member._compresslevel = LEVEL  # type: ignore[attr-defined]  # which of a member with a date `open` does not set
     with archive.open(member, "w", force_zip64=True) as opened:
         np.lib.format.write_array(opened, values, allow_pickle=False)
 

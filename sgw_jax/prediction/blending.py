@@ -57,11 +57,15 @@ class Blending:
 
     def __init__(self, tasks: Sequence[Task]):
         self.tasks = tuple(tasks)
-        self.measured = tuple(task for task in self.tasks if _has_spread(task))  # those with a spread
         self.empty = jax.jit(self._empty, static_argnames=("rows", "columns", "spread"))
         self.add = jax.jit(self._added, static_argnames="mirrored", donate_argnums=0)
         self.forget = jax.jit(self._kept, donate_argnums=0)
         self.decode = jax.jit(self._decoded_at, static_argnames="confidence")
+
+    @functools.cached_property
+    def measured(self) -> tuple[Task, ...]:
+        """The tasks that have a spread."""
+        return tuple(task for task in self.tasks if _has_spread(task))
 
     def _empty(self, *, rows: int, columns: int, spread: bool) -> Strip:
         def zeros(channels: int) -> Array:
@@ -164,7 +168,6 @@ def _at(values: Float[Array, "rows columns channels"], points: Points) -> Float[
     return upper * (1 - y_weight) + lower * y_weight
 
 
-@functools.cache
 def _decoded_shape(task: Task) -> tuple[int, ...]:
     return jax.eval_shape(task.decode, jax.ShapeDtypeStruct((1, 1, task.channels), jnp.float32)).shape[2:]
 

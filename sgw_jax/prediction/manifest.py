@@ -88,6 +88,7 @@ class Manifest:
         there: Mapping[str, Any] = {} if earlier is None else earlier.images
         if earlier is not None:
             self._check_settings(earlier, output)
+            self._check_case(earlier, output)
         for name, image in self.images.items():
             path = begun(name)
             if path is None or there.get(name) == image:
@@ -118,6 +119,16 @@ class Manifest:
                 f"here), which shards cannot be added to. {REMEDY}"
             )
 
+    def _check_case(self, earlier: Self, output: Path) -> None:
+        """Some file systems take names for equal that differ by case alone."""
+        there = {name.casefold(): name for name in earlier.images}
+        for name in self.images:
+            if (other := there.get(name.casefold(), name)) != name:
+                raise InputError(
+                    f"{output} holds results of the name {other}, which differs from {name} by case alone. Give "
+                    "another --output."
+                )
+
     def write(self, output: Path, begun: Callable[[str], Path | None]) -> None:
         """Writes the file, unless it says all this already; several processes may do so at once.
 
@@ -131,7 +142,7 @@ class Manifest:
         """
         with files_named(f"--output={output}"):
             output.mkdir(parents=True, exist_ok=True)
-            with alone(output / LOCK, lambda: None):
+            with alone(output / LOCK, lambda: None, needed=False):  # two different calls at once are rare
                 earlier = self.read(output)
                 whole = self.after(earlier, output, begun)
                 if earlier is None or earlier.images != whole.images:

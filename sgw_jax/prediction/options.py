@@ -5,8 +5,10 @@ from typing import Literal
 
 from sgw_jax.data_pipelines.errors import InputError
 
+__all__ = ["Options"]
+
 LARGEST_OVERLAP = 0.9  # there each pixel is seen by a hundred tiles
-LARGEST_SIDE = 2**16  # of an image that is scaled up
+LARGEST_SIDE = 2**15  # of an image that is scaled up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Options:
       resolution: at what size the network sees an image.
         "fit": the largest copy that fits into the training size.
         "native": the image as it is, in tiles of the training size where it is larger than that.
-        An integer N: the copy whose longer side is N pixels, in tiles likewise; N in [1, 65536].
+        An integer N: the copy whose longer side is N pixels, in tiles likewise; N in [1, 32768].
       overlap: the share of a tile's side, in [0, 0.9], that neighbouring tiles have in common at least.
       flip: average the raw predictions with those of the mirror image, mirrored back.
       confidence: add maps, float32 (H, W), of how sure the network is, beside the tasks' own:

@@ -17,9 +17,9 @@ from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.progress import counted
 from sgw_jax.data_pipelines.readers import first_few
 from sgw_jax.pictures.panels import Drawn, Panel
-from sgw_jax.pictures.sureness import sureness_of
 from sgw_jax.prediction.arrays import write_npz, write_picture
 from sgw_jax.prediction.background import in_background
+from sgw_jax.prediction.confidence_maps import confidence_maps
 from sgw_jax.prediction.image_files import (
     find_images,
     output_names,
@@ -88,7 +88,7 @@ def predict_files(
     images = dict(zip(output_names(files), files, strict=True))
     check_output(output, inputs)
     predictor = source.load()
-    drawn: list[Drawn] = [*predictor.tasks, *(sureness_of(predictor.tasks) if options.confidence else [])]
+    drawn: list[Drawn] = [*predictor.tasks, *(confidence_maps(predictor.tasks) if options.confidence else [])]
     store = store_of(output, form, drawn, images)
     check_targets((target for name in images for target in store.targets(name)), inputs, files)
     settings = {"options": dataclasses.asdict(options), **dataclasses.asdict(form)}

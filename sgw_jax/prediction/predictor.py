@@ -229,7 +229,7 @@ class Predictor:
 
         Returns:
           Labels uint8 (H, W), depth float32 (H, W) in metres, unit normals float32 (H, W, 3), probabilities of edges
-          and saliency float32 (H, W).
+          and saliency float32 (H, W); with `Options.confidence` its maps float32 (H, W).
 
         Raises:
           ValueError: another shape, type or range; no image.
@@ -282,12 +282,12 @@ class Predictor:
     def _check_names(self, options: Options) -> None:
         """Raises where a task has the name of another's map."""
         names = [task.name for task in self.tasks]
+        taken = {f"{name}_{map_}": name for name in names for map_ in CONFIDENCES}
         for name in names if options.confidence else ():
-            for other in names:
-                if name.removeprefix(f"{other}_") in CONFIDENCES:
-                    raise InputError(
-                        f"confidence: the task {name!r} has the name of a map of {other!r}; predict without it."
-                    )
+            if name in taken:
+                raise InputError(
+                    f"confidence: the task {name!r} has the name of a map of {taken[name]!r}; predict without it."
+                )
 
 
 def check_image(image: Any, name: str) -> np.ndarray:

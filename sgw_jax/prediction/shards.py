@@ -40,6 +40,7 @@ class Shards:
         names = list(images)
         self.units: Sequence[Unit] = [tuple(names[start : start + size]) for start in range(0, len(names), size)]
         self._number = {name: number for number, unit in enumerate(self.units) for name in unit}
+        self._there = {path.name for path in output.glob("predictions-*.array_record")}
 
     def path(self, number: int) -> Path:
         """Of a shard."""
@@ -50,7 +51,7 @@ class Shards:
 
     def begun(self, name: str) -> Path | None:
         path = self.path(self._number[name])
-        return path if path.exists() else None
+        return path if path.name in self._there else None
 
     def finished(self, unit: Unit) -> bool:
         return self.begun(unit[0]) is not None

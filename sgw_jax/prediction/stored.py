@@ -11,6 +11,8 @@ from sgw_jax.prediction.arrays import read_npz, read_picture
 from sgw_jax.prediction.manifest import NAME, Manifest
 from sgw_jax.prediction.outputs import NPZ, Part, part_of
 
+__all__ = ["read_predictions"]
+
 
 def read_predictions(output: Path | str) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """The maps of every image that `sgw-jax predict` has finished, one image after another.

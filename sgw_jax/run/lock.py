@@ -2,7 +2,6 @@
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import json
 import os
@@ -16,13 +15,13 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from sgw_jax.data_pipelines.atomic import NO_LOCKS
 from sgw_jax.data_pipelines.errors import UserError
 from sgw_jax.run.workdir import WorkdirError
 from sgw_jax.sharding import from_all_processes
 
 LOCK = "train.lock"
 PATIENCE = 0.5  # seconds, for others that only look whether it is free
-NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # disks without any say these
 
 
 def check_free(workdir: Path) -> None:
