@@ -27,6 +27,7 @@ from sgw_jax.configs import base
 from sgw_jax.demo.uploads import LARGEST_FILE
 from sgw_jax.experiment.build import build
 from sgw_jax.export.space import save_space
+from sgw_jax.prediction.confidence_maps import confidence_maps
 from sgw_jax.prediction.predictor import Predictor
 from sgw_jax.run.saved_run import abstract_variables
 from sgw_jax.sharding import make_mesh
@@ -238,7 +239,7 @@ def test_six_pictures_values_and_arrays(tab: Callable, tmp_path: Path) -> None:
             assert abs(angle) < TURN or word[int(angle > 0)] in read["normals"]
 
 
-def test_how_sure_the_network_is_and_tiles(tab: Callable, tmp_path: Path) -> None:
+def test_how_sure_the_network_is_and_tiles(tab: Callable, predictor: Predictor, tmp_path: Path) -> None:
     page = tab()
     give(page, photograph(tmp_path, 192, 128))
     await_pictures(page)
@@ -249,11 +250,12 @@ def test_how_sure_the_network_is_and_tiles(tab: Callable, tmp_path: Path) -> Non
     )
     page.get_by_label("Show how sure it is").click()
     page.wait_for_selector(".sgw-map[data-task=normals_spread]")
-    more = ["semseg_probability", "semseg_entropy", "depth_spread", "normals_spread"]
-    more += ["human_parts_probability", "human_parts_entropy"]
-    assert [figure.get_attribute("data-task") for figure in page.locator(".sgw-map").all()] == [*TASK_NAMES, *more]
+    names = [*TASK_NAMES, *(shown.name for shown in confidence_maps(predictor.tasks))]
+    assert len(names) > len(TASK_NAMES)
+    assert [figure.get_attribute("data-task") for figure in page.locator(".sgw-map").all()] == names
     page.locator(".sgw-map[data-task=normals_spread] img").hover()
-    assert re.fullmatch(r"\d+\.\d\d deg", await_readings(page)[9])
+    read = dict(zip(names, await_readings(page), strict=True))
+    assert re.fullmatch(r"\d+\.\d\d deg", read["normals_spread"])
 
 
 def test_what_is_refused_leaves_it_serving(tab: Callable, tmp_path: Path) -> None:
