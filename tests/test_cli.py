@@ -268,7 +268,7 @@ def test_every_error_meant_for_users_is_one_line(plain, monkeypatch, tmp_path, k
         raise kind("what was found; what is allowed")
 
     monkeypatch.setattr(plan, "plan", refuse)
-    monkeypatch.setattr(session, "_leave", lambda code, at_once=False: code)  # a full disk ends the process at once
+    monkeypatch.setattr(session, "leave", lambda code, at_once=False: code)  # a full disk ends the process at once
     said = plain("plan", "--config=scenes", f"--cache_dir={tmp_path}")
     assert said == "error: what was found; what is allowed\n"
     assert "in refuse" in plain("plan", "--config=scenes", f"--cache_dir={tmp_path}", "--traceback")
