@@ -23,7 +23,7 @@ const number = (value, digits) => value.toFixed(digits).replace(/^-(?=0(\.0*)?$)
 
 function turned(degrees, positive, negative) {
   const rounded = Math.round(Math.abs(degrees));
-  return `${rounded}\u00b0${rounded ? ` ${degrees > 0 ? positive : negative}` : ""}`;
+  return `${rounded}\u00b0${rounded ? `\u00a0${degrees > 0 ? positive : negative}` : ""}`;
 }
 
 // The vector in the axes of the labels; `signs` make x right, y down, z forward of it. Angles are those by which a
@@ -34,7 +34,7 @@ function direction(vector, signs) {
   if (!(length > 0)) return "no direction";
   const across = turned((Math.atan2(x, -z) * 180) / Math.PI, "right", "left");
   const up = turned((Math.asin(-y / length) * 180) / Math.PI, "up", "down");
-  return `(${vector.map((value) => number(value, 2)).join(", ")}) ${across}, ${up}`;
+  return `(${vector.map((value) => number(value, 2)).join(",\u00a0")}) ${across},\u00a0${up}`;
 }
 
 function show(reading, about, values) {

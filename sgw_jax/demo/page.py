@@ -30,7 +30,7 @@ def build_page(predictor: Predictor, title: str) -> gr.Blocks:
         f"The network sees {width} x {height} pixels at once. What you send goes to the machine that serves this page, "
         "and is deleted there after an hour."
     )
-    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(KEPT // 6, KEPT)) as page:
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(KEPT // 6, KEPT)) as page:
         gr.HTML(view.heading(title, predictor.tasks, remark), js_on_load=None, elem_id="sgw-heading")
         with gr.Row():
             with gr.Column(scale=1, min_width=260):

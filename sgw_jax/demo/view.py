@@ -16,6 +16,7 @@ from sgw_jax.tasks.normals import AXES, Normals
 
 LISTED = 12  # classes of a legend, the most frequent first
 NARROWEST, WIDEST = 130, 250  # pixels that a column has at least, by the pictures' shape
+COLUMNS = 3  # at most; of upright pictures twice as many
 RAMP = 24  # colours of a bar
 
 EMPTY = '<div class="sgw-note">Drop a photograph, paste one, or use the webcam.</div>'
@@ -33,9 +34,10 @@ def view(maps: Mapping[str, np.ndarray], drawn: Sequence[Drawn], about: str) -> 
     hint = "Move over a picture, or tap it, to read what is there."
     height, width = maps[drawn[0].name].shape[:2]
     least = max(NARROWEST, min(WIDEST, round(WIDEST * width / height)))  # upright pictures stand closer together
+    most = COLUMNS if width * 4 >= height * 3 else 2 * COLUMNS
     return (
         f'<div class="sgw-about">{text(about)} {hint}</div>'
-        f'<div class="sgw-view" style="--sgw-least:{least}px">{figures}</div>'
+        f'<div class="sgw-view" style="--sgw-least:{least}px;--sgw-most:{most}">{figures}</div>'
     )
 
 
