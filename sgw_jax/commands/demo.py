@@ -8,7 +8,7 @@ from rich.console import Console
 
 from sgw_jax.commands.session import leave, refuse
 from sgw_jax.data_pipelines import consoles
-from sgw_jax.demo.server import check_address, serve
+from sgw_jax.demo.server import check_address, check_packages, serve
 from sgw_jax.experiment.config_files import UsageError
 from sgw_jax.prediction.source import Source
 
@@ -16,6 +16,7 @@ from sgw_jax.prediction.source import Source
 def run(arguments: argparse.Namespace, rest: Sequence[str], console: Console) -> int:
     refuse(rest, "demo takes its configuration from the checkpoint")
     check_address(arguments.host, arguments.port)  # before a network is loaded
+    check_packages()
     if arguments.model and (arguments.step or arguments.checkpoint != "best"):
         raise UsageError("--checkpoint and --step choose among a run's checkpoints: they go with --workdir.")
     source = Source(arguments.workdir, arguments.model, arguments.step or arguments.checkpoint)

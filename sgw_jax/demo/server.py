@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import importlib.util
 import os
 import signal
 import socket
@@ -43,17 +44,15 @@ def serve(
       MissingPackageError: gradio is not installed.
     """
     check_address(host, port)
+    check_packages()
     with _surroundings(host):
-        with extra_named("The page", "demo"):
-            from sgw_jax.demo.page import build_page, look
+        from sgw_jax.demo.page import build_page, look
 
         predictor(np.zeros((*predictor.size, 3), np.uint8))  # compiled before the first visitor waits
         page = build_page(predictor, title)
         try:
             _, address, _ = page.launch(
-                server_name=f"[{host.strip('[]')}]"
-                if ":" in host
-                else host,  # of version 6, as addresses of pages have it
+                server_name=f"[{_bare(host)}]" if ":" in host else host,  # of version 6, as a page's address has it
                 server_port=port,
                 share=False,
                 inbrowser=False,
@@ -80,6 +79,17 @@ def serve(
             page.close(verbose=False)
 
 
+def check_packages() -> None:
+    """Raises without the page's package, before a network is loaded for it.
+
+    Raises:
+      MissingPackageError: names it and the extra.
+    """
+    with extra_named("The page", "demo"):
+        if importlib.util.find_spec("gradio") is None:
+            raise ModuleNotFoundError(name="gradio")
+
+
 def check_address(host: str, port: int) -> None:
     """Raises unless a server can listen there.
 
@@ -87,10 +97,10 @@ def check_address(host: str, port: int) -> None:
       InputError: names the host or the port.
     """
     try:
-        family = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0][0]
+        family = socket.getaddrinfo(_bare(host), port, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server will: what just ended may wait
-            probe.bind((host.strip("[]"), port))
+            probe.bind((_bare(host), port))
             probe.listen(1)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
@@ -101,6 +111,11 @@ def check_address(host: str, port: int) -> None:
         raise InputError(
             f"--host: {host} is no address of this machine ({why}); give {HOST}, or 0.0.0.0 for all."
         ) from error
+
+
+def _bare(host: str) -> str:
+    """Without the brackets around an address of version 6."""
+    return host.strip("[]")
 
 
 def _in_use(host: str, port: int) -> str:
