@@ -36,6 +36,7 @@ examples:
   python -m sgw_jax train --config=scenes --workdir=runs/tuned --init_from=runs/scenes
   python -m sgw_jax evaluate --workdir=runs/scenes --split=validation
   python -m sgw_jax predict --workdir=runs/scenes --output=pictures photo.jpg folder/
+  python -m sgw_jax predict --model=scenes-model --output=pictures --arrays=png --list=files.txt
   python -m sgw_jax export --workdir=runs/scenes --output=scenes-model --license=apache-2.0
   python -m sgw_jax demo --workdir=runs/scenes --port=7860
   python -m sgw_jax score --predictions=theirs --config=nyud --config.data.root=DIR --config.protocol=published

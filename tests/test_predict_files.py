@@ -110,6 +110,11 @@ def test_pictures_hold_maps_within_their_rounding(loaded: Predictor, photos: Pat
         # Half a level, and the float32 rounding of a few operations on levels.
         allowed = arrays.rounding(kind) * (1 + 1e-6) + 4 * eps * np.abs(expected[name]).max()
         assert np.abs(found - expected[name]).max() <= allowed, name
+    for axes, words in (("opencv", "y down, z forward"), ("opengl", "y up")):
+        with (tmp_path / "normals.png").open("wb") as file:
+            arrays.write_picture(file, expected["normals"], Normals(axes=axes))
+        with Image.open(tmp_path / "normals.png") as picture:
+            assert words in picture.text["Description"]
     with Image.open(out / "semseg" / "p3.png") as picture:
         assert picture.mode == "P"
         assert json.loads(picture.text[arrays.CLASSES]) == list(SEMSEG_CLASSES)
@@ -340,6 +345,25 @@ def test_results_of_something_else_are_refused(
     refused(r"p0\.npz is there, but predictions\.json does not say of which image")
 
 
+def test_a_damaged_manifest_is_named(loaded: Predictor, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    predict_files(MODEL, [photos / "p0.png"], out, QUIET)
+    whole = json.loads((out / "predictions.json").read_text())
+    for damaged, match in (
+        ("{", "is damaged: it is no JSON"),
+        ({}, "it has no format, version"),
+        ({**whole, "version": 2}, "version 2; this release knows"),
+        ({**whole, "images": {"p0": 3}}, "a part of it is missing"),
+        ({**whole, "maps": {"depth": {}}}, "a part of it is missing"),
+        ({**whole, "settings": []}, "a part of it is missing"),
+    ):
+        (out / "predictions.json").write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+        for read in (lambda: predict_files(MODEL, [photos], out, QUIET), lambda: next(read_predictions(out))):
+            with pytest.raises(ValueError, match=match):
+                read()
+    assert not (out / "p1.png").exists()
+
+
 def test_names_that_differ_by_case_alone_do_not_meet(loaded: Predictor, photos: Path, tmp_path: Path) -> None:
     predict_files(MODEL, [photos / "p0.png"], tmp_path / "out", QUIET)
     (photos / "p1.png").rename(photos / "P0.png")
@@ -492,7 +516,7 @@ def test_a_killed_process_loses_no_picture_and_none_is_there_twice(format: str, 
     photos, out, count = write_photos(tmp_path / "photos", 400), tmp_path / "out", 400
     common = (f"--workdir={workdir}", f"--format={format}", "--arrays=png", "--no_panels", str(photos))
     here = (*common, f"--output={out}", f"--cache_dir={tmp_path / 'cache'}")
-    pattern = "normals/*.png" if format == "files" else "*.array_record"
+    pattern = "saliency/*.png" if format == "files" else "*.array_record"  # of the files the last
     doomed = start(*here, "--share=0/2")
     deadline = time.monotonic() + 240
     while not list(out.glob(pattern)):

@@ -50,7 +50,7 @@ class Scale(NamedTuple):
 
 SCALES = {
     "depth": Scale(np.uint16, 1000, 0, "v / 1000 metres"),
-    "vectors": Scale(np.uint8, 127.5, 127.5, "2 v / 255 - 1: x right, y down, z forward"),
+    "vectors": Scale(np.uint8, 127.5, 127.5, "2 v / 255 - 1"),
     "mask": Scale(np.uint8, 255, 0, "v / 255"),
     "angle": Scale(np.uint16, 100, 0, "v / 100 degrees"),
 }
@@ -116,7 +116,8 @@ def write_picture(file: IO[bytes], values: np.ndarray, about: Drawn) -> int:
         scale = SCALES[kind]
         levels, lost = _levels(values, scale)
         picture = Image.fromarray(levels)
-        text.add_itxt("Description", scale.says)
+        axes = getattr(about, "axes_in_words", "axes as the labels'")
+        text.add_itxt("Description", f"{scale.says}; {axes}" if kind == "vectors" else scale.says)
         if lost:
             text.add_itxt("Warning", f"{lost} values have no level: greater ones stand at the greatest, NaN at 0")
     picture.save(file, "PNG", compress_level=LEVEL, pnginfo=text)

@@ -16,7 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 import sgw_jax
-from sgw_jax.data_pipelines.atomic import alone, write_atomically
+from sgw_jax.data_pipelines.atomic import alone, replacing
 from sgw_jax.data_pipelines.errors import InputError, files_named
 from sgw_jax.data_pipelines.json_files import read_object
 from sgw_jax.pictures.panels import Drawn
@@ -67,9 +67,11 @@ class Manifest:
                 f"{path} is of the format {found['format']!r}, version {found['version']!r}; this release knows "
                 f"{FORMAT!r}, version {VERSION}. {REMEDY}"
             )
-        if wrong := [name for name in KEYS[2:] if not isinstance(found[name], dict)]:
-            raise InputError(f"{path} is damaged: {wrong[0]} is no JSON object. {REMEDY}")
-        return cls(*(found[name] for name in KEYS[2:]))
+        made_by, settings, maps, images = parts = [found[name] for name in KEYS[2:]]
+        sound = all(isinstance(part, dict) for part in parts) and {"network", "arrays", "format"} <= settings.keys()
+        if not (sound and _have(maps, "kind") and _have(images, "file", "bytes")):
+            raise InputError(f"{path} is not what it should be: a part of it is missing. {REMEDY}")
+        return cls(made_by, settings, maps, images)
 
     def after(self, earlier: Self | None, output: Path, begun: Callable[[str], Path | None]) -> Self:
         """The manifest with the images of an earlier one.
@@ -147,7 +149,8 @@ class Manifest:
                 whole = self.after(earlier, output, begun)
                 if earlier is None or earlier.images != whole.images:
                     content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(whole)}
-                    write_atomically(output / NAME, json.dumps(content, ensure_ascii=False, indent=1))
+                    with replacing(output / NAME, contended=True) as temporary:
+                        temporary.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def manifest_of(
@@ -193,6 +196,11 @@ def network_digest(predictor: Predictor) -> str:
         digest.update(f"\0{name}\0{array.dtype}{array.shape}\0".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def _have(entries: Mapping[str, Any], *keys: str) -> bool:
+    """Whether all entries are objects with these keys."""
+    return all(isinstance(entry, dict) and entry.keys() >= set(keys) for entry in entries.values())
 
 
 def _size(file: Path) -> int | None:

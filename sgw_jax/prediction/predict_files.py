@@ -202,9 +202,11 @@ def _predicted(
             held.append(image)
             yield image
 
-    for name, maps in zip(names, predictor.stream(read(), options), strict=True):
-        image = held.popleft()
+    stream = predictor.stream(read(), options)
+    for name in names:  # without a zip, which would hold the maps while the next are made
+        maps, image = next(stream), held.popleft()
         yield Picture(name, image.shape[0] * image.shape[1], writers.of(name, images[name], image, maps))
+        del maps, image
 
 
 def _say_what_is_missing(bad: Mapping[Path, str], total: int, lost: Mapping[str, int]) -> None:

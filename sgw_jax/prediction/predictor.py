@@ -274,6 +274,7 @@ class Predictor:
                 maps = assembly.take(view, raw, row)
                 if maps is not None:
                     yield maps
+                    del maps  # before the next are made
 
     def _gathered(self, images: Sequence[np.ndarray], options: Options | None) -> dict[str, list[np.ndarray]]:
         maps = list(self.stream(images, options))
