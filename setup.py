@@ -43,6 +43,7 @@ ONNX = [
     "onnx>=1.17",
     "onnxruntime>=1.20",
 ]
+DEMO = ["gradio>=6.31,<7"]  # sgw-jax demo; the next major moves what is used here
 EXTRAS = {
     "train": TRAIN,
     "export": [*TRAIN, *EXPORT],
@@ -52,6 +53,7 @@ EXTRAS = {
     "beam": [*TRAIN, "apache-beam>=2.60"],  # sgw-jax prepare --pipeline=beam
     "hub": HUB,
     "video": [*TRAIN, *VIDEO],
+    "demo": [*TRAIN, *HUB, *DEMO],
     "dev": [
         *TRAIN,
         *HUB,
@@ -113,6 +115,7 @@ setup(
     packages=find_packages(include=["sgw_jax", "sgw_jax.*"]),
     package_data={
         "sgw_jax": ["py.typed"],
+        "sgw_jax.demo": ["page.css", "page.js"],
         "sgw_jax.launch": ["scripts/*/*.sh"],
         "sgw_jax.report": ["page.html.jinja", "data.html.jinja"],
     },

@@ -23,6 +23,7 @@ OPTIONS = {
     "parameters": "--parameters",
     "any_size": "--no_any_size",
     "precision": "--precision",
+    "model": "--model",
 }
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from sgw_jax.export.folder import save_folder
 from sgw_jax.export.onnx_file import save_onnx
+from sgw_jax.export.space import save_space
 from sgw_jax.export.stablehlo import save_stablehlo
 
 __all__ = ["FORMATS"]
@@ -13,6 +14,7 @@ __all__ = ["FORMATS"]
 # were given and that it has parameters for.
 FORMATS: dict[str, Callable[..., Any]] = {
     "folder": save_folder,
+    "space": save_space,
     "stablehlo": save_stablehlo,
     "onnx": save_onnx,
 }
