@@ -181,7 +181,9 @@ class Graph:
         if value.dtype == dtype:
             return value
         if value.array is not None:
-            return Value(value.shape, dtype, value.held, array=value.array.astype(dtype), label=value.label)
+            with np.errstate(over="ignore"):  # infinite as in JAX, which the run of the file shows
+                array = value.array.astype(dtype)
+            return Value(value.shape, dtype, value.held, array=array, label=value.label)
         name = self.node("Cast", self.name(value), to=tensor_type(dtype))
         return Value(value.shape, dtype, value.held, name)
 
