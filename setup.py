@@ -35,6 +35,7 @@ TRAIN = [
     "matplotlib>=3.10.8",
 ]
 HUB = ["huggingface_hub>=0.36"]  # sgw_jax.from_pretrained("org/name"), Predictor.push_to_hub
+VIDEO = ["av>=17"]  # sgw-jax predict movie.mp4; FFmpeg with its codecs is in its wheels
 # sgw-jax export --format=stablehlo, and what loads its files.
 EXPORT = ["flatbuffers>=24.3"]  # jax.export writes by it
 EXTRAS = {
@@ -44,10 +45,12 @@ EXTRAS = {
     "cuda": ["jax[cuda12]>=0.10"],
     "beam": [*TRAIN, "apache-beam>=2.60"],  # sgw-jax prepare --pipeline=beam
     "hub": HUB,
+    "video": [*TRAIN, *VIDEO],
     "dev": [
         *TRAIN,
         *HUB,
         *EXPORT,
+        *VIDEO,
         "chex>=0.1.92",
         "pytest>=8",
         "pytest-xdist>=3.6",

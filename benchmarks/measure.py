@@ -26,6 +26,7 @@ MADE_BY = {
         "compare": "benchmarks/claims/compare.py --results=FILE",
         "default": "benchmarks/claims/seeds.py --results=FILE",
         "finetuning": "benchmarks/speed/finetuning.py",
+        "flicker": "benchmarks/claims/flicker.py --workdir RUN ...",
         "full_size": "benchmarks/speed/full_size.py --compile",
         "interactions": "benchmarks/speed/interaction_cost.py",
         "kem_products": "benchmarks/speed/kem_products.py",

@@ -19,7 +19,7 @@ COMMANDS = {
     "check": "Look at the data of a configuration, as every training does first. Needs no network.",
     "train": "Train, or go on where --workdir stands; then evaluate and write report.html.",
     "evaluate": "Evaluate a run's checkpoint on a split.",
-    "predict": "Predict on image files: panels (PNG) and arrays (npz or PNG).",
+    "predict": "Predict on files of images, panels (PNG) and arrays (npz or PNG), and of videos (mp4).",
     "export": "Write a run's checkpoint for others: a folder to share, of the hub's form.",
     "score": "Score anybody's predictions of a split, by a configuration's protocol. Needs no network.",
     "plan": "What a configuration costs by module: parameters, MACs, FLOPs, memory. Needs no data.",
@@ -36,6 +36,7 @@ examples:
   python -m sgw_jax evaluate --workdir=runs/scenes --split=validation
   python -m sgw_jax predict --workdir=runs/scenes --output=pictures photo.jpg folder/
   python -m sgw_jax predict --model=scenes-model --output=pictures --arrays=png --list=files.txt
+  python -m sgw_jax predict --workdir=runs/scenes --output=videos --video=depth movie.mp4
   python -m sgw_jax export --workdir=runs/scenes --output=scenes-model --license=apache-2.0
   python -m sgw_jax score --predictions=theirs --config=nyud --config.data.root=DIR --config.protocol=published
   python -m sgw_jax plan --config=nyud:swin_l,interaction=skem --topology=v5e:4x4 --config.mesh.name=fsdp
@@ -168,12 +169,16 @@ def _predict_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--no_panels", dest="panels", action="store_false", help=help)
     help = "files, or array_record: shards with a record for each image (default: %(default)s)"
     sub.add_argument("--format", default="files", help=help)
-    help = "of the images, I/N: one of N shares, from 0/N on, for machines that know nothing of each other"
+    help = "of the images and videos, I/N: one of N shares, from 0/N on, for machines that know nothing of each other"
     sub.add_argument("--share", default="0/1", help=help)
+    help = "of a video, what the result shows: panels, or one map by its name (default: panels)"
+    sub.add_argument("--video", metavar="panels|TASK", help=help)
+    help = "of a video, take this share, above 0 and at most 1, of each frame's first slots from the frame before"
+    sub.add_argument("--carry_slots", "--carry-slots", type=_portion, metavar="SHARE", help=help)
     help = "leave out images that cannot be read, list them at the end on standard error, and end with exit code 0"
     sub.add_argument("--skip_bad", "--skip-bad", action="store_true", help=help)
     sub.add_argument("--list", type=user_path, help="file with more inputs, a path on each line")
-    sub.add_argument("inputs", nargs="*", type=user_path, help="image files or directories")
+    sub.add_argument("inputs", nargs="*", type=user_path, help="files of images or videos, or directories of them")
 
 
 def _resolution(text: str) -> str | int:
@@ -201,6 +206,16 @@ def _whole(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, at least 1")
     return int(text)
+
+
+def _portion(text: str) -> float:
+    try:
+        portion = float(text)
+    except ValueError:
+        portion = 0.0
+    if not 0 < portion <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
+    return portion
 
 
 def _mesh(name: str) -> str:

@@ -1,8 +1,8 @@
 """The whole network: backbone -> stems -> interaction -> heads."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -47,15 +47,19 @@ class MultiTaskModel(nn.Module):
         columns, each cell over the pixels that the stride says; predictions beyond the image are cropped.
       train: whether it is training, which drops paths and adds outputs.
       taps: of the backbone, if they are known (backbones/taps.py): the image then says its size alone.
+      slots: {stride: (batch, L, width)}, what the interaction of a scale starts from in place of its own slots, so that
+        a workspace lasts over the frames of a video; with ``persist`` the coarsest scale's alone.
+      return_slots: also return the slots that are left, in the form of ``slots``; with ``persist`` those that leave the
+        last scale, for the coarsest.
 
     Returns:
       {task: (batch, H, W, head width)} float32 raw outputs; with ``preliminary`` and ``train`` also
       {"preliminary/task": ...}, and in training {"features/task": (batch, h, w, channels)}, what enters the
-      interaction, for each task whose loss uses it (`Task.uses_features`).
+      interaction, for each task whose loss uses it (`Task.uses_features`). With ``return_slots`` a pair with the slots.
 
     Raises:
-      ValueError: no task, or two of one name; a scale that is not coarser than ``stride``; ``persist`` with an
-        interaction that has no slots.
+      ValueError: no task, or two of one name; a scale that is not coarser than ``stride``; ``persist``, ``slots`` or
+        ``return_slots`` with an interaction that has no slots; slots of a stride that starts from none.
 
     >>> import flax.linen as nn
     >>> import jax
@@ -98,10 +102,37 @@ class MultiTaskModel(nn.Module):
             return f"images are resized by input_scale = {self.input_scale}, and sizes rounded"
         return getattr(self.backbone, "fixed_size", "") or getattr(self.interaction, "fixed_size", "")
 
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The strides whose interactions start from slots of their own, or from given ones."""
+        if not getattr(self.interaction, "has_slots", False):
+            return ()
+        strides = self._strides()
+        return strides[:1] if self.persist else strides
+
+    def initial_slots(self, params: Mapping[str, Any], batch: int = 1) -> dict[int, Array]:
+        """The slots that the network starts from where none are given: {stride: (batch, L, width)}.
+
+        Args:
+          params: the network's parameters.
+          batch: images.
+
+        Returns:
+          Slots by stride, in the form that a call takes; {} of an interaction without slots.
+        """
+        return {stride: self.interaction.initial_slots(params[self._mixes(stride)], batch) for stride in self.starts}
+
     def __call__(
-        self, image: Float[Array, "batch height width 3"], train: bool = False, taps: Taps | None = None
-    ) -> dict[str, Array]:
-        return self.decode(self.encode(image, train, taps), (image.shape[1], image.shape[2]), train)
+        self,
+        image: Float[Array, "batch height width 3"],
+        train: bool = False,
+        taps: Taps | None = None,
+        *,
+        slots: Mapping[int, Float[Array, "batch slots width"]] | None = None,
+        return_slots: bool = False,
+    ) -> Any:
+        pyramid, size = self.encode(image, train, taps), (image.shape[1], image.shape[2])
+        return self.decode(pyramid, size, train, slots=slots, return_slots=return_slots)
 
     def encode(
         self, image: Float[Array, "batch height width 3"], train: bool = False, taps: Taps | None = None
@@ -113,17 +144,28 @@ class MultiTaskModel(nn.Module):
             return self.backbone(image, train=train, **known)
 
     @nn.compact
-    def decode(self, pyramid: dict[int, Array], size: tuple[int, int], train: bool = False) -> dict[str, Array]:
+    def decode(
+        self,
+        pyramid: dict[int, Array],
+        size: tuple[int, int],
+        train: bool = False,
+        *,
+        slots: Mapping[int, Float[Array, "batch slots width"]] | None = None,
+        return_slots: bool = False,
+    ) -> Any:
         """Predictions of an image of ``size`` (height, width) from its pyramid; with `encode`, the call."""
-        self._check()
+        self._check(slots, return_slots)
+        given, left = slots or {}, dict[int, Array]()
         mixed: dict[str, Array] = {}
-        slots, before = None, self.stride
-        for stride in (*sorted(self.scales, reverse=True), self.stride):
+        before, start = self.stride, None
+        for stride in self._strides():
             features = self._stems(pyramid, stride, mixed, before)
             before = stride
             interaction = self._interaction(stride)
-            if self.persist:
-                mixed, slots = interaction(features, slots, True)
+            if self.persist or return_slots or given:
+                start = start if self.persist and start is not None else given.get(stride)
+                mixed, after = interaction(features, start, True)
+                left[self.starts[0] if self.persist else stride] = start = after
             else:
                 mixed = interaction(features)
             mixed = {name: constrain_activations(value) for name, value in mixed.items()}
@@ -133,7 +175,11 @@ class MultiTaskModel(nn.Module):
             predictions |= {PRELIMINARY + name: value for name, value in early.items()}
         if train:
             predictions |= {FEATURES + task.name: features[task.name] for task in self.tasks if task.uses_features}
-        return predictions
+        return (predictions, left) if return_slots else predictions
+
+    def _strides(self) -> tuple[int, ...]:
+        """Of the scales at which tasks interact, from the coarsest on."""
+        return (*sorted(self.scales, reverse=True), self.stride)
 
     def _stems(
         self, pyramid: dict[int, Array], stride: int, coarser: dict[str, Array], before: int
@@ -150,9 +196,11 @@ class MultiTaskModel(nn.Module):
         return features
 
     def _interaction(self, stride: int) -> nn.Module:
-        if stride == self.stride:
-            return self.interaction
-        return self.interaction.copy(name=names.of_scale(names.INTERACTION, stride))
+        return self.interaction if stride == self.stride else self.interaction.copy(name=self._mixes(stride))
+
+    def _mixes(self, stride: int) -> str:
+        """The name of a scale's interaction among the parameters."""
+        return names.INTERACTION if stride == self.stride else names.of_scale(names.INTERACTION, stride)
 
     def _coarser(self, stride: int) -> int | None:
         return None if stride == self.stride else stride
@@ -184,7 +232,7 @@ class MultiTaskModel(nn.Module):
         )
         return height, width
 
-    def _check(self) -> None:
+    def _check(self, slots: Mapping[int, Any] | None, return_slots: bool) -> None:
         given = [task.name for task in self.tasks]
         if not given or len(set(given)) < len(given):
             raise InputError(f"MultiTaskModel: the tasks are {given}; give at least one, each name once.")
@@ -192,7 +240,13 @@ class MultiTaskModel(nn.Module):
             raise InputError(
                 f"MultiTaskModel: scales {self.scales} must be different strides, coarser than stride {self.stride}."
             )
-        if self.persist and not getattr(self.interaction, "has_slots", False):
+        wanted = {"persist": self.persist, "slots": slots is not None, "return_slots": return_slots}
+        if any(wanted.values()) and not self.starts:
             raise InputError(
-                f"MultiTaskModel: persist needs an interaction with slots; {type(self.interaction).__name__} has none."
+                f"MultiTaskModel: {' and '.join(name for name, set_ in wanted.items() if set_)} needs an interaction "
+                f"with slots; {type(self.interaction).__name__} has none."
+            )
+        if unknown := sorted(set(slots or {}) - set(self.starts)):
+            raise InputError(
+                f"MultiTaskModel: slots of the strides {unknown}; those that start from slots are {list(self.starts)}."
             )

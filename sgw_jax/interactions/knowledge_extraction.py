@@ -273,6 +273,19 @@ class KEM(nn.Module):
         result = as_given(found.features)
         return (result, found.slots) if return_slots else result
 
+    def initial_slots(self, params: Mapping[str, Any], batch: int) -> Float[Array, "batch slots slot_dim"]:
+        """The learned slots, which a call without slots starts from.
+
+        Args:
+          params: the module's.
+          batch: how often they are repeated.
+
+        Returns:
+          (batch, L, d_e) of the computation's dtype.
+        """
+        slots = params["slots"].astype(self.dtype)
+        return jnp.broadcast_to(slots, (batch, *slots.shape))
+
     def _projection(self, channels: int) -> tuple[Projection | None, int]:
         """Tokens -> (values, frame), and the width of their product."""
         if self.etf_vertices is None:

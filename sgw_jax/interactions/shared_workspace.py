@@ -264,3 +264,15 @@ class WorkspaceInteraction(nn.Module):
         mixed, slots = workspace_interaction(params, features, slots=start, mask=mask, **workspace.options())
         result = as_given(mixed)
         return (result, slots) if return_slots else result
+
+    def initial_slots(self, params: Mapping[str, Any], batch: int) -> Float[Array, "batch slots channels"]:
+        """The slots that a call without slots starts from: the authors', which nothing learns.
+
+        Args:
+          params: the module's.
+          batch: how often they are repeated.
+
+        Returns:
+          (batch, num_slots, C) of the computation's dtype.
+        """
+        return initial_slots((batch, self.num_slots, params["norm"]["scale"].shape[-1]), None, self.dtype)

@@ -18,6 +18,7 @@ NARROWEST = 240  # a column's least width: room for title and legend beside a na
 ASPECT = 1.8  # width / height that the arrangement of the tiles aims at
 MARGIN, GAP, SPACE = 32, 28, 10  # around the panel, between tiles, between a tile's parts
 TITLE_SIZE, TEXT_SIZE, LINE, SWATCH, BAR = 22, 15, 23, 13, 12
+TOP = TITLE_SIZE + SPACE  # of a tile's picture
 LEGEND_LINES = 5
 BARS = ("depth", "disparity", "mask", "angle")  # kinds of maps with a colour bar
 INK, SOFT_INK, OUTLINE, PAPER = (26, 28, 32), (104, 108, 116), (196, 199, 205), (255, 255, 255)
@@ -84,47 +85,47 @@ class Panel:
         "labels" stand the classes that occur, the largest first; under one of BARS a colour bar; under "vectors" the
         colours of the legend.
         """
-        height, width = image.shape[:2]
-        tile = tile_size(height, width)
-        cell_width = max(tile[1], NARROWEST)
-        size = f"{width} x {height}"
+        tile = tile_size(*image.shape[:2])
+        width = max(tile[1], NARROWEST)
         tiles = [
-            self._tile("Image", f"{name}   {size}" if name else size, _scaled(image, tile), None, cell_width),
-            *(self._task_tile(task, maps[task.name], tile, cell_width) for task in tasks),
+            self.tile("Image", size_remark(image.shape, name), scaled(image, tile), None, width),
+            *(
+                self.tile(
+                    title(task),
+                    "",
+                    coloured(task, maps[task.name], tile),
+                    self.legend(task, maps[task.name], width),
+                    width,
+                )
+                for task in tasks
+            ),
         ]
-        columns = column_count(len(tiles), cell_width, max(cell.height for cell in tiles))
-        rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
-        heights = [max(cell.height for cell in row) for row in rows]
-        total = (
-            2 * MARGIN + columns * cell_width + (columns - 1) * GAP,
-            2 * MARGIN + sum(heights) + (len(rows) - 1) * GAP,
-        )
-        panel = Image.new("RGB", total, PAPER)
-        top = MARGIN
-        for row, row_height in zip(rows, heights, strict=True):
-            for column, cell in enumerate(row):
-                panel.paste(cell, (MARGIN + column * (cell_width + GAP), top))
-            top += row_height + GAP
-        return panel
+        return arranged(tiles)[0]
 
-    def _task_tile(self, task: Drawn, values: np.ndarray, tile: tuple[int, int], width: int) -> Image.Image:
-        # Twice the tile's resolution is plenty: colours are then averaged, and the whole map need not be coloured.
-        stride = max(1, min(values.shape[0] // (2 * tile[0]), values.shape[1] // (2 * tile[1])))
-        picture = _scaled(task.draw(values[::stride, ::stride], like=values), tile)
-        title = task.name.replace("_", " ").capitalize()
+    def legend(self, task: Drawn, values: np.ndarray, width: int, absent: bool = False) -> Image.Image:
+        """What explains a task's colours, of a width in pixels.
+
+        Args:
+          task: whose.
+          values: the map that is explained, or several below each other.
+          width: of the legend.
+          absent: whether classes that do not occur follow those that do.
+
+        Returns:
+          A picture.
+        """
         kind = task.target["kind"]
         if kind in BARS:
-            return self._tile(title, "", picture, self._colour_bar(task, values, width), width)
-        legend = task.legend(values)
+            return self._colour_bar(task, values, width)
+        entries = task.legend(values)
         if kind == "labels":
-            legend = present(legend, values)
-        return self._tile(title, "", picture, self._swatches(legend, width), width)
+            here = present(entries, values)
+            entries = [*here, *(entry for entry in entries if absent and entry not in here)]
+        return self._swatches(entries, width)
 
-    def _tile(
-        self, title: str, remark: str, picture: np.ndarray, legend: Image.Image | None, width: int
-    ) -> Image.Image:
-        top = TITLE_SIZE + SPACE
-        bottom = top + picture.shape[0]
+    def tile(self, title: str, remark: str, picture: np.ndarray, legend: Image.Image | None, width: int) -> Image.Image:
+        """A title, a remark at the end of its line, the picture below them (TOP pixels down) and its legend."""
+        bottom = TOP + picture.shape[0]
         height = bottom + (SPACE + legend.height if legend else 0)
         tile = Image.new("RGB", (width, height), PAPER)
         draw = ImageDraw.Draw(tile)
@@ -132,7 +133,7 @@ class Panel:
         self._title.write(draw, (0, baseline), title, "ls")
         room = width - self._title.length(title) - 2 * SPACE
         self._text.write(draw, (width, baseline), self._text.shortened(remark, room), "rs", strong=False)
-        tile.paste(Image.fromarray(picture), (0, top))
+        tile.paste(Image.fromarray(picture), (0, TOP))
         if legend:
             tile.paste(legend, (0, bottom + SPACE))
         return tile
@@ -191,6 +192,40 @@ class Panel:
         return picture
 
 
+def arranged(tiles: Sequence[Image.Image]) -> tuple[Image.Image, list[tuple[int, int]]]:
+    """The tiles, of one width, in rows on one picture, and the place (left, top) of each."""
+    width = tiles[0].width
+    columns = column_count(len(tiles), width, max(tile.height for tile in tiles))
+    rows = [tiles[start : start + columns] for start in range(0, len(tiles), columns)]
+    heights = [max(tile.height for tile in row) for row in rows]
+    total = (2 * MARGIN + columns * width + (columns - 1) * GAP, 2 * MARGIN + sum(heights) + (len(rows) - 1) * GAP)
+    picture, places, top = Image.new("RGB", total, PAPER), [], MARGIN
+    for row, height in zip(rows, heights, strict=True):
+        for column, tile in enumerate(row):
+            places.append((MARGIN + column * (width + GAP), top))
+            picture.paste(tile, places[-1])
+        top += height + GAP
+    return picture, places
+
+
+def title(task: Drawn) -> str:
+    """A task's name as a heading."""
+    return task.name.replace("_", " ").capitalize()
+
+
+def size_remark(shape: Sequence[int], name: str = "") -> str:
+    """What stands beside the title of an image: its name, if it has one, and its size."""
+    size = f"{shape[1]} x {shape[0]}"
+    return f"{name}   {size}" if name else size
+
+
+def coloured(task: Drawn, values: np.ndarray, tile: tuple[int, int], like: np.ndarray | None = None) -> np.ndarray:
+    """A map's picture of a tile's size, uint8 (height, width, 3), in the colours of `like`'s range, else its own."""
+    # Twice the tile's resolution is plenty: colours are then averaged, and the whole map need not be coloured.
+    stride = max(1, min(values.shape[0] // (2 * tile[0]), values.shape[1] // (2 * tile[1])))
+    return scaled(task.draw(values[::stride, ::stride], like=values if like is None else like), tile)
+
+
 def tile_size(height: int, width: int) -> tuple[int, int]:
     """(height, width) of a tile: the longer side at most TILE, and enlarged by a whole factor only."""
     factor = TILE / max(height, width)
@@ -223,7 +258,7 @@ def colour_range(task: Drawn, values: np.ndarray) -> tuple[float, float] | None:
     return (float(valid.min()), float(valid.max())) if valid.size else None
 
 
-def _scaled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def scaled(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     if picture.shape[:2] == size:
         return picture
     shrinks = picture.shape[0] > size[0] or picture.shape[1] > size[1]

@@ -19,6 +19,14 @@ class Appliable(Protocol):
         """Raw predictions by task."""
 
 
+class Rows(Protocol):
+    """What a predictor asks of its network."""
+
+    def rows(self, batch: Float[np.ndarray, "batch height width 3"]) -> Iterator[tuple[Mapping[str, Array], int]]:
+        """(raw predictions, the row's number in them) of each row of normalised images."""
+        ...
+
+
 class Network:
     """What makes raw predictions of normalised images.
 

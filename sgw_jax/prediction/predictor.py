@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy as copied
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ from sgw_jax.export.stablehlo import StableHLO, load_stablehlo
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.prediction.assembly import Assembly
 from sgw_jax.prediction.blending import Blending
-from sgw_jax.prediction.network import Network
+from sgw_jax.prediction.network import Network, Rows
 from sgw_jax.prediction.options import Options
 from sgw_jax.prediction.tiles import View
 from sgw_jax.run.saved_run import open_run, saved_model
@@ -103,7 +104,7 @@ class Predictor:
         self.config, self.step, self.origin = config, step, origin
         self.size, self.batch_size = (int(size[0]), int(size[1])), batch_size
         self.module, self.variables = model, variables
-        self._network = Network(model, variables, batch_size)
+        self._network: Rows = Network(model, variables, batch_size)
         self._blending = Blending(self.tasks)
         self._stride = getattr(model, "coarsest_stride", 1)
 
@@ -217,6 +218,19 @@ class Predictor:
         network = load_stablehlo(path, kinds or TASKS)
         options: dict[str, Any] = {"step": network.step, "batch_size": batch_size}
         return cls(network, network.parameters, network.tasks, network.size, **options)
+
+    def with_network(self, network: Rows) -> Self:
+        """This predictor, an image at a time and with another network: one that remembers, say (`CarriedSlots`).
+
+        Args:
+          network: whose `rows` give the raw predictions of normalised images (1, height, width, 3).
+
+        Returns:
+          A copy; `module` stays what it is.
+        """
+        twin = copied(self)
+        twin._network, twin.batch_size = network, 1
+        return twin
 
     def __call__(self, images: Any, options: Options | None = None) -> dict[str, Any]:
         """Decoded maps by task.
