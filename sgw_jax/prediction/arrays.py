@@ -9,9 +9,9 @@ Of a picture v is what it stores; the second column is what an npz stores:
     angle      float16    .png 16-bit grey: v / 100 degrees
     disparity  float32    no picture but .npz
 
-Half precision: directions are within 0.03 degrees of what was predicted, angles within 1/16 degree. A depth has no scale
-that is known before, and masks are compared with thresholds, to another side of which rounding brings many pixels of
-an unsure network (0.2 points of the F measure of one that was trained for two steps): both keep all bits.
+Half precision: directions are within 0.03 degrees of what was predicted, angles within 1/16 degree. A depth has no
+scale that is known before, and masks are compared with thresholds, to another side of which rounding brings many pixels
+of an unsure network (0.2 points of the F measure of one that was trained for two steps): both keep all bits.
 """
 
 import io
