@@ -38,6 +38,7 @@ HUB = ["huggingface_hub>=0.36"]  # sgw_jax.from_pretrained("org/name"), Predicto
 VIDEO = ["av>=17"]  # sgw-jax predict movie.mp4; FFmpeg with its codecs is in its wheels
 # sgw-jax export --format=stablehlo, and what loads its files.
 EXPORT = ["flatbuffers>=24.3"]  # jax.export writes by it
+DEMO = ["gradio>=6.31,<7"]  # sgw-jax demo; the next major moves what is used here
 EXTRAS = {
     "train": TRAIN,
     "export": [*TRAIN, *EXPORT],
@@ -46,6 +47,7 @@ EXTRAS = {
     "beam": [*TRAIN, "apache-beam>=2.60"],  # sgw-jax prepare --pipeline=beam
     "hub": HUB,
     "video": [*TRAIN, *VIDEO],
+    "demo": [*TRAIN, *HUB, *DEMO],
     "dev": [
         *TRAIN,
         *HUB,
@@ -106,6 +108,7 @@ setup(
     packages=find_packages(include=["sgw_jax", "sgw_jax.*"]),
     package_data={
         "sgw_jax": ["py.typed"],
+        "sgw_jax.demo": ["page.css", "page.js"],
         "sgw_jax.launch": ["scripts/*/*.sh"],
         "sgw_jax.report": ["page.html.jinja", "data.html.jinja"],
     },

@@ -1,4 +1,4 @@
-"""The command: sgw-jax check | train | evaluate | predict | export | score | plan | prepare | launch.
+"""The command: sgw-jax check | train | evaluate | predict | export | demo | score | plan | prepare | launch.
 
 Also python -m sgw_jax. What a command needs is imported when it is chosen: `launch` runs on the standard library, and
 `prepare` without JAX.
@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "Evaluate a run's checkpoint on a split.",
     "predict": "Predict on files of images, panels (PNG) and arrays (npz or PNG), and of videos (mp4).",
     "export": "Write a run's checkpoint for others: a folder to share, of the hub's form.",
+    "demo": "A page in the browser: a photograph in, every task's map beside it. Needs the extra [demo].",
     "score": "Score anybody's predictions of a split, by a configuration's protocol. Needs no network.",
     "plan": "What a configuration costs by module: parameters, MACs, FLOPs, memory. Needs no data.",
     "prepare": "Write an archive of a data set as sharded files.",
@@ -38,6 +39,7 @@ examples:
   python -m sgw_jax predict --model=scenes-model --output=pictures --arrays=png --list=files.txt
   python -m sgw_jax predict --workdir=runs/scenes --output=videos --video=depth movie.mp4
   python -m sgw_jax export --workdir=runs/scenes --output=scenes-model --license=apache-2.0
+  python -m sgw_jax demo --workdir=runs/scenes --port=7860
   python -m sgw_jax score --predictions=theirs --config=nyud --config.data.root=DIR --config.protocol=published
   python -m sgw_jax plan --config=nyud:swin_l,interaction=skem --topology=v5e:4x4 --config.mesh.name=fsdp
 """
@@ -60,6 +62,7 @@ configuration:
 """,
     "predict": "The configuration comes from the checkpoint.\n\n",
     "export": "The configuration comes from the checkpoint.\n\n",
+    "demo": "The configuration comes from the checkpoint.\n\n",
 }
 
 
@@ -121,7 +124,10 @@ def _parser() -> argparse.ArgumentParser:
     _predict_options(sub)
     sub = command("export")
     sub.add_argument("--output", required=True, type=user_path, help="directory or file that is not there yet")
-    help = "folder: tensors, configuration and a card, as the hub has them; stablehlo: a file that JAX alone runs"
+    help = (
+        "folder: tensors, configuration and a card, as the hub has them; stablehlo: a file that JAX alone runs; "
+        "space: a page to try it, as the hub runs one"
+    )
     sub.add_argument("--format", default="folder", help=f"{help} (default: %(default)s)")
     help = "of the model, for the card: the hub's identifier, such as apache-2.0 or cc-by-nc-4.0"
     sub.add_argument("--license", help=help)
@@ -133,6 +139,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--parameters", choices=("inside", "beside"), help=help)
     help = "stablehlo: leave out the program for images of other sizes"
     sub.add_argument("--no_any_size", dest="any_size", action="store_false", default=None, help=help)
+    help = "space: a model of the hub, org/name, that the page loads (default: it has this one inside)"
+    sub.add_argument("--model", help=help)
+    sub = command("demo", workdir=False)
+    network = sub.add_mutually_exclusive_group(required=True)
+    network.add_argument("--workdir", type=_directory, help="directory of a run")
+    help = "instead: a model's folder, a model of the hub, org/name, or a StableHLO file"
+    network.add_argument("--model", type=user_path, help=help)
+    help = "address to listen at; 0.0.0.0: others reach the page, too (default: %(default)s)"
+    sub.add_argument("--host", default="127.0.0.1", help=help)
+    sub.add_argument("--port", type=_port, default=7860, help="of the address (default: %(default)s)")
     sub = command("score", workdir=False, checkpoint=False)
     help = "DIR/TASK/NAME.{png,npy,npz}, or DIR/NAME.npz as predict writes; formats: data_pipelines/predictions.py"
     sub.add_argument("--predictions", required=True, type=_directory, help=help)
@@ -216,6 +232,12 @@ def _portion(text: str) -> float:
     if not 0 < portion <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
     return portion
+
+
+def _port(text: str) -> int:
+    if (number := _whole(text)) > 65535:
+        raise argparse.ArgumentTypeError(f"{number} is no port; allowed is 1 to 65535")
+    return number
 
 
 def _mesh(name: str) -> str:

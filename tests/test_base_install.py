@@ -15,6 +15,7 @@ COMMANDS = (
     ("evaluate", "--workdir=run"),
     ("predict", "--workdir=run", "--output=pictures", "photo.jpg"),
     ("export", "--workdir=run", "--output=model"),
+    ("demo", "--workdir=run"),
     ("plan", "--config=scenes"),
     ("prepare", "nyud", "--source=archive", "--out=sets"),
 )

@@ -268,7 +268,7 @@ def test_every_error_meant_for_users_is_one_line(plain, monkeypatch, tmp_path, k
         raise kind("what was found; what is allowed")
 
     monkeypatch.setattr(plan, "plan", refuse)
-    monkeypatch.setattr(session, "_leave", lambda code, at_once=False: code)  # a full disk ends the process at once
+    monkeypatch.setattr(session, "leave", lambda code, at_once=False: code)  # a full disk ends the process at once
     said = plain("plan", "--config=scenes", f"--cache_dir={tmp_path}")
     assert said == "error: what was found; what is allowed\n"
     assert "in refuse" in plain("plan", "--config=scenes", f"--cache_dir={tmp_path}", "--traceback")
@@ -312,6 +312,7 @@ def test_evaluate_and_predict_refuse_what_they_do_not_know(refused, tmp_path):
         (["train", "--help"], ["--workdir", "--config", "--init_from", "--cache_dir", "--config.steps=200"]),
         (["evaluate", "--help"], ["--split", "--checkpoint"]),
         (["predict", "--help"], ["--output", "image files or directories"]),
+        (["demo", "--help"], ["--workdir", "--model", "--host", "--port", "--step"]),
         (["export", "--help"], ["--output", "--format", "--license", "--no_pictures", "--step"]),
         (["score", "--help"], ["--predictions", "DIR/NAME.npz", "--config", "--split", "--json"]),
         (["prepare", "--help"], ["usage: sgw-jax prepare", "sgw-jax prepare nyud --source=", "--workers"]),

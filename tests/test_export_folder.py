@@ -31,6 +31,7 @@ from sgw_jax.experiment.build import build
 from sgw_jax.experiment.data_sets import DATA_SETS
 from sgw_jax.export import card, description, folder, shards
 from sgw_jax.export.hub import HubError, locate
+from sgw_jax.export.space import save_space
 from sgw_jax.export.start import starting_point
 from sgw_jax.report.record import Results, TaskDescription
 from sgw_jax.run.checkpoints import Checkpoints
@@ -278,6 +279,7 @@ def test_a_predictor_put_together_by_hand_has_no_configuration(predictor, tmp_pa
         (["--format=pickle"], "--format is 'pickle'; it must be one of"),
         (["--licence=mit"], "Unknown arguments"),
         (["--license=MIT License"], "license is 'MIT License'"),
+        (["--model=org/rooms"], "--model: the format 'folder' has no such option"),
     ],
 )
 def test_the_command_refuses(arguments, message, workdir: Path, tmp_path: Path, capsys) -> None:
@@ -289,6 +291,17 @@ def test_the_command_refuses(arguments, message, workdir: Path, tmp_path: Path, 
         jax.config.update("jax_compilation_cache_dir", before)
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_space_has_the_folder_inside(predictor, model: Path, tmp_path: Path) -> None:
+    found = save_space(predictor, tmp_path / "page", license="apache-2.0")
+    assert {path.name for path in found.iterdir()} == {"app.py", "requirements.txt", "README.md", "model"}
+    for path in model.iterdir():
+        if path.name != "README.md":  # which names the folder
+            assert (found / "model" / path.name).read_bytes() == path.read_bytes()
+    about = metadata((found / "README.md").read_text())
+    assert (about["sdk"], about["app_file"], about["license"]) == ("gradio", "app.py", "apache-2.0")
+    assert 'from_pretrained(Path(__file__).parent / "model")' in (found / "app.py").read_text()
 
 
 # --- the card

@@ -31,6 +31,7 @@ FLOORS = [
     "plan report",
     "export",
     "train prediction",
+    "demo",
     "commands",
     "__main__",
 ]

@@ -56,12 +56,12 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
         again = "Interrupted. The same command goes on from the last checkpoint, if there is one."
         messages(quiet=jax.process_index() != 0).print(again)
         # Threads may still be compiling: the ordinary exit would wait for them, and crash.
-        return _leave(128 + signal.SIGINT, at_once=True)
+        return leave(128 + signal.SIGINT, at_once=True)
     except UserError as error:
         if arguments.traceback:
             traceback.print_exc()
         print_error(str(error))
-        return _leave(1, at_once=isinstance(error, DiskFullError))  # writers would try once more, and fail loudly
+        return leave(1, at_once=isinstance(error, DiskFullError))  # writers would try once more, and fail loudly
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if arguments.traceback:
             traceback.print_exc()
@@ -71,10 +71,10 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             traceback.print_exc()
         else:
             print_error(f"Another process of this run has ended or cannot be reached ({_first_line(error)}). {AGAIN}")
-        return _leave(1)
+        return leave(1)
     except Exception:  # a defect
         traceback.print_exc()
-        return _leave(1)
+        return leave(1)
 
 
 def check_devices() -> None:
@@ -124,7 +124,7 @@ def _quieten_threads() -> None:
     threading.excepthook = of_thread
 
 
-def _leave(code: int, at_once: bool = False) -> int:
+def leave(code: int, at_once: bool = False) -> int:
     """The exit code of a failure; one of several processes ends at once, for the ordinary exit would wait minutes for
     the others, which in turn wait for this one in some collective operation."""
     if at_once or jax.distributed.is_initialized():

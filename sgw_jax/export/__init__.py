@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sgw_jax.export.folder import save_folder
+from sgw_jax.export.space import save_space
 from sgw_jax.export.stablehlo import save_stablehlo
 
 __all__ = ["FORMATS"]
@@ -12,5 +13,6 @@ __all__ = ["FORMATS"]
 # were given and that it has parameters for.
 FORMATS: dict[str, Callable[..., Any]] = {
     "folder": save_folder,
+    "space": save_space,
     "stablehlo": save_stablehlo,
 }

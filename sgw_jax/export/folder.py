@@ -76,7 +76,7 @@ def save_folder(
     """
     output = Path(output).absolute()
     check_license(license)
-    _check_free(output)
+    check_free(output)
     found = Measured() if trained.origin is None else measured_in(trained.origin, trained.step)
     if found.card is not None and license is not None:
         raise InputError(
@@ -112,7 +112,7 @@ def _notes(trained: Trained, found: Measured, shown: Sequence[Path], license: st
         yield "The card states no licence; --license=apache-2.0 (or another of the hub's identifiers) does."
 
 
-def _check_free(output: Path) -> None:
+def check_free(output: Path) -> None:
     """Raises unless a folder can be written there without touching what others put there.
 
     Raises:
