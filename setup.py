@@ -38,10 +38,16 @@ HUB = ["huggingface_hub>=0.36"]  # sgw_jax.from_pretrained("org/name"), Predicto
 VIDEO = ["av>=17"]  # sgw-jax predict movie.mp4; FFmpeg with its codecs is in its wheels
 # sgw-jax export --format=stablehlo, and what loads its files.
 EXPORT = ["flatbuffers>=24.3"]  # jax.export writes by it
+# sgw-jax export --format=onnx: what writes its files, and what runs them once before they get their name.
+ONNX = [
+    "onnx>=1.17",
+    "onnxruntime>=1.20",
+]
 DEMO = ["gradio>=6.31,<7"]  # sgw-jax demo; the next major moves what is used here
 EXTRAS = {
     "train": TRAIN,
     "export": [*TRAIN, *EXPORT],
+    "onnx": [*TRAIN, *ONNX],
     "tpu": ["jax[tpu]>=0.10"],
     "cuda": ["jax[cuda12]>=0.10"],
     "beam": [*TRAIN, "apache-beam>=2.60"],  # sgw-jax prepare --pipeline=beam
@@ -52,6 +58,7 @@ EXTRAS = {
         *TRAIN,
         *HUB,
         *EXPORT,
+        *ONNX,
         *VIDEO,
         "chex>=0.1.92",
         "pytest>=8",

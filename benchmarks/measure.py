@@ -25,6 +25,7 @@ MADE_BY = {
         "backbones": "benchmarks/speed/backbone_speed.py --compile",
         "compare": "benchmarks/claims/compare.py --results=FILE",
         "default": "benchmarks/claims/seeds.py --results=FILE",
+        "export": "benchmarks/speed/export.py",
         "finetuning": "benchmarks/speed/finetuning.py",
         "flicker": "benchmarks/claims/flicker.py --workdir RUN ...",
         "full_size": "benchmarks/speed/full_size.py --compile",

@@ -19,6 +19,7 @@ from benchmarks.measure import Results
 from benchmarks.speed import (
     backbone_speed,
     chunked_attention,
+    export,
     finetuning,
     full_size,
     interaction_cost,
@@ -50,6 +51,7 @@ def render(name: str) -> str:
         chunked_attention,
         backbone_speed,
         comparison,
+        export,
         finetuning,
         full_size,
         interaction_cost,

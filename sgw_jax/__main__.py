@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", required=True, type=user_path, help="directory or file that is not there yet")
     help = (
         "folder: tensors, configuration and a card, as the hub has them; stablehlo: a file that JAX alone runs; "
-        "space: a page to try it, as the hub runs one"
+        "onnx: one that onnxruntime runs; space: a page to try it, as the hub runs one"
     )
     sub.add_argument("--format", default="folder", help=f"{help} (default: %(default)s)")
     help = "of the model, for the card: the hub's identifier, such as apache-2.0 or cc-by-nc-4.0"
@@ -135,8 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--no_pictures", dest="pictures", action="store_false", default=None, help=help)
     help = "stablehlo: that it is to run on, of cpu, cuda, rocm and tpu, joined by commas (default: cpu,cuda,tpu)"
     sub.add_argument("--platforms", type=lambda names: tuple(names.split(",")), help=help)
-    help = "stablehlo: where the parameters are (default: inside)"
+    help = "stablehlo, onnx: where the parameters are (default: inside)"
     sub.add_argument("--parameters", choices=("inside", "beside"), help=help)
+    help = "onnx: type of the computation and of the parameters (default: float32)"
+    sub.add_argument("--precision", choices=("float32", "float16"), help=help)
     help = "stablehlo: leave out the program for images of other sizes"
     sub.add_argument("--no_any_size", dest="any_size", action="store_false", default=None, help=help)
     help = "space: a model of the hub, org/name, that the page loads (default: it has this one inside)"

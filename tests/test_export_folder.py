@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import onnxruntime
 import pytest
 import safetensors.numpy
 from hub_server import Hub, serving
@@ -154,6 +155,29 @@ def test_a_folder_predicts_what_the_run_does_bit_by_bit(model: Path, predictor) 
         np.testing.assert_array_equal(values, expected[name])
     raw = found.module.apply(found.variables, np.zeros((1, *SIZE, 3), np.float32))  # for a loop of one's own
     assert raw["semseg"].shape == (1, *SIZE, 3)
+
+
+@pytest.mark.slow
+def test_the_command_writes_programs_that_predict_what_the_run_does(workdir: Path, predictor, tmp_path, capsys) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, *SIZE, 3), np.uint8)
+    expected = predictor(images)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        for form in ("stablehlo", "onnx"):
+            command = ["export", f"--workdir={workdir}", f"--output={tmp_path / form}", f"--format={form}"]
+            assert main([*command, f"--cache_dir={tmp_path / 'cache'}"]) == 0
+            out, err = capsys.readouterr()
+            assert out == f"Step {STEP}: {tmp_path / form}\n"
+            assert "uint8 RGB (batch, height, width, 3): any number, 32 x 32" in err
+            assert main(command) == 1  # it is there
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    for name, values in sgw_jax.Predictor.from_stablehlo(tmp_path / "stablehlo")(images).items():
+        np.testing.assert_array_equal(values, expected[name])
+    session = onnxruntime.InferenceSession(tmp_path / "onnx", providers=["CPUExecutionProvider"])
+    semseg, depth = session.run(["semseg", "depth"], {"images": images})
+    assert (semseg != expected["semseg"]).mean() < 0.01  # where rounding decides
+    np.testing.assert_allclose(depth, expected["depth"], rtol=1e-4, atol=1e-4)
 
 
 def test_a_folder_of_a_folder_is_the_same(model: Path, tmp_path: Path) -> None:

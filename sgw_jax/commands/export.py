@@ -22,6 +22,7 @@ OPTIONS = {
     "platforms": "--platforms",
     "parameters": "--parameters",
     "any_size": "--no_any_size",
+    "precision": "--precision",
     "model": "--model",
 }
 

@@ -37,6 +37,7 @@ import sgw_jax
 from sgw_jax.data_pipelines import atomic
 from sgw_jax.data_pipelines.errors import FileError, InputError, MissingFileError, UserError, extra_named, files_named
 from sgw_jax.data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD, normalised_levels
+from sgw_jax.export.maps import about_map
 from sgw_jax.export.trained import Trained
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.tasks import TASKS, task_from_dict
@@ -369,20 +370,9 @@ def _metadata(
         "stride": stride,
         "mean": list(IMAGE_MEAN),
         "std": list(IMAGE_STD),
-        "tasks": [_about(task, outputs[task.name]) for task in tasks],
+        "tasks": [about_map(task, outputs[task.name]) for task in tasks],
         "parameters": {"arrays": {name: [str(array.dtype), *array.shape] for name, array in arrays.items()}},
     }
-
-
-def _about(task: Task, output: Any) -> dict[str, Any]:
-    """A task for a reader: what its map holds; and, as "fields", for this package."""
-    about: dict[str, Any] = {"name": task.name, "kind": task.kind, "holds": task.target["kind"]}
-    about |= {"dtype": str(output.dtype), "channels": output.shape[3] if len(output.shape) == 4 else None}
-    about |= {"unit": getattr(task, "unit", ""), "fields": task.to_dict()}
-    if task.target["kind"] == "labels":
-        about["classes"] = [name for name, _ in task.legend()]
-        about["colours"] = [[int(level) for level in colour] for _, colour in task.legend()]
-    return about
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
