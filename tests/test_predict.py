@@ -333,7 +333,7 @@ def test_files_become_panels_and_arrays(workdir: Path, predictor: Predictor, pic
     with np.load(output / "b.npz", allow_pickle=False) as arrays:
         assert set(arrays) == {*TASK_NAMES, "semseg_classes"}
         assert tuple(arrays["semseg_classes"]) == SEMSEG_CLASSES
-        types = {"semseg": "uint8", "depth": "float32", "normals": "float16", "saliency": "float16"}
+        types = {"semseg": "uint8", "depth": "float32", "normals": "float16", "saliency": "float32"}
         assert {name: str(arrays[name].dtype) for name in TASK_NAMES} == types
         for name, expected in predictor(noise(20, 30)).items():
             np.testing.assert_array_equal(arrays[name], expected.astype(types[name]))

@@ -264,6 +264,8 @@ def test_predict_then_score_is_evaluate(tmp_path, capsys):
         want = evaluate_split(experiment, compiled_eval_step(experiment), state.variables, "test").metrics
     found = json.loads(out.read_text())["metrics"]
     for task in want:
+        if task in ("semseg", "human_parts"):
+            want[task].pop("ece")  # of probabilities, which labels have none of
         for metric, value in want[task].items():
             # Programs for batches of 1 and 8 round differently; one of 6144 pixels that changes its class is 0.016 %.
             assert found[task][metric] == pytest.approx(value, rel=1e-3, abs=2e-2, nan_ok=True), (task, metric)

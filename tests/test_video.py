@@ -490,3 +490,6 @@ def test_the_command(
     assert "would replace the input" in capfd.readouterr().err
     assert main([*command, "--carry_slots=1", "photo.jpg"]) == 1
     assert "--carry_slots is for videos" in capfd.readouterr().err
+    for option in ("--arrays=png", "--format=array_record", "--no_panels"):
+        assert main([*command, option, str(movie)]) == 1
+        assert "--arrays, --format and --no_panels are for images" in capfd.readouterr().err

@@ -30,6 +30,8 @@ def run(arguments: argparse.Namespace, rest: Sequence[str], console: Console) ->
     for option in ("video", "carry_slots"):
         if getattr(arguments, option) is not None and not files:
             raise InputError(f"--{option} is for videos (*{', *'.join(VIDEOS)}), and no input is or holds one.")
+    if files and not images and form != Form():
+        raise InputError("--arrays, --format and --no_panels are for images, and no input is or holds one.")
     if files:  # only they need the extra [video]
         from sgw_jax.prediction.video import PANELS, predict_videos, survey_all
 
