@@ -311,7 +311,7 @@ def test_evaluate_and_predict_refuse_what_they_do_not_know(refused, tmp_path):
         (["--version"], [f"sgw-jax {sgw_jax.__version__}"]),
         (["train", "--help"], ["--workdir", "--config", "--init_from", "--cache_dir", "--config.steps=200"]),
         (["evaluate", "--help"], ["--split", "--checkpoint"]),
-        (["predict", "--help"], ["--output", "image files or directories"]),
+        (["predict", "--help"], ["--output", "files of images or videos"]),
         (["demo", "--help"], ["--workdir", "--model", "--host", "--port", "--step"]),
         (["export", "--help"], ["--output", "--format", "--license", "--no_pictures", "--step"]),
         (["score", "--help"], ["--predictions", "DIR/NAME.npz", "--config", "--split", "--json"]),
