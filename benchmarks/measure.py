@@ -44,6 +44,7 @@ MADE_BY = {
         "topk": "benchmarks/speed/topk.py",
         "tpu_step": "-m sgw_jax plan --topology=v5e:2x2 --json=FILE",
         "where_time_goes": "benchmarks/speed/where_time_goes.py",
+        "whole_images": "benchmarks/speed/whole_images.py --workdir=RUN",
     }.items()
 }
 

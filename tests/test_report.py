@@ -80,6 +80,7 @@ def make_record():
             "reads": shares,
             "writes": np.full((3, SLOTS), 1 / SLOTS).tolist(),
             "flow": [[0.7, 0.2, 0.1], [0.25, 0.5, 0.25], [0.1, 0.1, 0.8]],
+            "pair_gates": [[0.31, -0.2, 0.0], [0.0, 0.12, 0.0], [0.05, 0.0, -0.4]],
             "ablations": {
                 "zeroed": {"metrics": ablated, "losses": losses},
                 "swapped": {"metrics": ablated, "losses": losses},
@@ -247,6 +248,12 @@ def test_the_record_comes_back_as_it_was_written(tmp_path, without):
     again = read_results(tmp_path / "results.json")
     assert again.to_dict() == record
     assert math.isnan(again.per_class["semseg"]["sofa"])
+
+
+def test_a_record_of_before_there_were_gates_of_pairs():
+    record = make_record()
+    del record["diagnostics"]["pair_gates"]
+    assert Results.from_dict(record).diagnostics.pair_gates == []
 
 
 @pytest.mark.parametrize(
