@@ -138,7 +138,7 @@ def test_a_shipped_configuration_is_found_from_anywhere(name, tmp_path, monkeypa
         ),
         (f"{HEAD}  c.optimizer = None\n  return c\n", "lacks the keys optimizer.b1"),
         ("x = 1\ndef f(:\n", "line 2: SyntaxError: invalid syntax"),
-        ("a\0b", "SyntaxError: source code string cannot contain null bytes"),
+        ("a\0b", "Error: source code string cannot contain null bytes"),
     ],
 )
 def test_a_configuration_file_that_fails_is_named(tmp_path, source, message):
