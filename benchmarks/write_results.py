@@ -28,6 +28,7 @@ from benchmarks.speed import (
     products,
     pytorch,
     where_time_goes,
+    whole_images,
 )
 from sgw_jax.data_pipelines.atomic import write_atomically
 
@@ -64,6 +65,7 @@ def render(name: str) -> str:
         seeds,
         stability,
         where_time_goes,
+        whole_images,
     )
     scripts = {module.__name__.rpartition(".")[2]: module for module in modules}
     environment.filters["lines"] = "\n".join
