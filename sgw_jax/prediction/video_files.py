@@ -128,7 +128,8 @@ class Reader:
         if self._stream is None:
             raise WrongFileError("a file without a video", ALLOWED)
         self._stream.thread_type = "AUTO"
-        self.rate = self._stream.average_rate or self._stream.guessed_rate or Fraction(25)
+        # PyAV 19 has rationals of its own, which cannot do all that fractions do.
+        self.rate = Fraction(self._stream.average_rate or self._stream.guessed_rate or 25)
         self.tick = Fraction(self._stream.time_base)
         self.told = self._stream.frames or None
 
