@@ -26,10 +26,10 @@ from rich.console import Console
 
 import sgw_jax
 from sgw_jax.data_pipelines import atomic
-from sgw_jax.data_pipelines.errors import FileError, InputError, extra_named, files_named
+from sgw_jax.data_pipelines.errors import InputError, extra_named, files_named
 from sgw_jax.data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
 from sgw_jax.export.maps import about_map
-from sgw_jax.export.trained import Trained
+from sgw_jax.export.trained import Trained, check_program
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.tasks.base import Task
 
@@ -53,10 +53,7 @@ def save_onnx(
     console: Console | None = None,
 ) -> None:
     """`export_onnx` as one of the formats; ``console`` is told what the file takes and how near it is."""
-    if not isinstance(trained.module, MultiTaskModel):
-        raise InputError(f"export: it is of a {type(trained.module).__name__}; export the run that it was made from.")
-    if Path(output).exists():
-        raise FileError(f"--output={output} is there already; give a file that is not.")
+    check_program(trained, output)
     about = export_onnx(
         trained.module,
         trained.variables,

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 
 from ml_collections import ConfigDict
 
+from sgw_jax.data_pipelines.errors import FileError, InputError
+from sgw_jax.model import MultiTaskModel
 from sgw_jax.tasks.base import Task
 
 
@@ -36,3 +38,11 @@ class Trained(Protocol):
     def step(self) -> int | None: ...
     @property
     def origin(self) -> Path | None: ...
+
+
+def check_program(trained: Trained, output: Path | str) -> None:
+    """Raises unless a program can be made of it, in a file that is not there yet."""
+    if not isinstance(trained.module, MultiTaskModel):
+        raise InputError(f"export: it is of a {type(trained.module).__name__}; export the run that it was made from.")
+    if Path(output).exists():
+        raise FileError(f"--output={output} is there already; give a file that is not.")
