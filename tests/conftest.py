@@ -1,12 +1,14 @@
-"""What every test runs under: the CPU, eight fake devices, and a compilation cache that survives between runs."""
+"""What every test runs under: the CPU, eight fake devices, quick compilation, and a cache of it between runs."""
 
 import os
 import tempfile
 from pathlib import Path
 
+from quick import QUICK
+
 # Before jax is imported by any test: afterwards they are read no more.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {QUICK} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax
 import jax.experimental

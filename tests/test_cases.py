@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from quick import QUICK
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = ROOT.parent / "shared" / "cases"
@@ -37,7 +38,7 @@ def run(case: Path) -> "subprocess.CompletedProcess[str]":
         "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache")),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "",  # one device, as people have; the tests' own are eight
+        "XLA_FLAGS": QUICK,  # one device, as people have; the tests' own are eight
     }
     (case / "home").mkdir()
     command = (case / "command.txt").read_text(encoding="utf-8")

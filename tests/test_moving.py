@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from quick import QUICK
 from test_resume import experiment, interrupting, quiet
 
 from sgw_jax.__main__ import main
@@ -387,7 +388,7 @@ def test_a_run_outlives_the_move_of_its_data(tmp_path, monkeypatch, capsys):
     keys += ["batch_size=8", "checkpoint_every=1", "eval_every=1", "schedule.warmup_steps=0"]
     options = ["--workdir=~/run", f"--cache_dir={tmp_path / 'cache'}"]
     configured = ["--config=scenes:interaction=none,tasks=semseg", *[f"--config.{key}" for key in keys]]
-    quick = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", "PYTHONPATH": str(REPOSITORY)}
+    quick = {**os.environ, "XLA_FLAGS": QUICK, "PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, "-m", "sgw_jax", "train", *configured, *options], env=quick, check=True)
     assert saved_steps(tmp_path / "run") == [1]
     assert not Path("~").exists()

@@ -74,7 +74,7 @@ class Trusting(Depth):
 
 
 class Tiny(nn.Module):
-    """Stands for a network: parameters, a constant, and drop path; test_multiprocess.py has the real one."""
+    """Stands for a network: parameters, a constant, and drop path; test_interruptions.py has the real one."""
 
     width: int = 4
 
