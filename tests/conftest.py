@@ -1,11 +1,15 @@
-"""What every test runs under: the CPU, eight fake devices, and a compilation cache that survives between runs."""
+"""What every test runs under: the CPU, eight fake devices, and a compilation cache that survives between runs.
+
+SGW_JAX_TEST_PLATFORM=cuda,cpu (or tpu,cpu) runs tests on an accelerator instead; CONTRIBUTING.md says which.
+"""
 
 import os
 import tempfile
 from pathlib import Path
 
 # Before jax is imported by any test: afterwards they are read no more.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("SGW_JAX_TEST_PLATFORM", "cpu")
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # pytest's workers share an accelerator's memory
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 
 import jax
@@ -14,6 +18,11 @@ import jax.experimental
 from sgw_jax.host import enough_threads
 
 enough_threads()
+
+if (
+    os.environ["JAX_PLATFORMS"] != "cpu"
+):  # there products of float32 numbers are rounded to fewer digits than tolerances are derived for
+    jax.config.update("jax_default_matmul_precision", "highest")
 
 if not hasattr(jax, "enable_x64"):  # before jax 0.8
     jax.enable_x64 = jax.experimental.enable_x64
