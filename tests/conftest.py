@@ -19,9 +19,8 @@ from sgw_jax.host import enough_threads
 
 enough_threads()
 
-if (
-    os.environ["JAX_PLATFORMS"] != "cpu"
-):  # there products of float32 numbers are rounded to fewer digits than tolerances are derived for
+# Accelerators round float32 numbers in products to fewer digits than the tolerances are derived for.
+if os.environ["JAX_PLATFORMS"] != "cpu":
     jax.config.update("jax_default_matmul_precision", "highest")
 
 if not hasattr(jax, "enable_x64"):  # before jax 0.8
