@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.envir
 
 import jax
 import jax.experimental
+import pytest
 
 from sgw_jax.host import enough_threads
 
@@ -45,3 +46,10 @@ def _writable(folder: Path) -> Path:
 jax.config.update("jax_compilation_cache_dir", str(_writable(CACHE)))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ["JAX_PLATFORMS"] != "cpu" and jax.device_count() < 8:
+        for item in items:
+            if item.get_closest_marker("eight_devices"):
+                item.add_marker(pytest.mark.skip(reason="eight devices"))
