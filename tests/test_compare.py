@@ -209,6 +209,19 @@ def test_without_single_task_models():
     assert row == "| kem | +5.00 [-58.53, +68.53] | +5.00 [-58.53, +68.53] |"
 
 
+def test_who_reads_whom():
+    """Sizes, whatever their signs, in the mean over the seeds."""
+    gates = [[[0.5, -0.1], [0.0, 0.25]], [[0.7, 0.3], [0.0, -0.25]]]
+    runs = [{"diagnostics": {"tasks": ["semseg", "depth"], "pair_gates": found}} for found in gates]
+    table = comparison.who_reads_whom({"runs": {"kem_pairs": runs}}, "kem_pairs")
+    assert table.splitlines() == [
+        "| reads | semseg | depth |",
+        "|---|---|---|",
+        "| semseg | 0.60 | 0.20 |",
+        "| depth | 0.00 | 0.25 |",
+    ]
+
+
 def test_gains_of_each_task_are_paired_by_seed():
     """As `seeds.by_task` shows them: 10 % and 0 % more mIoU, 10 % and 0 % less error."""
     table = seeds.by_task({"none": FOUND["none"], "kem": FOUND["kem"]}, "scenes:tasks=semseg+depth")

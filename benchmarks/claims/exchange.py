@@ -13,8 +13,9 @@ The plan, written before the runs. Scenes, six tasks, from random parameters: th
 first hypothesis, half of it for the others. Every method tries the learning rates 1.5e-3 and 3e-3 with a seed of its
 own, and keeps that of the lowest loss on the validation split; of KEM with gates and without, and of sKEM, validation
 keeps one. Then five seeds each, scored once on the test split, all reported. noise8 and noise16, whose runs are the
-longest, have three seeds and the configuration's rate. The parts are taken in the order of `PARTS`. Where time runs
-out, a part ends after the last whole seed of all methods (`--seeds`), and the page says how many there are.
+longest, have three seeds and the configuration's rate. The parts are taken in the order of `PARTS`, an answer to each
+hypothesis first. Where time runs out, a part ends after the last whole seed of all methods (`--seeds`), and the page
+says how many there are.
 """
 
 import argparse
@@ -54,12 +55,12 @@ INTERACTIONS = ["--methods", *ALL, *TUNE, *GATED]
 WHERE = ["--methods", "none", "within_tasks", "kem", "kem_balanced", "kem_pairs", "kem_pairs_exchange", *TUNE]
 PARTS: dict[str, list[str]] = {
     "swin": [*WHOLE, *SWIN, *INTERACTIONS],
-    "convnext": [*WHOLE, *CONVNEXT, *INTERACTIONS],
-    "vit": [*WHOLE, *INTERACTIONS],
     "labels": [*HALF, "--labelled", "depth=0.05", "semseg=0.5", *INTERACTIONS],
     "pairs": [*HALF, *SWIN, *WHERE],
     "noise8": [*HALF, "--distractors=2", *NOISE],
+    "convnext": [*WHOLE, *CONVNEXT, *INTERACTIONS],
     "noise16": [*HALF, "--distractors=10", *NOISE],
+    "vit": [*WHOLE, *INTERACTIONS],
 }
 FEWER = {"noise8": 3, "noise16": 3}  # seeds
 
