@@ -25,6 +25,8 @@ MADE_BY = {
         "backbones": "benchmarks/speed/backbone_speed.py --compile",
         "compare": "benchmarks/claims/compare.py --results=FILE",
         "default": "benchmarks/claims/seeds.py --results=FILE",
+        "device_step": "benchmarks/speed/device_step.py",
+        "exchange": "benchmarks/claims/exchange.py",
         "export": "benchmarks/speed/export.py",
         "finetuning": "benchmarks/speed/finetuning.py",
         "flicker": "benchmarks/claims/flicker.py --workdir RUN ...",

@@ -138,12 +138,47 @@ def test_distractors_are_noise_of_their_own(tmp_path):
 def test_the_plan_of_exchange_can_be_run(part):
     """Its configurations exist, and backbones that stand beside the default's million parameters have about as many."""
     overrides = [given for given in exchange.PARTS[part] if given.startswith("--config.")]
-    config = read_config("scenes", [*overrides, "--config.steps=500", "--config.mesh.data=-1"])
+    config = read_config("scenes", [*overrides, "--config.mesh.data=-1"])
     experiment = build(config, None)
     image = jax.ShapeDtypeStruct((1, *experiment.size, 3), jnp.float32)
     backbone = jax.eval_shape(experiment.model.init, jax.random.key(0), image)["params"]["backbone"]
     assert 0.5e6 < sum(leaf.size for leaf in jax.tree.leaves(backbone)) < 2e6
     assert {given for given in exchange.PARTS[part] if given in compare.METHODS} >= {"none", "kem"}
+
+
+def test_processes_share_the_runs_of_a_comparison(tmp_path, monkeypatch):
+    """A run is left to one process; who needs it waits, and finds it complete without making it anew."""
+    made, begun = [], []
+    shared = runs.Runs("scenes", (), 1, tmp_path, tmp_path)
+    monkeypatch.setattr(runs, "PATIENCE", 0)
+    monkeypatch.setattr(runs, "_complete", set())
+    monkeypatch.setattr(runs.Runs, "build", lambda *_, **__: None)
+    monkeypatch.setattr(runs, "done", lambda _, folder, __: folder in made)
+    monkeypatch.setattr(runs, "run", lambda _, folder, *__: made.append(folder))
+    with runs.claim(shared.folder("kem", 0)) as ours, runs.claim(shared.folder("kem", 0)) as theirs:
+        assert (ours, theirs) == (True, False)
+        assert not shared.make("kem", ("kem", {}), 0, begun.append)
+        assert shared.make("kem", ("kem", {}), 1, begun.append)
+    assert shared.make("kem", ("kem", {}), 0, begun.append)
+    assert shared.make("kem", ("kem", {}), 0, begun.append)
+    assert begun == ["kem, seed 1", "kem, seed 0"]
+    assert made == [shared.folder("kem", 1), shared.folder("kem", 0)]
+
+    turns = iter([False, False, True])
+
+    def attempt() -> str:
+        if not next(turns):
+            raise runs.Busy
+        return "all"
+
+    assert runs.shared(attempt) == "all"
+
+
+def test_results_say_where_their_runs_were_made():
+    """Not where they were summed up; what differs between the runs is listed."""
+    one, other = {"device": "a", "jax": "1"}, {"device": "b", "jax": "1"}
+    found = {"none": [{"environment": one}, {"environment": one}], "kem": [{"environment": other}]}
+    assert runs.measured_on(found) == {"device": ["a", "b"], "jax": "1"}
 
 
 @pytest.mark.parametrize("given", ["depth", "depth=0", "depth=2", "depth=half"])
@@ -172,6 +207,19 @@ def test_without_single_task_models():
     head, _, row = comparison.by_number_of_tasks([summary, {**summary, "tasks": summary["tasks"] * 2}]).splitlines()
     assert head == "| | 2 tasks | 4 tasks |"
     assert row == "| kem | +5.00 [-58.53, +68.53] | +5.00 [-58.53, +68.53] |"
+
+
+def test_who_reads_whom():
+    """Sizes, whatever their signs, in the mean over the seeds."""
+    gates = [[[0.5, -0.1], [0.0, 0.25]], [[0.7, 0.3], [0.0, -0.25]]]
+    runs = [{"diagnostics": {"tasks": ["semseg", "depth"], "pair_gates": found}} for found in gates]
+    table = comparison.who_reads_whom({"runs": {"kem_pairs": runs}}, "kem_pairs")
+    assert table.splitlines() == [
+        "| reads | semseg | depth |",
+        "|---|---|---|",
+        "| semseg | 0.60 | 0.20 |",
+        "| depth | 0.00 | 0.25 |",
+    ]
 
 
 def test_gains_of_each_task_are_paired_by_seed():

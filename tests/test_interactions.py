@@ -692,6 +692,7 @@ def test_diagnostics_are_sown_once_a_round_and_not_by_init():
 # ---- KEM inside JAX's and Flax's transformations -------------------------------------------------------------------
 
 
+@pytest.mark.eight_devices
 def test_kem_under_vmap_pmap_shard_map_and_remat():
     """Examples do not see each other, so each way to split the batch gives the batch's numbers up to rounding."""
     module = KEM(3, num_heads=2, top_k=4, etf_vertices=5)

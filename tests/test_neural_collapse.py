@@ -147,6 +147,7 @@ def test_perfect_collapse_is_zero(classes, dim, offset):
     assert collapse_values(sums, -vertices.T)["nc3"] == pytest.approx(2)
 
 
+@pytest.mark.eight_devices
 def test_sums_add_over_batches_order_and_devices():
     features, labels = blobs(samples=160)
     features, labels = features.reshape(8, -1, 6), labels.reshape(8, -1)

@@ -169,6 +169,7 @@ def test_training_with_decay_and_a_checkpoint(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.eight_devices
 def test_bfloat16_own_draws_metadata_and_the_default_mesh():
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     options = {"param_dtype": jnp.bfloat16, "kernel_init": jax.nn.initializers.normal(0.5)}

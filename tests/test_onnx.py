@@ -23,10 +23,11 @@ from test_stablehlo import OPTIONS, SIZE, TASK_LIST, network, noise
 from sgw_jax.backbones import BACKBONES
 from sgw_jax.data_pipelines.errors import FileError, InputError, MissingPackageError
 from sgw_jax.data_pipelines.transforms import normalise
-from sgw_jax.export import onnx_file
-from sgw_jax.export.onnx_file import IMAGES, IR, METADATA, export_onnx, in_dtype, save_onnx
-from sgw_jax.export.onnx_primitives import OPSET, PRIMITIVES
-from sgw_jax.export.onnx_program import Program
+from sgw_jax.export.onnx import file as onnx_file
+from sgw_jax.export.onnx.file import IMAGES, IR, METADATA, export_onnx, in_dtype, save_onnx
+from sgw_jax.export.onnx.lowering import OPSET
+from sgw_jax.export.onnx.primitives import PRIMITIVES
+from sgw_jax.export.onnx.program import Program
 
 ROOT = Path(__file__).parent.parent
 TOLERANCE = 1e-4  # of a map's largest value, where that is above 1

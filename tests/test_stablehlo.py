@@ -20,7 +20,8 @@ from jax import export
 from sgw_jax.backbones import BACKBONES
 from sgw_jax.data_pipelines.errors import InputError, MissingFileError, MissingPackageError
 from sgw_jax.data_pipelines.transforms import normalise
-from sgw_jax.export.stablehlo import METADATA, PLATFORMS, PREDICT, Dimensions, export_stablehlo, load_stablehlo
+from sgw_jax.export.stablehlo import PLATFORMS, export_stablehlo, load_stablehlo
+from sgw_jax.export.stablehlo.format import METADATA, PREDICT, Dimensions
 from sgw_jax.interactions import INTERACTIONS
 from sgw_jax.layers.placement import Placement
 from sgw_jax.layers.resize import pad_to_multiple

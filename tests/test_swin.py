@@ -346,6 +346,7 @@ def test_groups_of_windows_divide_them_where_that_costs_little(windows, most, si
     assert group_size(windows, most) == size
 
 
+@pytest.mark.eight_devices
 def test_groups_of_windows_stay_where_their_images_are():
     """Of a batch over devices nothing is gathered or moved, and only gradients of parameters and bias are summed."""
     attention = WindowAttention(2, 3, True, chunk=4)

@@ -332,6 +332,7 @@ def test_micro_batches_add_up_to_the_batch(task):
         np.testing.assert_allclose(sums[key], value, **({"rtol": 0} if exact else TOLERANCE), err_msg=key)
 
 
+@pytest.mark.eight_devices
 @over(
     INSTANCES
     | {

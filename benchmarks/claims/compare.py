@@ -19,7 +19,6 @@ which alone are scored. Killed and run again, it goes on with the first run that
 
 import argparse
 import dataclasses
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,17 +30,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, wh
 from benchmarks.claims.comparison import markdown, page, single_task_models, summarise
 from benchmarks.claims.few_labels import read_shares
 from benchmarks.claims.runs import (
+    Busy,
     Method,
     Runs,
     begin,
+    claim,
     done,
     equal_mlp_width,
+    measured_on,
     read_result,
     run,
+    shared,
     with_rate,
     without_repeats,
 )
-from benchmarks.measure import Results, environment
+from benchmarks.measure import Results
 from sgw_jax.data_pipelines.atomic import write_atomically
 from sgw_jax.run.logs import without_nan
 
@@ -96,6 +99,15 @@ INTERACTIONS = ("none", "widened", "within_tasks", "cross_attention", "shared_wo
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains what is missing, then writes compare.json and compare.html and prints the summary."""
+    return shared(lambda: attempt(argv))
+
+
+def attempt(argv: Sequence[str] | None = None) -> int:
+    """`main`, but for waiting for other processes.
+
+    Raises:
+      Busy: they are making what is left.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
@@ -130,9 +142,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         pass
     elif arguments.trunk is None:
         experiment = runs.build(("none", {}), seed=1000, steps=arguments.trunk_steps)
-        if not done(experiment, trunk, None):
-            console.print(f"The trunk: {arguments.trunk_steps} steps without interaction.")
-            run(experiment, trunk, None)
+        with claim(trunk) as ours:
+            if not ours:
+                raise Busy
+            if not done(experiment, trunk, None):
+                console.print(f"The trunk: {arguments.trunk_steps} steps without interaction.")
+                run(experiment, trunk, None)
     elif not (trunk / "result.json").exists():
         raise SystemExit(f"--trunk: {trunk} is no trunk of a comparison: it has no result.json.")
     trunk_steps = 0 if trunk is None else read_result(trunk)["made_by"]["steps"]
@@ -145,26 +160,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments.no_singles:
         cases |= single_task_models(tasks)
     with Progress(console=console) as progress:
-        bar = progress.add_task("runs", total=len(cases) * (arguments.seeds + len(arguments.tune)))
-
-        numbers = itertools.count()
+        bar = progress.add_task("runs", total=None)
 
         def begun(what: str) -> None:
-            progress.update(bar, description=what, completed=next(numbers))
+            progress.update(bar, description=what)
 
         rates = {}
         for name in cases if arguments.tune else ():
             rates[name] = runs.tune(name, cases[name], arguments.tune, begun)
-            cases[name] = with_rate(cases[name], rates[name]["chosen"])
+        if not all(rates.values()):
+            raise Busy
+        cases = {name: with_rate(case, rates[name]["chosen"]) if rates else case for name, case in cases.items()}
         losses = {name: min(rate["validation_loss"].values()) for name, rate in rates.items()}
         for group in groups:
             best = min(group, key=losses.__getitem__)
             cases = {name: method for name, method in cases.items() if name == best or name not in group}
-        for seed in range(arguments.seeds):
-            for name, method in cases.items():
-                begun(f"{name}, seed {seed}")
-                runs.make(name, method, seed)
-        begun("runs")
+        order = [(name, seed) for seed in range(arguments.seeds) for name in cases]  # whole seeds, one after another
+        complete = [runs.make(name, cases[name], seed, begun) for name, seed in order]
+        if not all(complete):
+            raise Busy
 
     found = runs.results(list(cases), arguments.seeds)
     summary = summarise(found, tasks) | {
@@ -177,11 +191,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seeds": arguments.seeds,
         "rates": rates,
         "either": groups,
-        "environment": environment(),
+        "environment": measured_on(found),
     }
     for path in (arguments.out / "compare.json", arguments.results):
         if path is not None:
-            Results("compare", path).write(without_nan({**summary, "runs": without_repeats(found)}))
+            Results("compare", path, **summary["environment"]).write(
+                without_nan({**summary, "runs": without_repeats(found)})
+            )
     write_atomically(arguments.out / "compare.html", page(summary))
     console.print(markdown(summary), soft_wrap=True)
     console.print(f"\n{arguments.out / 'compare.html'}   {arguments.out / 'compare.json'}")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 from scipy import stats
 
 from benchmarks.claims.runs import Method
@@ -152,6 +153,20 @@ def by_number_of_tasks(summaries: Sequence[Mapping[str, Any]]) -> str:
         rows = [{row["name"]: row for row in summary["methods"]}.get(name) for summary in summaries]
         cells = [DASH if row is None else interval(row["over_none"]) for row in rows]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def who_reads_whom(summary: Mapping[str, Any], name: str) -> str:
+    """Markdown: the size of a method's gates of pairs, mean over the seeds: what each task (row) reads of another's
+    slots (column), 1 being all of it."""
+    runs = [run["diagnostics"] for run in summary["runs"][name]]
+    sizes = np.mean([np.abs(found["pair_gates"]) for found in runs], axis=0)
+    tasks = runs[0]["tasks"]
+    lines = ["| reads | " + " | ".join(tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
+    lines += [
+        f"| {task} | " + " | ".join(f"{size:.2f}" for size in row) + " |"
+        for task, row in zip(tasks, sizes, strict=True)
+    ]
     return "\n".join(lines)
 
 

@@ -31,6 +31,7 @@ No photograph may enter the repository: --pictures draws the first seed's predic
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import shutil
@@ -49,9 +50,20 @@ from benchmarks.claims import seeds
 from benchmarks.claims.compare import BY_REPRESENTATION, METHODS
 from benchmarks.claims.comparison import SINGLE, markdown, single_task_models, summarise
 from benchmarks.claims.photographs import MIXED
-from benchmarks.claims.runs import Method, Runs, begin, equal_mlp_width, with_rate, without_repeats
+from benchmarks.claims.runs import (
+    Busy,
+    Method,
+    Runs,
+    begin,
+    claim,
+    equal_mlp_width,
+    measured_on,
+    shared,
+    with_rate,
+    without_repeats,
+)
 from benchmarks.measure import DASH, Results
-from sgw_jax.data_pipelines.atomic import replacing
+from sgw_jax.data_pipelines.atomic import replacing, write_atomically
 from sgw_jax.evaluation.diagnostics import collect_examples
 from sgw_jax.evaluation.edge_scores import edge_scores
 from sgw_jax.evaluation.evaluate import evaluate
@@ -89,6 +101,15 @@ MAX_DIST = 0.0075  # of a match, as a share of the diagonal
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains what is missing, writes the results after every seed and prints the tables."""
+    return shared(lambda: attempt(argv))
+
+
+def attempt(argv: Sequence[str] | None = None) -> int:
+    """`main`, but for waiting for other processes.
+
+    Raises:
+      Busy: they are making what is left.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True, help="a hub folder of DINOv2 ViT-S/14")
     parser.add_argument("--photographs", type=Path, default=ROOT.parent / "shared" / "data")
@@ -97,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
     parser.add_argument("--seeds", type=int, help="fewer than planned")
     parser.add_argument("--results", type=Path, help="where the numbers go too, for the page of results")
+    parser.add_argument("--no_taps", action="store_true", help="no cache of the frozen backbone's: for accelerators")
     parser.add_argument("--pictures", type=Path, help="draw the first seed's predictions there; trains nothing")
     parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "sgw_jax")
     arguments, overrides = parser.parse_known_args(argv)
@@ -109,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = [f"--config.backbone_weights={arguments.weights.resolve()}"]
     if arguments.data != "people":
         config += f",views={out / 'views'}"
-    elif arguments.tuned == "frozen":
+    elif arguments.tuned == "frozen" and not arguments.no_taps:
         given.append(f"--config.backbone_cache={out / 'taps'}")
     setting = f"{arguments.data}, {arguments.tuned}"
     folder = out / (arguments.tuned if arguments.data == "people" else f"mixed_{arguments.tuned}")
@@ -120,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         width = equal_mlp_width(runs.build(METHODS["kem_plain"], seed=0))
         cases["widened"] = ("none", {"interactions.none.mlp_width": str(width)})
     cases |= single_task_models(tasks)
-    mixed_taps = out / "taps_mixed" if arguments.data != "people" and arguments.tuned == "frozen" else None
+    mixed = arguments.data != "people" and arguments.tuned == "frozen" and not arguments.no_taps
+    mixed_taps = out / "taps_mixed" if mixed else None
     made = {name: of_case(runs, name, mixed_taps) for name in (*cases, NASH)}
     if arguments.pictures:
         draw(made, cases, arguments.pictures, console)
@@ -128,19 +151,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     clock = Clock(console)
     rates = {name: made[name].tune(name, method, RATES, clock.begun) for name, method in cases.items()}
+    if not all(rates.values()):
+        raise Busy
     best = best_exchange(rates, tasks)
     interaction, options = cases[best]
     cases[NASH] = (interaction, {**options, **BY_REPRESENTATION, "objective": NASH})
     rates[NASH] = runs.tune(NASH, cases[NASH], RATES, clock.begun)
+    if not rates[NASH]:
+        raise Busy
     chosen = {name: with_rate(method, rates[name]["chosen"]) for name, method in cases.items()}
     forget_checkpoints(runs.out / "tuning")
 
+    complete = True
     for seed in range(planned if arguments.seeds is None else arguments.seeds):
         for name, method in chosen.items():
-            clock.begun(f"{name}, seed {seed}")
-            made[name].make(name, method, seed)
+            complete &= made[name].make(name, method, seed, clock.begun)
             if seed:  # the first seed's are kept: for pictures, and for what they find elsewhere
                 forget_checkpoints(runs.folder(name, seed))
+        if not complete:  # other processes are at runs of this seed: on with the next
+            continue
         found = runs.results(list(chosen), seed + 1)
         summary = summarise(found, tasks) | {
             "steps": STEPS,
@@ -148,11 +177,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rates": rates,
             "best": best,
             "runs": without_repeats(found),
+            "measured_on": measured_on(found),
         }
         keep(summary, setting, arguments)
+    if not complete:
+        raise Busy
     for name, method in chosen.items():
-        clock.begun(f"{name}, elsewhere")
-        summary["elsewhere"] = summary.get("elsewhere", {}) | {name: elsewhere(made[name], name, method, views)}
+        scored = elsewhere(made[name], name, method, views)
+        complete &= scored is not None
+        summary["elsewhere"] = summary.get("elsewhere", {}) | {name: scored}
+    if not complete:
+        raise Busy
     keep(summary, setting, arguments)
     clock.begun("done")
     console.print(markdown(summary), elsewhere_table(summary), sep="\n\n", soft_wrap=True)
@@ -173,7 +208,7 @@ def keep(summary: Mapping[str, Any], setting: str, arguments: argparse.Namespace
     """Writes the setting's summary beside those of the others."""
     for path in (arguments.out / "real.json", arguments.results):
         if path is not None:
-            Results("real", path).label(setting, without_nan(summary))
+            Results("real", path, **summary["measured_on"]).label(setting, without_nan(summary))
 
 
 class Clock:
@@ -208,21 +243,29 @@ def view(mixed: Path, tasks: Sequence[str], start: str, out: Path) -> Path:
     folder = out.resolve() / "views" / start
     (folder / "splits").mkdir(parents=True, exist_ok=True)
     for name in ("images", *(task.partition("@")[0] for task in tasks)):
-        if not (folder / name).is_symlink():
+        with contextlib.suppress(FileExistsError):  # of an earlier time, or another process
             (folder / name).symlink_to(mixed / name)
     for split in ("train", "validation", "test"):
         ids = (mixed / "splits" / f"{split}.txt").read_text(encoding="utf-8").split()
         kept = [name for name in ids if name.startswith(start)]
-        (folder / "splits" / f"{split}.txt").write_text("\n".join(kept) + "\n", encoding="utf-8")
+        write_atomically(folder / "splits" / f"{split}.txt", "\n".join(kept) + "\n")
     return folder
 
 
-def elsewhere(runs: Runs, name: str, method: Method, views: Mapping[str, Path]) -> dict[str, Any]:
+def elsewhere(runs: Runs, name: str, method: Method, views: Mapping[str, Path]) -> dict[str, Any] | None:
     """{images: {metric: value in %}} of the first seed's network on the images of `ELSEWHERE`, of tasks that it has;
-    kept beside its other results."""
+    kept beside its other results. None where another process is at it."""
     results = Results("real", runs.folder(name, 0) / "elsewhere.json")
-    if results.path.exists():
+    with claim(runs.folder(name, 0)) as ours:
+        if not ours:
+            return None
+        if not results.path.exists():
+            results.write({"found": scored_elsewhere(runs, name, method, views)})
         return results.load()["found"]
+
+
+def scored_elsewhere(runs: Runs, name: str, method: Method, views: Mapping[str, Path]) -> dict[str, Any]:
+    """What `elsewhere` keeps."""
     experiment, variables = trained_network(runs, name, method)
     found: dict[str, dict[str, float]] = {}
     for task in experiment.tasks:
@@ -238,7 +281,6 @@ def elsewhere(runs: Runs, name: str, method: Method, views: Mapping[str, Path]) 
                 else:
                     scored = evaluate(jax.jit(make_eval_step(model, [task])), variables, batches, mesh, [task])
                     found[start] = {task.metric: scored.metrics[task.name][task.metric]}
-    results.write({"found": found})
     return found
 
 

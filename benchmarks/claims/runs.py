@@ -1,11 +1,18 @@
-"""The runs of a comparison: each is built, trained, evaluated and kept once; what is there is not made again."""
+"""The runs of a comparison: each is built, trained, evaluated and kept once; what is there is not made again.
 
+Several processes that are given the same command share its runs: each takes the next that is neither complete nor
+taken. On an accelerator, which one small network does not fill, as many as there are cores are faster than one.
+"""
+
+import contextlib
 import dataclasses
+import fcntl
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +36,24 @@ from sgw_jax.train import train
 Method = tuple[str, Mapping[str, str]]  # the interaction, and options over the configuration's
 
 TUNING_SEED = 500  # none of those that are compared
+PATIENCE = 2.0  # seconds, between looks at what other processes are making
+
+T = TypeVar("T")
+
+_complete: set[Path] = set()  # folders of runs that this process has found complete
+
+
+class Busy(Exception):
+    """Other processes are making what is needed next."""
+
+
+def shared(attempt: Callable[[], T]) -> T:
+    """What the call returns, once no other process is making what it needs."""
+    while True:
+        try:
+            return attempt()
+        except Busy:
+            time.sleep(PATIENCE)
 
 
 def begin(cache_dir: Path) -> Console:
@@ -75,24 +100,42 @@ class Runs:
 
     def tune(self, name: str, method: Method, rates: Sequence[str], begun: Callable[[str], None]) -> dict[str, Any]:
         """Tries the learning rates with a seed of its own, and chooses that of the lowest loss on the validation split:
-        {"chosen": rate, "validation_loss": {rate: loss}, "validation": {task: {metric: value}} of the chosen}."""
-        found = {}
-        for rate in rates:
-            begun(f"{name}, learning rate {rate}")
-            workdir = self.out / "tuning" / name / rate
-            experiment = self.build(with_rate(method, rate), TUNING_SEED, tuning=True)
-            if not done(experiment, workdir, self.trunk):
-                run(experiment, workdir, self.trunk, "validation")
-            found[rate] = read_result(workdir)
+        {"chosen": rate, "validation_loss": {rate: loss}, "validation": {task: {metric: value}} of the chosen}; nothing
+        where another process is still at one of them."""
+        folders = {rate: self.out / "tuning" / name / rate for rate in rates}
+        at_rate = {rate: with_rate(method, rate) for rate in rates}
+        complete = [
+            self._made(
+                folder,
+                lambda rate=rate: self.build(at_rate[rate], TUNING_SEED, tuning=True),
+                "validation",
+                lambda rate=rate: begun(f"{name}, learning rate {rate}"),
+            )
+            for rate, folder in folders.items()
+        ]
+        if not all(complete):
+            return {}
+        found = {rate: read_result(folder) for rate, folder in folders.items()}
         losses = {rate: result["loss"] for rate, result in found.items()}
         chosen = min(losses, key=losses.__getitem__)
         return {"chosen": chosen, "validation_loss": losses, "validation": found[chosen]["metrics"]}
 
-    def make(self, name: str, method: Method, seed: int) -> None:
-        """The method's run of the seed, scored on the test split."""
-        experiment = self.build(method, seed)
-        if not done(experiment, self.folder(name, seed), self.trunk):
-            run(experiment, self.folder(name, seed), self.trunk)
+    def make(self, name: str, method: Method, seed: int, begun: Callable[[str], None]) -> bool:
+        """The method's run of the seed, scored on the test split; False where another process is at it."""
+        build = lambda: self.build(method, seed)  # noqa: E731
+        return self._made(self.folder(name, seed), build, "test", lambda: begun(f"{name}, seed {seed}"))
+
+    def _made(self, folder: Path, build: Callable[[], Experiment], split: str, begun: Callable[[], None]) -> bool:
+        if folder not in _complete:
+            with claim(folder) as ours:
+                if not ours:
+                    return False
+                experiment = build()
+                if not done(experiment, folder, self.trunk):
+                    begun()
+                    run(experiment, folder, self.trunk, split)
+            _complete.add(folder)
+        return True
 
     def folder(self, name: str, seed: int) -> Path:
         """Where a run lies."""
@@ -101,6 +144,26 @@ class Runs:
     def results(self, names: Sequence[str], seeds: int) -> dict[str, list[dict[str, Any]]]:
         """The results of the methods' first seeds, all of them complete."""
         return {name: [read_result(self.folder(name, seed)) for seed in range(seeds)] for name in names}
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[bool]:
+    """Whether the run in this folder is left to this process: until it leaves, however it ends, to no other."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.claim").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def measured_on(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """The environment of the runs, which need not be that of the process that sums them up; what differs is a list."""
+    environments = [result["environment"] for results in found.values() for result in results]
+    values = {key: list(dict.fromkeys(one.get(key) for one in environments)) for key in environments[0]}
+    return {key: value[0] if len(value) == 1 else value for key, value in values.items()}
 
 
 def with_rate(method: Method, rate: str) -> Method:

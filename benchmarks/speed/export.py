@@ -30,7 +30,7 @@ from benchmarks.measure import DASH, Results, in_turn, medians
 from sgw_jax.data_pipelines.transforms import normalised_levels
 from sgw_jax.experiment.build import build_model, build_tasks
 from sgw_jax.experiment.config_files import read_config
-from sgw_jax.export.onnx_file import export_onnx
+from sgw_jax.export.onnx.file import export_onnx
 from sgw_jax.export.stablehlo import export_stablehlo, load_stablehlo
 from sgw_jax.host import keep_freed_memory
 from sgw_jax.prediction.predictor import Predictor

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sgw_jax.export.folder import save_folder
-from sgw_jax.export.onnx_file import save_onnx
+from sgw_jax.export.onnx.file import save_onnx
 from sgw_jax.export.space import save_space
 from sgw_jax.export.stablehlo import save_stablehlo
 

@@ -8,8 +8,9 @@ import numpy as np
 from jax import export
 from jax.extend.core import Jaxpr, Literal
 
-from sgw_jax.export.onnx_graph import BATCH, Batch, Graph, Length, Value, constant
-from sgw_jax.export.onnx_primitives import ELEMENTWISE, PRIMITIVES, Result, unknown
+from sgw_jax.export.onnx.graph import BATCH, Batch, Graph, Length, Value, constant
+from sgw_jax.export.onnx.lowering import Result, unknown
+from sgw_jax.export.onnx.primitives import ELEMENTWISE, PRIMITIVES
 
 END = 2**31 - 1  # of an axis, however long
 # Calls are followed, whatever they mean for derivatives or compilation: parameter that holds the program.

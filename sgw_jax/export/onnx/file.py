@@ -6,7 +6,7 @@ says of itself is in its metadata, under the key `metadata.json`.
 The converter is ours [our decision]. jax2onnx 0.17.1, the one library for it, demands an older Orbax than training
 needs; it replaces functions of `jax.numpy` while it traces, on which our networks fail; and of a trace that was made
 beforehand it needed minutes for a network of ten thousand parameters. What a network's forward pass is made of are some
-fifty primitives, the same from release to release of JAX; `onnx_primitives` has a function for each.
+fifty primitives, the same from release to release of JAX; `lowering` says how each becomes operators.
 """
 
 import contextlib
@@ -110,8 +110,8 @@ def export_onnx(
         import onnx
         import onnxruntime  # noqa: F401  what is written is run
 
-        from sgw_jax.export.onnx_primitives import OPSET
-        from sgw_jax.export.onnx_program import Program
+        from sgw_jax.export.onnx.lowering import OPSET
+        from sgw_jax.export.onnx.program import Program
 
     path = Path(path)
     arrays = {name: np.asarray(leaf) for name, leaf in flatten_dict(dict(variables), sep="/").items()}
@@ -143,7 +143,7 @@ def in_dtype(module: nn.Module, dtype: Any) -> nn.Module:
 
     >>> import jax.numpy as jnp
     >>> from sgw_jax import KEM
-    >>> from sgw_jax.export.onnx_file import in_dtype
+    >>> from sgw_jax.export.onnx.file import in_dtype
     >>> in_dtype(KEM(num_slots=2), jnp.float16).dtype.__name__
     'float16'
     """
