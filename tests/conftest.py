@@ -12,8 +12,13 @@ from quick import QUICK
 # Before jax is imported by any test: afterwards they are read no more.
 os.environ["JAX_PLATFORMS"] = os.environ.get("SGW_JAX_TEST_PLATFORM", "cpu")
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # pytest's workers share an accelerator's memory
-quick = QUICK if os.environ["JAX_PLATFORMS"] == "cpu" else ""  # an accelerator's programs are tested as they are used
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {quick} {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_force_host_platform_device_count=8",
+        QUICK if os.environ["JAX_PLATFORMS"] == "cpu" else "",  # an accelerator's programs as they are used
+        os.environ.get("XLA_FLAGS", ""),
+    )
+)
 
 import jax
 import jax.experimental

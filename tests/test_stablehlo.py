@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from quick import QUICK
 
 from sgw_jax.backbones import BACKBONES
 from sgw_jax.data_pipelines.errors import InputError, MissingFileError, MissingPackageError
@@ -178,7 +179,7 @@ sys.meta_path.insert(0, Alone())
 {lines()}
 np.savez("maps.npz", **maps)
 """
-    environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "XLA_FLAGS": ""}
+    environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "XLA_FLAGS": QUICK}
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=environment, check=True)
     with np.load(tmp_path / "maps.npz") as maps:
         assert_same(dict(maps), maps_of(*network(), images))
