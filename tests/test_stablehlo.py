@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from quick import QUICK
 
 from sgw_jax.backbones import BACKBONES
 from sgw_jax.data_pipelines.errors import InputError, MissingFileError, MissingPackageError
@@ -179,7 +178,7 @@ sys.meta_path.insert(0, Alone())
 {lines()}
 np.savez("maps.npz", **maps)
 """
-    environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "XLA_FLAGS": QUICK}
+    environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}  # with the same flags: of the bits
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=environment, check=True)
     with np.load(tmp_path / "maps.npz") as maps:
         assert_same(dict(maps), maps_of(*network(), images))
