@@ -163,6 +163,7 @@ def test_a_step_from_the_cache_has_no_forward_pass_of_the_backbone():
 
 
 @pytest.mark.slow
+@pytest.mark.exact
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_from_the_cache_equals_one_without_bit_for_bit(tmp_path, dtype):
     """Over two epochs with flips, on eight devices, evaluated on the way; also begun without and gone on with."""

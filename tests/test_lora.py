@@ -125,7 +125,11 @@ def test_merging_stacks():
 
 
 @pytest.mark.parametrize(
-    "name", ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dinov3", "swin", "convnext"))]
+    "name",
+    [
+        "vit",
+        *(pytest.param(n, marks=[pytest.mark.slow, pytest.mark.exact]) for n in ("dinov3", "swin", "convnext")),
+    ],
 )
 def test_the_start_is_the_network_itself(name):
     """Bit for bit, with the parameters that it has without LoRA; the matrices of the targets are adapted, no other."""

@@ -193,6 +193,7 @@ BACKBONE_SIZES = {
 
 
 @pytest.mark.slow
+@pytest.mark.exact
 @pytest.mark.parametrize("name", BACKBONE_SIZES)
 def test_every_family_of_backbones(name: str, tmp_path: Path) -> None:
     options, takes = BACKBONE_SIZES[name]
