@@ -106,14 +106,15 @@ def solve_on_supports(
 ) -> Float[Array, "problems subsets n"]:
     """For every support S ``matrix_SS^-1 right_S``, zero outside S.
 
-    Two steps of iterative refinement: dependent rows leave matrix_SS a condition of 1 / eps, which a float32 inverse
-    meets with errors of some percent. The residual is then as small as rounding; where a pivot was zero, it is NaN.
+    Iterative refinement: dependent rows leave matrix_SS a condition of 1 / eps, which a float32 inverse meets with
+    errors of some percent, up to a fifth. Each pass leaves that share of the residual; after eight it is as small as
+    rounding. Where a pivot was zero, it is NaN.
     """
     chosen = supports(matrix.shape[-1])
     both = chosen[:, :, None] & chosen[:, None, :]
     inverses = jnp.where(both, inverse(jnp.where(both, matrix, jnp.eye(matrix.shape[-1], dtype=matrix.dtype))), 0)
     found = jnp.zeros((len(right), *chosen.shape), matrix.dtype)
-    for _ in range(3):
+    for _ in range(8):
         residual = right[:, None] - jnp.einsum("ij,psj->psi", matrix, found, precision="highest")
         found += jnp.einsum("sij,psj->psi", inverses, residual, precision="highest")
     return found
