@@ -15,6 +15,7 @@ validation split: the same budget for all; --either kem,kem_plain keeps of these
 every run starts from random parameters. With --labelled depth=0.05 a share of the training images alone has labels
 of a task; the trunk's have all of theirs. With --distractors=10 as many tasks of noise are trained beside the others,
 which alone are scored. Killed and run again, it goes on with the first run that is missing.
+Started several times at once, the processes share the runs (on a GPU with XLA_PYTHON_CLIENT_PREALLOCATE=false).
 """
 
 import argparse
@@ -142,9 +143,7 @@ def attempt(argv: Sequence[str] | None = None) -> int:
         pass
     elif arguments.trunk is None:
         experiment = runs.build(("none", {}), seed=1000, steps=arguments.trunk_steps)
-        with claim(trunk) as ours:
-            if not ours:
-                raise Busy
+        with claim(trunk):
             if not done(experiment, trunk, None):
                 console.print(f"The trunk: {arguments.trunk_steps} steps without interaction.")
                 run(experiment, trunk, None)
@@ -160,7 +159,7 @@ def attempt(argv: Sequence[str] | None = None) -> int:
     if not arguments.no_singles:
         cases |= single_task_models(tasks)
     with Progress(console=console) as progress:
-        bar = progress.add_task("runs", total=None)
+        bar = progress.add_task("runs", total=len(cases) * (arguments.seeds + len(arguments.tune)))
 
         def begun(what: str) -> None:
             progress.update(bar, description=what)
@@ -168,6 +167,7 @@ def attempt(argv: Sequence[str] | None = None) -> int:
         rates = {}
         for name in cases if arguments.tune else ():
             rates[name] = runs.tune(name, cases[name], arguments.tune, begun)
+            progress.advance(bar, len(arguments.tune))
         if not all(rates.values()):
             raise Busy
         cases = {name: with_rate(case, rates[name]["chosen"]) if rates else case for name, case in cases.items()}
@@ -175,9 +175,12 @@ def attempt(argv: Sequence[str] | None = None) -> int:
         for group in groups:
             best = min(group, key=losses.__getitem__)
             cases = {name: method for name, method in cases.items() if name == best or name not in group}
-        order = [(name, seed) for seed in range(arguments.seeds) for name in cases]  # whole seeds, one after another
-        complete = [runs.make(name, cases[name], seed, begun) for name, seed in order]
-        if not all(complete):
+        complete = True
+        for seed in range(arguments.seeds):  # whole seeds, one after another
+            for name, method in cases.items():
+                complete &= runs.make(name, method, seed, begun)
+                progress.advance(bar)
+        if not complete:
             raise Busy
 
     found = runs.results(list(cases), arguments.seeds)

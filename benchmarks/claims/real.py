@@ -177,7 +177,7 @@ def attempt(argv: Sequence[str] | None = None) -> int:
             "rates": rates,
             "best": best,
             "runs": without_repeats(found),
-            "measured_on": measured_on(found),
+            "environment": measured_on(found),
         }
         keep(summary, setting, arguments)
     if not complete:
@@ -208,7 +208,7 @@ def keep(summary: Mapping[str, Any], setting: str, arguments: argparse.Namespace
     """Writes the setting's summary beside those of the others."""
     for path in (arguments.out / "real.json", arguments.results):
         if path is not None:
-            Results("real", path, **summary["measured_on"]).label(setting, without_nan(summary))
+            Results("real", path, **summary["environment"]).label(setting, without_nan(summary))
 
 
 class Clock:
@@ -256,12 +256,13 @@ def elsewhere(runs: Runs, name: str, method: Method, views: Mapping[str, Path]) 
     """{images: {metric: value in %}} of the first seed's network on the images of `ELSEWHERE`, of tasks that it has;
     kept beside its other results. None where another process is at it."""
     results = Results("real", runs.folder(name, 0) / "elsewhere.json")
-    with claim(runs.folder(name, 0)) as ours:
-        if not ours:
-            return None
-        if not results.path.exists():
-            results.write({"found": scored_elsewhere(runs, name, method, views)})
-        return results.load()["found"]
+    try:
+        with claim(runs.folder(name, 0)):
+            if not results.path.exists():
+                results.write({"found": scored_elsewhere(runs, name, method, views)})
+    except Busy:
+        return None
+    return results.load()["found"]
 
 
 def scored_elsewhere(runs: Runs, name: str, method: Method, views: Mapping[str, Path]) -> dict[str, Any]:

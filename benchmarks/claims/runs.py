@@ -6,7 +6,6 @@ taken. On an accelerator, which one small network does not fill, as many as ther
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import time
@@ -22,6 +21,7 @@ from rich.console import Console
 from benchmarks.claims.distractors import distractors, with_distractors
 from benchmarks.claims.few_labels import with_few_labels
 from benchmarks.measure import Results
+from sgw_jax.data_pipelines.atomic import alone
 from sgw_jax.evaluation.diagnostics import diagnose
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
@@ -126,15 +126,17 @@ class Runs:
         return self._made(self.folder(name, seed), build, "test", lambda: begun(f"{name}, seed {seed}"))
 
     def _made(self, folder: Path, build: Callable[[], Experiment], split: str, begun: Callable[[], None]) -> bool:
-        if folder not in _complete:
-            with claim(folder) as ours:
-                if not ours:
-                    return False
+        if folder in _complete:
+            return True
+        try:
+            with claim(folder):
                 experiment = build()
                 if not done(experiment, folder, self.trunk):
                     begun()
                     run(experiment, folder, self.trunk, split)
-            _complete.add(folder)
+        except Busy:
+            return False
+        _complete.add(folder)
         return True
 
     def folder(self, name: str, seed: int) -> Path:
@@ -147,16 +149,19 @@ class Runs:
 
 
 @contextlib.contextmanager
-def claim(folder: Path) -> Iterator[bool]:
-    """Whether the run in this folder is left to this process: until it leaves, however it ends, to no other."""
+def claim(folder: Path) -> Iterator[None]:
+    """The run in this folder is left to this process, until it leaves or ends, however it ends.
+
+    Raises:
+      Busy: another has it.
+    """
+
+    def busy() -> None:
+        raise Busy
+
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f"{folder.name}.claim").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    with alone(folder.parent / f"{folder.name}.claim", busy):
+        yield
 
 
 def measured_on(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:

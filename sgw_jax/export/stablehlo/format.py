@@ -1,4 +1,13 @@
-"""What the file of a network as StableHLO holds, by which names, and what images its programs take."""
+"""What the file of a network as StableHLO holds, by which names, and what images its programs take.
+
+The file is a zip archive, and as NumPy reads it an npz:
+
+    metadata.json         tasks, classes, colours, sizes, versions: all that a reader needs to know
+    predict.jax_export    (parameters, uint8 images (batch, height, width, 3)) -> {task: decoded maps}
+    predict_any_size.jax_export   the same for images of other sizes, where the network takes them
+    raw.jax_export        (parameters, normalised float32 images) -> {task: raw predictions}, for `Predictor`
+    params/NAME.npy ...   the parameters by name, unless they are beside the file, in FILE.safetensors
+"""
 
 from typing import Any, NamedTuple
 

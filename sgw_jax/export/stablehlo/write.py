@@ -1,12 +1,4 @@
-"""A network as StableHLO: one file that JAX alone runs, on any platform it was made for, with any number of images.
-
-The file is a zip archive, and as NumPy reads it an npz:
-
-    metadata.json         tasks, classes, colours, sizes, versions: all that a reader needs to know
-    predict.jax_export    (parameters, uint8 images (batch, height, width, 3)) -> {task: decoded maps}
-    predict_any_size.jax_export   the same for images of other sizes, where the network takes them
-    raw.jax_export        (parameters, normalised float32 images) -> {task: raw predictions}, for `Predictor`
-    params/NAME.npy ...   the parameters by name, unless they are beside the file, in FILE.safetensors
+"""A network written as StableHLO, for any platforms, with any number of images.
 
 Programs take their parameters as an argument [our decision]: so they share them, no file meets the 2 GiB that a
 serialised program may have, and no compiler folds them as constants. What is for one size, that of training, makes the
