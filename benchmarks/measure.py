@@ -155,7 +155,7 @@ class Results:
 
     def _write(self, found: Any) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, json.dumps(found, indent=1))
+        write_atomically(self.path, json.dumps(found, indent=1), contended=True)  # several processes share some runs
 
 
 def _first_words(name: str) -> list[str]:

@@ -30,9 +30,9 @@ def replacing(path: Path, *, contended: bool = False) -> Iterator[Path]:
         raise
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes, *, contended: bool = False) -> None:
     """Writes text (UTF-8) or bytes by `replacing`."""
-    with replacing(path) as temporary:
+    with replacing(path, contended=contended) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

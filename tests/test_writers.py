@@ -1,9 +1,11 @@
 """metrics.jsonl: what is on disk after crashes and resumptions; TensorBoard events; the progress report's speed."""
 
+import contextlib
 import io
 import json
 import math
 import re
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -121,6 +123,16 @@ def test_an_atomic_write_that_dies_leaves_the_old_file(tmp_path, monkeypatch):
     write_atomically(path, b"newer")
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]  # the leftover .tmp was used up
     assert path.read_text() == "newer"
+
+
+def test_processes_that_write_one_file_at_once_leave_one_of_them_whole(tmp_path):
+    path = tmp_path / "results.json"
+    with contextlib.ExitStack() as stack:  # each begins before another ends
+        for content in map(str, range(3)):
+            with mock.patch.object(atomic.os, "getpid", lambda content=content: content):
+                stack.enter_context(atomic.replacing(path, contended=True)).write_text(content)
+    assert path.read_text() == "0", "the last that ended"
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_tensorboard_events_hold_the_scalars(tmp_path):

@@ -201,7 +201,7 @@ def attempt(argv: Sequence[str] | None = None) -> int:
             Results("compare", path, **summary["environment"]).write(
                 without_nan({**summary, "runs": without_repeats(found)})
             )
-    write_atomically(arguments.out / "compare.html", page(summary))
+    write_atomically(arguments.out / "compare.html", page(summary), contended=True)
     console.print(markdown(summary), soft_wrap=True)
     console.print(f"\n{arguments.out / 'compare.html'}   {arguments.out / 'compare.json'}")
     return 0

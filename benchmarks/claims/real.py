@@ -248,7 +248,7 @@ def view(mixed: Path, tasks: Sequence[str], start: str, out: Path) -> Path:
     for split in ("train", "validation", "test"):
         ids = (mixed / "splits" / f"{split}.txt").read_text(encoding="utf-8").split()
         kept = [name for name in ids if name.startswith(start)]
-        write_atomically(folder / "splits" / f"{split}.txt", "\n".join(kept) + "\n")
+        write_atomically(folder / "splits" / f"{split}.txt", "\n".join(kept) + "\n", contended=True)
     return folder
 
 
