@@ -14,7 +14,7 @@ import jinja2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, where this runs as a script
 
-from benchmarks.claims import comparison, noise, noise_trained, seeds, stability
+from benchmarks.claims import comparison, noise, noise_trained, real, seeds, stability
 from benchmarks.measure import Results
 from benchmarks.speed import (
     backbone_speed,
@@ -62,6 +62,7 @@ def render(name: str) -> str:
         objective_cost,
         products,
         pytorch,
+        real,
         seeds,
         stability,
         where_time_goes,

@@ -16,7 +16,7 @@ from sgw_jax.evaluation import diagnostics
 from sgw_jax.evaluation.diagnostics import SHOWN_SLOTS, collect_examples, diagnose
 from sgw_jax.evaluation.evaluate import evaluate
 from sgw_jax.heads import PredictionHead
-from sgw_jax.interactions import KEM, NoInteraction
+from sgw_jax.interactions import INTERACTIONS, KEM, NoInteraction
 from sgw_jax.model import MultiTaskModel
 from sgw_jax.sharding import make_mesh
 from sgw_jax.tasks import Depth, SemSeg
@@ -41,15 +41,20 @@ MODEL_TOLERANCE = {"rtol": 0, "atol": 10 * 4 * (9 * CHANNELS + 2 * TOKENS) * EPS
 
 
 class Patches(nn.Module):
-    """The smallest backbone: one map."""
+    """The smallest backbone: a map for each stride."""
+
+    strides: tuple[int, ...] = (STRIDE,)
 
     @nn.compact
     def __call__(self, image, train=False):
-        return {STRIDE: nn.Conv(CHANNELS, (STRIDE, STRIDE), STRIDE, padding="VALID")(image)}
+        return {stride: nn.Conv(CHANNELS, (stride, stride), stride, padding="VALID")(image) for stride in self.strides}
 
 
-def model_with(interaction):
-    return MultiTaskModel(TASKS[::-1], Patches(), interaction, channels=CHANNELS, stride=STRIDE)
+def model_with(interaction, scales=(), **options):
+    backbone = Patches((STRIDE, *scales))
+    return MultiTaskModel(
+        TASKS[::-1], backbone, interaction, channels=CHANNELS, stride=STRIDE, scales=scales, **options
+    )
 
 
 def kem(**options):
@@ -67,7 +72,7 @@ def variables_of(model, seed=0):
 
     variables = jax.tree.map(draw, {name: tree for name, tree in shapes.items() if name != "intermediates"})
     module = variables["params"].get("interaction", {})
-    if module:
+    if "slots" in module:
         module["slots"] *= math.sqrt(module["slots"].shape[0])
     return variables
 
@@ -378,6 +383,32 @@ def test_another_interaction_has_no_diagnostics():
     variables, batches = variables_of(model), split()
     assert run(model, variables, batches) is None
     assert collect_examples(model, variables, batches[0], mesh_of(), TASKS, 2)["retrieve"] is None
+
+
+MODELS = {
+    **{name: (member, {}) for name, member in INTERACTIONS.items()},
+    "kem of two scales": (KEM, {"scales": (2 * STRIDE,)}),
+    "kem of two scales, slots kept": (KEM, {"scales": (2 * STRIDE,), "persist": True}),
+}
+OPTIONS = {"skem": {"num_slots": SLOTS, "etf_vertices": 6}, "none": {}, "cross_attention": {}}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_examples_are_what_the_network_predicts_whatever_the_interaction(name):
+    """Looking at a KEM changes nothing, wherever in the network there are others."""
+    member, options = MODELS[name]
+    model = model_with(member(**OPTIONS.get(name, {"num_slots": SLOTS})), **options)
+    variables, (batch, _) = variables_of(model), split()
+    predicted = model.apply(variables, batch["image"])
+    found = collect_examples(model, variables, batch, mesh_of(), TASKS, BATCH)
+    for task in TASKS:
+        expected = np.asarray(task.decode(predicted[task.name]))
+        np.testing.assert_allclose(found["tasks"][task.name]["prediction"], expected, **MODEL_TOLERANCE)
+    diagnosed = run(model, variables, [batch])
+    assert (diagnosed is None) == (member is not KEM)
+    if diagnosed:
+        losses = [found["losses"][task] for found in diagnosed["ablations"].values() for task in NAMES]
+        assert np.isfinite(losses).all()
 
 
 def test_an_empty_split_is_an_error(plain):

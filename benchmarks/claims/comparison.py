@@ -138,10 +138,10 @@ def markdown(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def gain(summary: Mapping[str, Any], name: str) -> str:
-    """A method's gain over "none"."""
+def gain(summary: Mapping[str, Any], name: str, over: str = "over_none") -> str:
+    """A method's gain over "none", or by ``over="delta_m"`` over the single-task models."""
     (row,) = select(summary["methods"], name=name)
-    return interval(row["over_none"])
+    return interval(row[over])
 
 
 def by_number_of_tasks(summaries: Sequence[Mapping[str, Any]]) -> str:

@@ -73,7 +73,7 @@ def diagnose(
         gives them, with R^ = 0 in every round, and with R^ taken from another image: the one before in the batch, for
         the first the last (an image that is alone in its batch keeps its own).
     """
-    if not isinstance(getattr(model, "interaction", None), KEM):
+    if not _is_kem(model):
         return None
     step = make_step(model, tasks, mesh)
     with jax.set_mesh(mesh):
@@ -125,15 +125,22 @@ def make_step(model: nn.Module, tasks: Sequence[Task], mesh: Mesh) -> Callable[[
     return jax.jit(step, out_shardings=replicated(mesh))
 
 
+def _is_kem(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "interaction", None), KEM)
+
+
 def _intervene(features: Features, change: Intervention | None = None):
-    """A context in which a model's KEM has ``change`` made to every R^ it retrieves.
+    """A context in which a model's KEM (of several scales, that at its stride) has ``change`` made to every R^ it
+    retrieves.
 
     ``features`` is empty the first time and receives the KEM's input; after that the KEM gets this input, so that what
     comes before it in a second ``apply`` of the same trace is dead code: the backbone is computed once.
     """
 
     def intercept(method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        if not isinstance(context.module, KEM) or context.method_name != "__call__":
+        # Another scale's has a name of its own, and a KEM within tasks lies deeper.
+        ours = isinstance(context.module, KEM) and context.module.path == ("interaction",)
+        if not ours or context.method_name != "__call__":
             return method(*args, **kwargs)
         if not features:
             # A balanced KEM's tokens lie by sorted names; and so does what it records.
@@ -151,7 +158,7 @@ def _apply(model: nn.Module, variables: Any, image: Array) -> tuple[dict[str, Ar
     """Predictions, and what the KEM sows, rounds stacked in front (empty for another interaction)."""
     fresh = {name: tree for name, tree in variables.items() if name != "intermediates"}  # `init` leaves its own there
     predictions, collections = model.apply(fresh, image, mutable=["intermediates"])
-    sown = collections.get("intermediates", {}).get("interaction", {})
+    sown = collections.get("intermediates", {}).get("interaction", {}) if _is_kem(model) else {}
     return predictions, {name: jnp.stack(rounds) for name, rounds in sown.items()}
 
 
@@ -256,7 +263,7 @@ def collect_examples(
         much attention a slot pays to each token, averaged over heads, in the last round; the maps of a slot sum to 1
         over all tasks. Shown are the SHOWN_SLOTS slots that tokens of these images take most from, in that order.
     """
-    is_kem = isinstance(getattr(model, "interaction", None), KEM)
+    is_kem = _is_kem(model)
 
     def run(variables: Any, batch: Batch) -> dict[str, Any]:
         features: Features = {}
