@@ -9,7 +9,8 @@ Weights are a hub folder of DINOv2 ViT-S/14, photographs a folder with people/ a
 docs/your-data.md. Killed at any time and run again, it goes on with the first run that is missing.
 
 Plan, made before the first run. A run is 240 steps of 8 images of 224 x 112, 2.7 passes over the 700 photographs of
-people; frozen, from cached taps of the backbone, about two minutes on two cores; with LoRA of rank 8 about seven.
+people; frozen, from cached taps of the backbone, about two minutes on two cores; with LoRA of rank 8, in bfloat16,
+about five where the cores have AMX and jax is 0.12 or newer.
 Networks: one for each task; all tasks without interaction; a token-wise MLP of as many parameters as KEM;
 cross-attention; the shared workspace; KEM and sKEM as in the paper and with task gates; a KEM within each task; and
 Nash-MTL on the interaction that is best on validation. LoRA and people+mixed have fewer of them; people+mixed is all
@@ -19,7 +20,7 @@ six tasks, with the streets' classes as a seventh head, at 224 x 224, about five
   The best interaction is that of the largest delta_m over the single-task networks, on validation, in these runs.
 - Then five seeds (LoRA and people+mixed: three), one after another over all networks, so that an interrupted comparison
   holds whole seeds. The test split is read once a run, after its last step, by the average of the parameters.
-- Frozen: 14 networks x (2 + 5) runs x 2 minutes, 3 h 20 min; LoRA: 9 x (2 + 3) x 7 minutes, 5 h 15 min;
+- Frozen: 14 networks x (2 + 5) runs x 2 minutes, 3 h 20 min; LoRA: 9 x (2 + 3) x 5 minutes, 3 h 45 min;
   people+mixed: 12 x (2 + 3) x 5 minutes, 5 h.
 - It stops after the last seed, whatever has come out: no seeds are added, no network is tuned again. If time is short,
   the last seeds are left out for all networks, and the page says how many there are.
