@@ -407,7 +407,7 @@ def test_examples_are_what_the_network_predicts_whatever_the_interaction(name):
     diagnosed = run(model, variables, [batch])
     assert (diagnosed is None) == (member is not KEM)
     if diagnosed:
-        losses = [found["losses"][task] for found in diagnosed["ablations"].values() for task in NAMES]
+        losses = [changed["losses"][task] for changed in diagnosed["ablations"].values() for task in NAMES]
         assert np.isfinite(losses).all()
 
 

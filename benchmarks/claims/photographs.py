@@ -55,7 +55,7 @@ def get_config(arg: str | None = None):
     config.ema_decay = 0.98
     if options["tuned"] == "lora":
         config.lora.rank = 8
-        config.dtype = "bfloat16"  # the backbone's products take a quarter of the time on cores with AMX
+        config.dtype = "bfloat16"  # on cores with AMX products are three times as fast, from jax 0.12 on
     else:
         config.optimizer.backbone_scale = 0.0
     return config

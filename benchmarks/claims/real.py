@@ -10,7 +10,7 @@ docs/your-data.md. Killed at any time and run again, it goes on with the first r
 
 Plan, made before the first run. A run is 240 steps of 8 images of 224 x 112, 2.7 passes over the 700 photographs of
 people; frozen, from cached taps of the backbone, about two minutes on two cores; with LoRA of rank 8, in bfloat16,
-about five where the cores have AMX and jax is 0.12 or newer.
+about five by an estimate from 24 steps, where the cores have AMX and jax is 0.12 or newer.
 Networks: one for each task; all tasks without interaction; a token-wise MLP of as many parameters as KEM;
 cross-attention; the shared workspace; KEM and sKEM as in the paper and with task gates; a KEM within each task; and
 Nash-MTL on the interaction that is best on validation. LoRA and people+mixed have fewer of them; people+mixed is all
