@@ -13,8 +13,9 @@ import pytest
 
 from sgw_jax.data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
 from sgw_jax.evaluation import diagnostics
-from sgw_jax.evaluation.diagnostics import SHOWN_SLOTS, collect_examples, diagnose
+from sgw_jax.evaluation.diagnostics import diagnose
 from sgw_jax.evaluation.evaluate import evaluate
+from sgw_jax.evaluation.examples import SHOWN_SLOTS, collect_examples
 from sgw_jax.heads import PredictionHead
 from sgw_jax.interactions import INTERACTIONS, KEM, NoInteraction
 from sgw_jax.model import MultiTaskModel

@@ -96,7 +96,7 @@ def test_only_complete_runs_lose_their_checkpoints(tmp_path: Path) -> None:
 
 def test_no_picture_of_a_photograph_enters_the_repository() -> None:
     with pytest.raises(SystemExit, match="lies in the repository, which may hold no photograph"):
-        real.draw({}, {}, real.ROOT / "docs", Console())
+        real.draw({}, real.ROOT / "docs", Console())
 
 
 def test_gains_over_single_task_networks_are_paired_by_seed() -> None:

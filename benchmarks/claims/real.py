@@ -65,17 +65,17 @@ from benchmarks.claims.runs import (
 )
 from benchmarks.measure import DASH, Results
 from sgw_jax.data_pipelines.atomic import replacing, write_atomically
-from sgw_jax.evaluation.diagnostics import collect_examples
 from sgw_jax.evaluation.edge_scores import edge_scores
 from sgw_jax.evaluation.evaluate import evaluate
+from sgw_jax.evaluation.examples import collect_examples
 from sgw_jax.evaluation.metrics import delta_m
+from sgw_jax.experiment.build import build
 from sgw_jax.experiment.data import build_data
 from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.experiment.network import build_model
 from sgw_jax.pictures.gallery import gallery
 from sgw_jax.run.logs import without_nan
 from sgw_jax.run.saved_run import open_run
-from sgw_jax.run.state import restored_state
 from sgw_jax.tasks.base import Task
 from sgw_jax.train_step import make_eval_step
 
@@ -147,7 +147,7 @@ def attempt(argv: Sequence[str] | None = None) -> int:
     mixed_taps = out / "taps_mixed" if mixed else None
     made = {name: of_case(runs, name, mixed_taps) for name in (*cases, NASH)}
     if arguments.pictures:
-        draw(made, cases, arguments.pictures, console)
+        draw(made, arguments.pictures, console)
         return 0
 
     clock = Clock(console)
@@ -183,8 +183,8 @@ def attempt(argv: Sequence[str] | None = None) -> int:
         keep(summary, setting, arguments)
     if not complete:
         raise Busy
-    for name, method in chosen.items():
-        scored = elsewhere(made[name], name, method, views)
+    for name in chosen:
+        scored = elsewhere(made[name], name, views)
         complete &= scored is not None
         summary["elsewhere"] = summary.get("elsewhere", {}) | {name: scored}
     if not complete:
@@ -253,22 +253,22 @@ def view(mixed: Path, tasks: Sequence[str], start: str, out: Path) -> Path:
     return folder
 
 
-def elsewhere(runs: Runs, name: str, method: Method, views: Mapping[str, Path]) -> dict[str, Any] | None:
+def elsewhere(runs: Runs, name: str, views: Mapping[str, Path]) -> dict[str, Any] | None:
     """{images: {metric: value in %}} of the first seed's network on the images of `ELSEWHERE`, of tasks that it has;
     kept beside its other results. None where another process is at it."""
     results = Results("real", runs.folder(name, 0) / "elsewhere.json")
     try:
         with claim(runs.folder(name, 0)):
             if not results.path.exists():
-                results.write({"found": scored_elsewhere(runs, name, method, views)})
+                results.write({"found": scored_elsewhere(runs, name, views)})
     except Busy:
         return None
     return results.load()["found"]
 
 
-def scored_elsewhere(runs: Runs, name: str, method: Method, views: Mapping[str, Path]) -> dict[str, Any]:
+def scored_elsewhere(runs: Runs, name: str, views: Mapping[str, Path]) -> dict[str, Any]:
     """What `elsewhere` keeps."""
-    experiment, variables = trained_network(runs, name, method)
+    experiment, variables = trained_network(runs.folder(name, 0), runs.cache_dir)
     found: dict[str, dict[str, float]] = {}
     for task in experiment.tasks:
         for start in (start for start, labelled in ELSEWHERE.items() if labelled == task.name):
@@ -286,11 +286,11 @@ def scored_elsewhere(runs: Runs, name: str, method: Method, views: Mapping[str, 
     return found
 
 
-def trained_network(runs: Runs, name: str, method: Method) -> tuple[Experiment, Any]:
-    """The first seed's experiment, and the variables that it is evaluated by."""
-    experiment = runs.build(method, 0)
-    with open_run(runs.folder(name, 0), "last") as run:
-        return experiment, restored_state(experiment, run.checkpoints, run.step).variables
+def trained_network(folder: Path, cache_dir: Path) -> tuple[Experiment, Any]:
+    """A run's experiment, and the variables that it is evaluated by."""
+    with open_run(folder, "last") as run:
+        experiment = build(run.config, cache_dir, run.tasks)
+        return experiment, run.variables(experiment.model)
 
 
 def by_task(summary: Mapping[str, Any]) -> str:
@@ -319,19 +319,18 @@ def elsewhere_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def draw(made: Mapping[str, Runs], cases: Mapping[str, Method], folder: Path, console: Console) -> None:
+def draw(made: Mapping[str, Runs], folder: Path, console: Console) -> None:
     """Predictions above truth on the first photographs of test, a picture for each network of the first seed."""
     if folder.resolve().is_relative_to(ROOT):
         raise SystemExit(
             f"--pictures={folder} lies in the repository, which may hold no photograph: give another folder."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for name, method in cases.items():
-        runs = made[name]
+    for name, runs in made.items():
         if not (runs.folder(name, 0) / "result.json").exists():
             console.print(f"{name}: its first run is not complete; no picture.")
             continue
-        experiment, variables = trained_network(runs, name, method)
+        experiment, variables = trained_network(runs.folder(name, 0), runs.cache_dir)
         with experiment.data.evaluation("test", "network") as batches:
             batch = next(iter(batches))
         found = collect_examples(experiment.model, variables, batch, experiment.mesh, experiment.tasks, SHOWN)

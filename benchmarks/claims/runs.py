@@ -36,7 +36,7 @@ from sgw_jax.train import train
 Method = tuple[str, Mapping[str, str]]  # the interaction, and options over the configuration's
 
 TUNING_SEED = 500  # none of those that are compared
-PATIENCE = 2.0  # seconds, between looks at what other processes are making
+PATIENCE = 10.0  # seconds, between looks at what other processes are making: a look costs about one
 
 T = TypeVar("T")
 

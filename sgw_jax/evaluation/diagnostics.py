@@ -13,12 +13,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from sgw_jax.data_pipelines.errors import InputError
-from sgw_jax.data_pipelines.transforms import IMAGE_MEAN, IMAGE_STD
+from sgw_jax.evaluation.inside_kem import Features, Intervention, apply_and_look, has_kem, intervene, token_layout
 from sgw_jax.evaluation.metrics import add_all
 from sgw_jax.evaluation.selection import jaccard, selection_between_images, selection_overlap
 from sgw_jax.functional.knowledge_extraction import pair_gate_name
-from sgw_jax.functional.tokens import TokenLayout, concatenate_tasks
-from sgw_jax.interactions.knowledge_extraction import KEM
+from sgw_jax.functional.tokens import TokenLayout
 from sgw_jax.sharding import global_batch, replicated
 from sgw_jax.tasks.base import Task
 from sgw_jax.tasks.own_size import real_rows
@@ -26,11 +25,8 @@ from sgw_jax.train_step import make_eval_step
 
 ABLATIONS = ("zeroed", "swapped")
 NOISE = 0.1  # of the selection's perturbation: standard deviation, in units of the normalised image (about 6 levels)
-SHOWN_SLOTS = 5  # whose retrieve maps `collect_examples` returns
 
 Batch = Mapping[str, Any]
-Features = dict[str, Array]
-Intervention = Callable[[Float[Array, "batch slots slot_dim"]], Array]
 
 
 def diagnose(
@@ -73,7 +69,7 @@ def diagnose(
         gives them, with R^ = 0 in every round, and with R^ taken from another image: the one before in the batch, for
         the first the last (an image that is alone in its batch keeps its own).
     """
-    if not _is_kem(model):
+    if not has_kem(model):
         return None
     step = make_step(model, tasks, mesh)
     with jax.set_mesh(mesh):
@@ -105,61 +101,24 @@ def make_step(model: nn.Module, tasks: Sequence[Task], mesh: Mesh) -> Callable[[
 
     def step(variables: Any, batch: Batch) -> dict[str, Any]:
         features: Features = {}
-        with _intervene(features):
-            _, sown = _apply(model, variables, batch["image"])
+        with intervene(features):
+            _, sown = apply_and_look(model, variables, batch["image"])
         noise = NOISE * jax.random.normal(jax.random.key(0), batch["image"].shape)
-        _, perturbed = _apply(model, variables, batch["image"] + noise)
+        _, perturbed = apply_and_look(model, variables, batch["image"] + noise)
         rows, valid = jnp.arange(batch["image"].shape[0]), real_rows(batch)
         real = jnp.sum(valid, dtype=jnp.int32)
         another = jnp.where(valid, (rows - 1) % jnp.maximum(real, 1), rows)
         changes: Sequence[Intervention] = (jnp.zeros_like, lambda readout: readout[another])
         found = {}
         for name, change in zip(ABLATIONS, changes, strict=True):
-            with _intervene(features, change):
+            with intervene(features, change):
                 found[name] = eval_step(variables, batch)
-        layout = _layout(features)
+        layout = token_layout(features)
         module = _module_sums(sown, layout, [layout.names.index(task.name) for task in tasks], valid)
         module |= _selection_sums(sown, perturbed, valid)
         return {"module": module, "ablations": found}
 
     return jax.jit(step, out_shardings=replicated(mesh))
-
-
-def _is_kem(model: nn.Module) -> bool:
-    return isinstance(getattr(model, "interaction", None), KEM)
-
-
-def _intervene(features: Features, change: Intervention | None = None):
-    """A context in which a model's KEM (of several scales, that at its stride) has ``change`` made to every R^ it
-    retrieves.
-
-    ``features`` is empty the first time and receives the KEM's input; after that the KEM gets this input, so that what
-    comes before it in a second ``apply`` of the same trace is dead code: the backbone is computed once.
-    """
-
-    def intercept(method: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
-        # Another scale's has a name of its own, and a KEM within tasks lies deeper.
-        ours = isinstance(context.module, KEM) and context.module.path == ("interaction",)
-        if not ours or context.method_name != "__call__":
-            return method(*args, **kwargs)
-        if not features:
-            # A balanced KEM's tokens lie by sorted names; and so does what it records.
-            features.update(sorted(args[0].items()) if context.module.balanced else args[0])
-        return method(features, *args[1:], **kwargs, change=change)
-
-    return nn.intercept_methods(intercept)
-
-
-def _layout(features: Features) -> TokenLayout:
-    return concatenate_tasks(features, "diagnostics")[1]
-
-
-def _apply(model: nn.Module, variables: Any, image: Array) -> tuple[dict[str, Array], dict[str, Array]]:
-    """Predictions, and what the KEM sows, rounds stacked in front (empty for another interaction)."""
-    fresh = {name: tree for name, tree in variables.items() if name != "intermediates"}  # `init` leaves its own there
-    predictions, collections = model.apply(fresh, image, mutable=["intermediates"])
-    sown = collections.get("intermediates", {}).get("interaction", {}) if _is_kem(model) else {}
-    return predictions, {name: jnp.stack(rounds) for name, rounds in sown.items()}
 
 
 def _module_sums(
@@ -247,76 +206,4 @@ def _values(sums: Mapping[str, Any], tasks: Sequence[Task]) -> dict[str, Any]:
     return {
         "metrics": {task.name: task.metric_values(sums[task.name]["metrics"]) for task in tasks},
         "losses": {task.name: float(sums[task.name]["loss"] / max(sums[task.name]["count"], 1)) for task in tasks},
-    }
-
-
-def collect_examples(
-    model: nn.Module, variables: Any, batch: Batch, mesh: Mesh, tasks: Sequence[Task], count: int
-) -> dict[str, Any]:
-    """The first ``count`` images of a (global) batch as pictures, for the report; NumPy arrays throughout.
-
-    Returns:
-      image: uint8 (n, H, W, 3).
-      tasks: {task: {"prediction": decoded (n, ...), "target": (n, ...), "pictures": {"truth", "prediction"} -> uint8
-        (n, H, W, 3), drawn with one range of colours, that of all n targets, and its "legend"}}.
-      retrieve: None where the interaction is not a KEM, else {"slots": numbers, "maps": {task: (n, slots, h, w)}}: how
-        much attention a slot pays to each token, averaged over heads, in the last round; the maps of a slot sum to 1
-        over all tasks. Shown are the SHOWN_SLOTS slots that tokens of these images take most from, in that order.
-    """
-    is_kem = _is_kem(model)
-
-    def run(variables: Any, batch: Batch) -> dict[str, Any]:
-        features: Features = {}
-        with _intervene(features):
-            predictions, sown = _apply(model, variables, batch["image"])
-        image = batch["image"] * jnp.asarray(IMAGE_STD) + jnp.asarray(IMAGE_MEAN)
-        found = {
-            "image": jnp.round(255 * jnp.clip(image, 0, 1)).astype(jnp.uint8),
-            "prediction": {task.name: task.decode(predictions[task.name]) for task in tasks},
-            "target": {task.name: batch[task.name] for task in tasks},
-        }
-        if is_kem:
-            last = {name: value[-1] for name, value in sown.items()}
-            found["use"] = jnp.mean(last["write_weights"], axis=(1, 2))
-            found["maps"] = _retrieve_maps(last["retrieve_weights"], last.get("retrieve_index"), _layout(features))
-        return jax.tree.map(lambda array: array[:count], found)
-
-    with jax.set_mesh(mesh):
-        found = jax.device_get(jax.jit(run, out_shardings=replicated(mesh))(variables, global_batch(batch, mesh)))
-    retrieve = None
-    if is_kem:
-        slots = np.argsort(-found["use"].mean(axis=0), kind="stable")[:SHOWN_SLOTS]
-        retrieve = {"slots": slots.tolist(), "maps": {t.name: found["maps"][t.name][:, slots] for t in tasks}}
-    return {
-        "image": found["image"],
-        "tasks": {t.name: _pictures(t, found["prediction"][t.name], found["target"][t.name]) for t in tasks},
-        "retrieve": retrieve,
-    }
-
-
-def _retrieve_maps(
-    weights: Float[Array, "batch heads slots kept"], index: Int[Array, "..."] | None, layout: TokenLayout
-) -> dict[str, Float[Array, "batch slots h w"]]:
-    """The weights put back where the tokens were, by task."""
-    if index is not None:
-        zeros = jnp.zeros(sum(layout.lengths), weights.dtype)
-        weights = jnp.vectorize(lambda w, i: zeros.at[i].set(w), signature="(k),(k)->(n)")(weights, index)
-    dense = jnp.mean(weights, axis=1)
-    parts = jnp.split(dense, np.cumsum(layout.lengths)[:-1], axis=-1)
-    return {
-        name: part.reshape(*part.shape[:2], *shape[1:-1])
-        for name, part, shape in zip(layout.names, parts, layout.shapes, strict=True)
-    }
-
-
-def _pictures(task: Task, predictions: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
-    together = targets.reshape(-1, *targets.shape[2:])  # one map, its images one below the other
-    return {
-        "prediction": predictions,
-        "target": targets,
-        "pictures": {
-            "truth": np.stack([task.draw(target, like=together) for target in targets]),
-            "prediction": np.stack([task.draw(prediction, like=together) for prediction in predictions]),
-        },
-        "legend": task.legend(together),
     }

@@ -17,9 +17,10 @@ from sgw_jax.data_pipelines.atomic import replacing, write_atomically
 from sgw_jax.data_pipelines.errors import files_named
 from sgw_jax.data_pipelines.progress import counted
 from sgw_jax.evaluation import probe
-from sgw_jax.evaluation.diagnostics import collect_examples, diagnose
+from sgw_jax.evaluation.diagnostics import diagnose
 from sgw_jax.evaluation.edge_scores import SCORES, edge_counts, scores_of
 from sgw_jax.evaluation.evaluate import Evaluation
+from sgw_jax.evaluation.examples import collect_examples
 from sgw_jax.evaluation.metrics import added, mean_gain
 from sgw_jax.evaluation.saliency_scores import SCORES as SALIENCY_SCORES
 from sgw_jax.evaluation.saliency_scores import means_of, saliency_sums
