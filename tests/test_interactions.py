@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from sgw_jax.configs.base import get_config
 from sgw_jax.etf.simplex import orthonormal_frame, simplex_etf
 from sgw_jax.interactions import INTERACTIONS, KEM, CrossTaskAttention
-from sgw_jax.layers.attention import attention
+from sgw_jax.layers.attention import attention, in_groups
 from sgw_jax.layers.topk_attention import topk_attention
 from sgw_jax.plan.cost import multiply_accumulates
 
@@ -829,6 +829,28 @@ def test_chunked_attention_equals_dense(chunk):
     )
     for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(chunked), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=17 * 10 * EPS32)
+
+
+@pytest.mark.parametrize(
+    ("count", "chunk", "expected"),
+    [
+        (2304, 1024, 768),  # six tasks of 16 x 24: three groups without a row too many
+        (1009, 128, 128),  # 16 x 63 and a row: no more groups than 128 at a time need
+        (64, 24, 24),
+        (40, 33, 24),  # even halves would be of 20
+        (13, 5, 5),  # fewer than EVEN: as asked
+    ],
+)
+def test_groups_are_as_few_as_allowed_and_even(count, chunk, expected):
+    sizes = []
+
+    def identity(part):
+        sizes.append(part.shape[1])
+        return part
+
+    entries = jnp.arange(2.0 * count).reshape(2, count)
+    np.testing.assert_array_equal(in_groups(identity, (entries,), chunk), entries)
+    assert set(sizes) == {expected}
 
 
 def test_chunk_must_be_positive():
