@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.claims import compare, comparison, exchange, few_labels, runs, seeds
+from benchmarks.claims.blind import positions
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.tasks import Depth, SemSeg
@@ -132,6 +133,43 @@ def test_distractors_are_noise_of_their_own(tmp_path):
     assert all(map.shape == first["image"].shape[:2] and map.min() >= 1 and map.max() <= 5 for map in maps)
     assert np.array_equal(first["depth"], other.data.sources["train"][0]["depth"])
     assert runs.made_by(experiment, None) != runs.made_by(other, None)
+
+
+@pytest.mark.parametrize("interaction", ["none", "kem", "cross_attention"])
+def test_a_blind_task_knows_what_it_is_told(tmp_path, interaction):
+    """Without exchange its prediction is that of any image; with it, that of this one. A result says it."""
+    method = (interaction, {"interactions.kem.task_gate": "false"} if interaction == "kem" else {})
+    small = ["--config.data.lengths.train=8", "--config.data.lengths.test=8", "--config.mesh.data=-1"]
+    sighted = runs.Runs("scenes:tasks=depth+edges", small, 100, tmp_path, tmp_path)
+    blind = dataclasses.replace(sighted, blind="depth")
+    experiment, other = (one.build(method, seed=0) for one in (blind, sighted))
+    images = jax.random.normal(jax.random.key(0), (2, *experiment.size, 3))
+    variables = jax.jit(other.model.init)(jax.random.key(1), images)
+
+    def differ(model):
+        predictions = jax.jit(model.apply)(variables, images)
+        return {name: not np.array_equal(maps[0], maps[1]) for name, maps in predictions.items()}
+
+    assert differ(other.model) == {"depth": True, "edges": True}
+    assert differ(experiment.model) == {"depth": interaction != "none", "edges": True}
+    assert runs.made_by(experiment, None) == runs.made_by(other, None) | {"blind": "depth"}
+
+
+def test_a_blind_task_must_be_one_of_the_tasks(tmp_path):
+    small = ["--config.data.lengths.train=8", "--config.data.lengths.test=8", "--config.mesh.data=-1"]
+    with pytest.raises(SystemExit, match="--blind normals: the tasks are depth, edges"):
+        runs.Runs("scenes:tasks=depth+edges", small, 100, tmp_path, tmp_path, blind="normals").build(("none", {}), 0)
+    scales = ("kem", {"scales": "16,8"})
+    with pytest.raises(SystemExit, match="--blind depth: with interaction at several scales"):
+        runs.Runs("scenes:tasks=depth+edges", small, 100, tmp_path, tmp_path, blind="depth").build(scales, 0)
+
+
+def test_positions_tell_cells_apart():
+    """Each cell has its own, of one length: a sine and a cosine of each angle."""
+    where = positions(16, 24, 32).reshape(-1, 32)
+    assert len(np.unique(where.round(4), axis=0)) == 16 * 24
+    np.testing.assert_allclose(np.linalg.norm(where, axis=-1), 4, rtol=1e-6)  # 16 pairs
+    assert not positions(2, 2, 6)[..., 4:].any()
 
 
 @pytest.mark.parametrize("part", exchange.PARTS)

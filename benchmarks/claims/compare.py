@@ -14,7 +14,8 @@ validation split: the same budget for all; --either kem,kem_plain keeps of these
 --trunk the runs go on from another comparison's trunk, whose tasks may be more; with --trunk_steps=0 there is none, and
 every run starts from random parameters. With --labelled depth=0.05 a share of the training images alone has labels
 of a task; the trunk's have all of theirs. With --distractors=10 as many tasks of noise are trained beside the others,
-which alone are scored. Killed and run again, it goes on with the first run that is missing.
+which alone are scored. With --blind depth the features of that task tell where they lie and nothing of the image: what
+it knows comes by exchange. Killed and run again, it goes on with the first run that is missing.
 Started several times at once, the processes share the runs (on a GPU with XLA_PYTHON_CLIENT_PREALLOCATE=false).
 """
 
@@ -124,6 +125,7 @@ def attempt(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--labelled", nargs="+", default=[], metavar="TASK=SHARE", help="of the training images")
     parser.add_argument("--distractors", type=int, default=0, help="tasks of noise beside the configuration's")
+    parser.add_argument("--blind", default="", metavar="TASK", help="a task whose features are positions alone")
     parser.add_argument("--results", type=Path, help="where the numbers go too, for the page of results")
     parser.add_argument("--cache_dir", type=Path, default=Path.home() / ".cache" / "sgw_jax")
     arguments, overrides = parser.parse_known_args(argv)
@@ -151,7 +153,7 @@ def attempt(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"--trunk: {trunk} is no trunk of a comparison: it has no result.json.")
     trunk_steps = 0 if trunk is None else read_result(trunk)["made_by"]["steps"]
     runs = dataclasses.replace(runs, trunk=trunk, labelled=read_shares(arguments.labelled))
-    runs = dataclasses.replace(runs, distractors=arguments.distractors)
+    runs = dataclasses.replace(runs, distractors=arguments.distractors, blind=arguments.blind)
     cases: dict[str, Method] = {name: METHODS[name] for name in arguments.methods}
     if "widened" in cases:
         width = equal_mlp_width(runs.build(("kem", {}), seed=0))
@@ -191,6 +193,7 @@ def attempt(argv: Sequence[str] | None = None) -> int:
         "trunk_steps": trunk_steps,
         "labelled": dict(runs.labelled),
         "distractors": runs.distractors,
+        "blind": runs.blind,
         "seeds": arguments.seeds,
         "rates": rates,
         "either": groups,

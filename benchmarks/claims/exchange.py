@@ -7,13 +7,16 @@
    each.
 2. pairs: where exchange lives. Slots gather from each task by itself, exchange, and are read through gates of pairs.
 3. labels: what only another task knows. Depth has labels in 5 % of the training images, semantic segmentation in half.
+   blind: depth's features tell where they lie and nothing of the image, so that all it knows of it came by exchange; a
+   module that works at all must succeed here. sighted: the same budget with all features, to compare with.
 4. noise8, noise16: six tasks beside 2 and 10 that have nothing to do with the image.
 
 The plan, written before the runs. Scenes, six tasks, from random parameters: the default budget of 1,000 steps for the
 first hypothesis, half of it for the others. Every method tries the learning rates 1.5e-3 and 3e-3 with a seed of its
 own, and keeps that of the lowest loss on the validation split; of KEM with gates and without, and of sKEM, validation
 keeps one. Then five seeds each, scored once on the test split, all reported. noise8 and noise16, whose runs are the
-longest, have three seeds and the configuration's rate. The parts are taken in the order of `PARTS`, an answer to each
+longest, blind and sighted, which were added when labels had been run and had shown no difference, have three seeds and
+the configuration's rate. The parts are taken in the order of `PARTS`, an answer to each
 hypothesis first. Where time runs out, a part ends after the last whole seed of all methods (`--seeds`), and the page
 says how many there are.
 """
@@ -56,13 +59,15 @@ WHERE = ["--methods", "none", "within_tasks", "kem", "kem_balanced", "kem_pairs"
 PARTS: dict[str, list[str]] = {
     "swin": [*WHOLE, *SWIN, *INTERACTIONS],
     "labels": [*HALF, "--labelled", "depth=0.05", "semseg=0.5", *INTERACTIONS],
+    "blind": [*HALF, "--blind=depth", "--methods", *ALL],
+    "sighted": [*HALF, "--methods", "none", "kem", "kem_plain"],
     "pairs": [*HALF, *SWIN, *WHERE],
     "noise8": [*HALF, "--distractors=2", *NOISE],
     "convnext": [*WHOLE, *CONVNEXT, *INTERACTIONS],
     "noise16": [*HALF, "--distractors=10", *NOISE],
     "vit": [*WHOLE, *INTERACTIONS],
 }
-FEWER = {"noise8": 3, "noise16": 3}  # seeds
+FEWER = {"blind": 3, "sighted": 3, "noise8": 3, "noise16": 3}  # seeds
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from absl import logging
 from rich.console import Console
 
+from benchmarks.claims.blind import with_blind_task
 from benchmarks.claims.distractors import distractors, with_distractors
 from benchmarks.claims.few_labels import with_few_labels
 from benchmarks.measure import Results
@@ -70,7 +71,8 @@ class Runs:
 
     config, overrides: of `read_config`. steps: of each run. trunk: a run that each goes on from; None: each starts as
     the configuration says. labelled: task -> share of the training images that have its labels. distractors: tasks of
-    noise beside the configuration's. A run is complete when its folder has a result.json, which is written last.
+    noise beside the configuration's. blind: a task that sees nothing of the image; "" for none. A run is complete when
+    its folder has a result.json, which is written last.
     """
 
     config: str
@@ -81,6 +83,7 @@ class Runs:
     trunk: Path | None = None
     labelled: Mapping[str, float] = dataclasses.field(default_factory=dict)
     distractors: int = 0
+    blind: str = ""
 
     def build(self, method: Method, seed: int, steps: int | None = None, tuning: bool = False) -> Experiment:
         """The experiment of one run: the user's configuration, the method's options, no evaluation on the way, and of
@@ -96,7 +99,8 @@ class Runs:
             if prepare is not None:  # rendered once, read from then on
                 prepare()
         experiment = with_few_labels(experiment, self.labelled) if self.labelled else experiment
-        return with_distractors(experiment, others) if others else experiment
+        experiment = with_distractors(experiment, others) if others else experiment
+        return with_blind_task(experiment, self.blind) if self.blind else experiment
 
     def tune(self, name: str, method: Method, rates: Sequence[str], begun: Callable[[str], None]) -> dict[str, Any]:
         """Tries the learning rates with a seed of its own, and chooses that of the lowest loss on the validation split:
@@ -191,6 +195,8 @@ def made_by(experiment: Experiment, trunk: Path | None) -> dict[str, Any]:
     data = experiment.data.sources["train"].fingerprint()
     changes = {name: data[name] for name in ("few_labels", "distractors") if name in data}
     configuration = json.loads(experiment.config.to_json_best_effort())
+    blind = getattr(experiment.model, "blind", "")
+    changes |= {"blind": blind} if blind else {}
     return {**configuration, **changes, "trunk": trunk and read_result(trunk)["made_by"]}
 
 
