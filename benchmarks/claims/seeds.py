@@ -23,6 +23,7 @@ from benchmarks.measure import DASH, Results, needed
 from sgw_jax.evaluation.metrics import delta_m
 from sgw_jax.experiment.build import build_tasks
 from sgw_jax.experiment.config_files import read_config
+from sgw_jax.tasks.base import Task
 
 KEPT = ("step", "split", "tasks", "metrics", "references", "diagnostics", "parameters", "environment", "speed")
 
@@ -93,18 +94,28 @@ def side_by_side(runs: Mapping[str, Sequence[dict[str, Any]]], config: str = "sc
     return "\n".join(lines)
 
 
-def by_task(runs: Mapping[str, Sequence[dict[str, Any]]], config: str = "scenes") -> str:
-    """Each task's relative gain over the first configuration in %, above 0 is better, by pairs of the same seed."""
+def by_task(runs: Mapping[str, Sequence[dict[str, Any]]], config: str = "scenes", over: str = "") -> str:
+    """Each task's relative gain over one configuration (by default the first) in %, above 0 is better, by pairs of the
+    same seed."""
     tasks = build_tasks(read_config(config, ()))
-    first, *others = runs.items()
+    over = over or next(iter(runs))
     lines = ["| | " + " | ".join(task.name for task in tasks) + " |", "|---" * (len(tasks) + 1) + "|"]
-    for name, results in others:
-        cells = []
-        for task in tasks:
-            pairs = zip(results, first[1], strict=True)
-            cells.append(interval(spread([delta_m(one["metrics"], other["metrics"], [task]) for one, other in pairs])))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    for name in runs:
+        if name != over:
+            cells = [_gain(runs[name], runs[over], task) for task in tasks]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def task_gain(runs: Mapping[str, Sequence[dict[str, Any]]], name: str, task: str, over: str) -> str:
+    """One cell of `by_task`, of scenes."""
+    (found,) = (each for each in build_tasks(read_config("scenes", ())) if each.name == task)
+    return _gain(runs[name], runs[over], found)
+
+
+def _gain(results: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]], task: Task) -> str:
+    pairs = zip(results, others, strict=True)
+    return interval(spread([delta_m(one["metrics"], other["metrics"], [task]) for one, other in pairs]))
 
 
 def gates(results: Sequence[dict[str, Any]]) -> str:
