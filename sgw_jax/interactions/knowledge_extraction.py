@@ -71,7 +71,8 @@ class KEM(nn.Module):
         takes of the workspace what helps it (as ReZero, Bachlechner et al. 2021) [ours, off; measured in
         docs/accuracy.md].
       balanced: slots retrieve from every task by itself, L slots and ``top_k`` tokens for each, so that no task is
-        crowded out; tokens read all T L of them, which lie by the sorted names of the tasks [ours, off].
+        crowded out; tokens read all T L of them, which lie by the sorted names of the tasks [ours, off; as the
+        next two measured in docs/accuracy.md, where none of them gained anything].
       slot_exchange: the slots attend to each other before tokens read them, behind a gate that starts at 0; see
         `sgw_jax.functional.exchange` [ours, off].
       pair_gate: each task reads the slots of every task by itself, behind a learned scalar for each pair, starting at
