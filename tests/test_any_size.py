@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from test_placement import COLLECTIVE
 from test_tasks import reference_metrics
 
 from sgw_jax.__main__ import main
@@ -24,7 +25,7 @@ from sgw_jax.evaluation.saliency import image_scores
 from sgw_jax.evaluation.saliency_scores import saliency_scores
 from sgw_jax.experiment.build import build
 from sgw_jax.prediction.predictor import Predictor
-from sgw_jax.sharding import make_mesh, replicated
+from sgw_jax.sharding import global_batch, make_mesh, replicated
 from sgw_jax.tasks import TASKS, Depth, SemSeg
 from sgw_jax.tasks.depth import CROPS
 from sgw_jax.tasks.own_size import at_labels
@@ -160,6 +161,17 @@ def test_more_devices_give_the_same():
         for name, value in one.metrics[task.name].items():
             assert many.metrics[task.name][name] == pytest.approx(value, rel=4000 * EPS), (task.name, name)
     assert many.losses == pytest.approx(one.losses, rel=4000 * EPS)
+
+
+def test_devices_speak_once_all_is_summed():
+    """No loop over thresholds, bins or classes waits for another device: each is ended before the batch is summed."""
+    mesh = make_mesh({"data": -1})
+    step = jax.jit(make_eval_step(None, TASK_LIST, apply=call), out_shardings=replicated(mesh))
+    with jax.set_mesh(mesh), batches("pad", parts=8) as found:
+        program = step.lower({}, global_batch(next(iter(found)), mesh)).compile().as_text()
+    spoken = [line for line in program.splitlines() if COLLECTIVE.search(line)]
+    assert spoken
+    assert not [line for line in spoken if "while/body" in line or "all-reduce" not in line]
 
 
 def test_measures_on_the_host_are_those_of_every_image_at_its_own_size():

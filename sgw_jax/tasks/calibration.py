@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from sgw_jax.tasks.base import ratio
+from sgw_jax.tasks.one_by_one import sums_one_by_one
 from sgw_jax.tasks.thresholds import float32_at_least
 
 ECE = "ece"  # the metric; comparisons over all metrics leave it out, for it says nothing of how good a map is
@@ -28,10 +28,9 @@ def calibration_sums(
     gap = jnp.where(valid, right - confidence, 0)
 
     def sum_of(bounds: tuple[Array, Array]) -> Array:
-        return jnp.sum(jnp.where((confidence >= bounds[0]) & (confidence < bounds[1]), gap, 0))
+        return jnp.sum(jnp.where((confidence >= bounds[0]) & (confidence < bounds[1]), gap, 0), axis=(1, 2))
 
-    # One bin at a time: nothing of size pixels x bins exists, and no scatter, which a TPU does slowly.
-    return jax.lax.map(sum_of, (jnp.asarray(edges), jnp.asarray(np.append(edges[1:], np.float32(np.inf)))))
+    return sums_one_by_one(sum_of, (jnp.asarray(edges), jnp.asarray(np.append(edges[1:], np.float32(np.inf)))))
 
 
 def calibration_error(gaps: Any, pixels: int) -> float:

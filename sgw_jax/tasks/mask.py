@@ -11,8 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sgw_jax.data_pipelines.errors import InputError
-from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, scalar_map
+from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, count_of_images, scalar_map
 from sgw_jax.tasks.calibration import calibration_error, calibration_sums
+from sgw_jax.tasks.one_by_one import sums_one_by_one
 from sgw_jax.tasks.thresholds import float32_at_least
 
 # A target above this (1, and a margin for interpolated targets) is an error of the data, such as the code 255 of
@@ -70,18 +71,16 @@ class MaskTask(Task):
         """Of the pixels with x >= each of `logits`: how many are predicted and how many of them positive (int32)."""
         logit, target = self.float32(prediction)[..., 0], self.scalar_target(prediction, target)
         valid, true = self.valid(target), positive(target)
-        ones, true_ones = valid.astype(jnp.int32), true.astype(jnp.int32)
 
         def counts_at(threshold: Array) -> Sums:
             above = logit >= threshold
             return {
-                "predicted": jnp.sum(jnp.where(above, ones, 0)),
-                "true_positive": jnp.sum(jnp.where(above, true_ones, 0)),
+                "predicted": count_of_images(above & valid),
+                "true_positive": count_of_images(above & true),
             }
 
-        # One threshold at a time: nothing of size pixels x thresholds exists, and no scatter, which a TPU does slowly.
         return {
-            **jax.lax.map(counts_at, jnp.asarray(float32_at_least(logits))),
+            **sums_one_by_one(counts_at, jnp.asarray(float32_at_least(logits))),
             "positive": count(true),
             "pixels": count(valid),
             "out_of_range": count(valid & (target > LARGEST_TARGET)),

@@ -12,9 +12,20 @@ from jaxtyping import Array, Bool, Float, Int
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.etf.neural_collapse import dot_regression_loss
 from sgw_jax.etf.simplex import simplex_etf
-from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, is_number, ratio, scalar_map
+from sgw_jax.tasks.base import (
+    IGNORED_COLOUR,
+    Legend,
+    Sums,
+    Task,
+    count,
+    count_of_images,
+    is_number,
+    ratio,
+    scalar_map,
+)
 from sgw_jax.tasks.calibration import ECE, calibration_error, calibration_sums
 from sgw_jax.tasks.colours import spread_colours
+from sgw_jax.tasks.one_by_one import sums_one_by_one
 
 IGNORE = 255
 BOUNDARY_RATIO = 0.02
@@ -263,10 +274,9 @@ def _counts(labels: Array, predicted: Array, number: int) -> Sums:
     def counts_of(class_: Array) -> Sums:
         is_label, is_predicted = labels == class_, predicted == class_
         masks = (is_label & is_predicted, is_predicted & ~is_label, is_label & ~is_predicted)
-        return {name: count(mask) for name, mask in zip(COUNTS, masks, strict=True)}
+        return {name: count_of_images(mask) for name, mask in zip(COUNTS, masks, strict=True)}
 
-    # One class at a time: nothing of size pixels x classes exists, and no scatter, which a TPU does slowly.
-    return jax.lax.map(counts_of, jnp.arange(number))
+    return sums_one_by_one(counts_of, jnp.arange(number))
 
 
 def _stacked(counts: Sums) -> Int[Array, "3 classes"]:
