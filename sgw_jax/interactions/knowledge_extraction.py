@@ -72,7 +72,7 @@ class KEM(nn.Module):
         docs/accuracy.md].
       balanced: slots retrieve from every task by itself, L slots and ``top_k`` tokens for each, so that no task is
         crowded out; tokens read all T L of them, which lie by the sorted names of the tasks [ours, off; as the
-        next two measured in docs/accuracy.md, where none of them gained anything].
+        next two measured in docs/exchange.md, where none of them gained anything].
       slot_exchange: the slots attend to each other before tokens read them, behind a gate that starts at 0; see
         `sgw_jax.functional.exchange` [ours, off].
       pair_gate: each task reads the slots of every task by itself, behind a learned scalar for each pair, starting at
