@@ -3,7 +3,8 @@
     python benchmarks/write_results.py
 
 docs/accuracy.md, claims.md, cost.md and exchange.md are the templates of benchmarks/pages, filled by the table
-functions of the scripts that measured. A test compares the pages with what this script would write, so that neither is edited alone.
+functions of the scripts that measured. A test compares the pages with what this script would write, so that neither is
+edited alone.
 """
 
 import sys
