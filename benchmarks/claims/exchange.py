@@ -19,7 +19,7 @@ seed of all methods (`--seeds`), and the page says how many there are. Changed s
 the part: blind and sighted were added when labels had been run and had shown no difference; they have three seeds and
 the configuration's rate. The noise parts have it too, and images of half the height and width: a run of dense
 attention between 16 tasks' tokens of whole ones takes an hour (of noise8 the first seed of none and kem had been run at
-the whole size; it is not used). convnext, whose step takes three times the ViT's, has three seeds, the configuration's
+the whole size; it is not used). convnext, whose step takes over twice the ViT's, has three seeds, the configuration's
 rate, half the budget and no cross-attention.
 """
 

@@ -299,11 +299,6 @@ def count(mask: Array) -> Int[Array, ""]:
     return jnp.sum(mask, dtype=jnp.int32)
 
 
-def count_of_images(mask: Bool[Array, "batch height width"]) -> Int[Array, " batch"]:
-    """`count` of each image."""
-    return jnp.sum(mask, axis=(1, 2), dtype=jnp.int32)
-
-
 def ratio(numerator: float, denominator: float) -> float:
     """A plain float, NaN when the denominator is zero."""
     return float(numerator) / float(denominator) if denominator else math.nan

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from sgw_jax.data_pipelines.errors import InputError
-from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, count_of_images, scalar_map
+from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, scalar_map
 from sgw_jax.tasks.calibration import calibration_error, calibration_sums
-from sgw_jax.tasks.one_by_one import sums_one_by_one
+from sgw_jax.tasks.one_by_one import count_of_images, sums_one_by_one
 from sgw_jax.tasks.thresholds import float32_at_least
 
 # A target above this (1, and a margin for interpolated targets) is an error of the data, such as the code 255 of

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
 
 
 def sums_one_by_one(of_images: Callable[[Any], Any], each: Any) -> Any:
@@ -23,3 +24,8 @@ def sums_one_by_one(of_images: Callable[[Any], Any], each: Any) -> Any:
     """
     sums = jax.lax.map(of_images, each)
     return jax.tree.map(lambda values: jnp.sum(values, axis=1, dtype=values.dtype), sums)
+
+
+def count_of_images(mask: Bool[Array, "batch height width"]) -> Int[Array, " batch"]:
+    """How many are true in each image, in int32 (`count` is that of all)."""
+    return jnp.sum(mask, axis=(1, 2), dtype=jnp.int32)

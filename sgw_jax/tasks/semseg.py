@@ -12,20 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.etf.neural_collapse import dot_regression_loss
 from sgw_jax.etf.simplex import simplex_etf
-from sgw_jax.tasks.base import (
-    IGNORED_COLOUR,
-    Legend,
-    Sums,
-    Task,
-    count,
-    count_of_images,
-    is_number,
-    ratio,
-    scalar_map,
-)
+from sgw_jax.tasks.base import IGNORED_COLOUR, Legend, Sums, Task, count, is_number, ratio, scalar_map
 from sgw_jax.tasks.calibration import ECE, calibration_error, calibration_sums
 from sgw_jax.tasks.colours import spread_colours
-from sgw_jax.tasks.one_by_one import sums_one_by_one
+from sgw_jax.tasks.one_by_one import count_of_images, sums_one_by_one
 
 IGNORE = 255
 BOUNDARY_RATIO = 0.02
