@@ -51,10 +51,6 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if "use_fusion_emitters=false" in os.environ["XLA_FLAGS"]:
-        for item in items:
-            if item.get_closest_marker("exact"):
-                item.add_marker(pytest.mark.skip(reason="XLA_FLAGS=--xla_backend_optimization_level=3 pytest -m exact"))
     if os.environ["JAX_PLATFORMS"] != "cpu" and jax.device_count() < 8:
         for item in items:
             if item.get_closest_marker("eight_devices"):

@@ -21,6 +21,7 @@ from sgw_jax.backbones.vit import ViT
 from sgw_jax.configs import base
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.data_pipelines.tap_cache import VIEWS, TapCache
+from sgw_jax.differentiate import flat
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.experiment import differences
 from sgw_jax.layers.parameter_names import is_added
@@ -162,19 +163,33 @@ def test_a_step_from_the_cache_has_no_forward_pass_of_the_backbone():
 # ---- a run from it equals one without --------------------------------------------------------------------------------
 
 
+def assert_alike(one, other):
+    """Two runs but for the order of sums, which is each compiled program's own: at most of the pixels of a batch, in
+    float32 also where the network computes in bfloat16. Other images' features would change the first digits of losses.
+    """
+    bound = 8 * SIZE[0] * SIZE[1] * float(np.finfo(np.float32).eps)
+    (state, found), (other_state, other_found) = one, other
+    assert [line.keys() for line in found] == [line.keys() for line in other_found]
+    for line, same in zip(found, other_found, strict=True):
+        for key, value in line.items():
+            assert same[key] == (pytest.approx(value, rel=bound) if isinstance(value, float) else value), key
+    for kept in ("params", "ema"):
+        for path, leaf in flat(getattr(state, kept)).items():
+            again = flat(getattr(other_state, kept))[path]
+            np.testing.assert_allclose(again, leaf, rtol=0, atol=bound * np.abs(leaf).max(), err_msg=path)
+
+
 @pytest.mark.slow
-@pytest.mark.exact
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_from_the_cache_equals_one_without_bit_for_bit(tmp_path, dtype):
+def test_a_run_from_the_cache_equals_one_without(tmp_path, dtype):
     """Over two epochs with flips, on eight devices, evaluated on the way; also begun without and gone on with."""
     cache, plain = tmp_path / "cache", experiment(dtype=dtype)
     kept = experiment(cache, dtype=dtype)
     assert len(plain.mesh.devices.flat) == 8
-    one = train(plain, tmp_path / "without", quiet())
+    one = train(plain, tmp_path / "without", quiet()).state, lines(tmp_path / "without")
     console = quiet()
-    other = train(kept, tmp_path / "with", console)
-    assert lines(tmp_path / "with") == lines(tmp_path / "without")
-    jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
+    other = train(kept, tmp_path / "with", console).state, lines(tmp_path / "with")
+    assert_alike(one, other)
     assert sorted(path.name for path in (cache / "train").iterdir()) == ["00000.mirrored", "00000.own", "cache.json"]
     assert sorted(path.name for path in (cache / "validation").iterdir()) == ["00000.own", "cache.json"]
     assert f"{ITEMS} train images (own, mirrored) and 5 validation images (own) in {cache}" in console.file.getvalue()
@@ -185,10 +200,9 @@ def test_a_run_from_the_cache_equals_one_without_bit_for_bit(tmp_path, dtype):
     shutil.copytree(tmp_path / "without", tmp_path / "half")
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.own")}
     console = quiet()
-    again = train(kept, tmp_path / "half", console, step=3)
+    again = train(kept, tmp_path / "half", console, step=3).state
     assert "all there" in console.file.getvalue()
-    assert lines(tmp_path / "half") == lines(tmp_path / "without")
-    jax.tree.map(np.testing.assert_array_equal, one.state, again.state)
+    assert_alike(one, (again, lines(tmp_path / "half")))
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.own")} == before
 
 

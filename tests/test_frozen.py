@@ -248,14 +248,14 @@ def test_the_lowest_blocks_that_share_a_rotation():
 
 @pytest.mark.parametrize("frozen", [2, 4])
 def test_no_path_is_dropped_in_what_is_frozen(frozen):
-    """The features below are in training what they are in evaluation, bit for bit."""
+    """The features below are in training what they are in evaluation, but for roundings; those above are not."""
     backbone = VIT.clone(drop_path=0.5, frozen_layers=frozen, output="taps", tapped=(1, 2, 3, 4))
     image = batch()["image"]
     variables = jit(backbone.init)(jax.random.key(0), image)
     rngs = {"drop_path": jax.random.key(1)} if frozen < 4 else {}
     training = jit(lambda v, x: backbone.apply(v, x, True, rngs=rngs))(variables, image)
     evaluation = jit(backbone.apply)(variables, image)
-    same = {layer: bool(jnp.array_equal(training[layer], evaluation[layer])) for layer in training}
+    same = {layer: bool(jnp.allclose(training[layer], evaluation[layer], rtol=0, atol=1e-5)) for layer in training}
     assert same == {layer: layer <= frozen for layer in (1, 2, 3, 4)}
 
 

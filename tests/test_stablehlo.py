@@ -193,16 +193,20 @@ BACKBONE_SIZES = {
 
 
 @pytest.mark.slow
-@pytest.mark.exact
 @pytest.mark.parametrize("name", BACKBONE_SIZES)
 def test_every_family_of_backbones(name: str, tmp_path: Path) -> None:
+    """But for the order of sums, which is each compiled program's own: of at most 64 terms, in 30 products one behind
+    another."""
     options, takes = BACKBONE_SIZES[name]
-    tasks = TASK_LIST[:2]
+    tasks = TASK_LIST[1:]
     model, variables = network(backbone=BACKBONES["vit" if name == "rotary" else name](**options), tasks=tasks)
     about = export_stablehlo(model, variables, tasks, (32, 64), tmp_path / "file")
     assert takes in about["images"]
     images = noise(2, 32, 64)
-    assert_same(load_stablehlo(tmp_path / "file")(images), maps_of(model, variables, images))
+    found, expected = load_stablehlo(tmp_path / "file")(images), maps_of(model, variables, images)
+    assert found.keys() == expected.keys()
+    for task, values in expected.items():
+        np.testing.assert_allclose(found[task], values, rtol=0, atol=64 * 30 * EPS * np.abs(values).max(), err_msg=task)
 
 
 # --- what the file says

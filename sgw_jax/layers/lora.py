@@ -25,7 +25,7 @@ class LoRA:
 
     With W (inputs, outputs) a map's kernel, A (inputs, rank) and B (rank, outputs), the map becomes x W + b + (alpha /
     rank) (x A) B, as Hugging Face's PEFT has it: A starts uniform in [-1, 1] / sqrt(inputs), B at zero, so that the
-    start computes bit for bit what the module does. Query, key and value are three maps, though their kernels lie side
+    start adds zeros to what the module computes. Query, key and value are three maps, though their kernels lie side
     by side. The factors are the parameters ``lora/a`` (maps, inputs, rank) and ``lora/b`` (maps, rank, outputs) beside
     the kernel; they are taken with the tokens, rank by rank, and W + (alpha / rank) A B is never made, so that the
     gradient costs no product of the size of W's.
