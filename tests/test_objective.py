@@ -148,8 +148,14 @@ def test_who_owns_what():
     assert not NoInteraction.mixes_tasks
 
 
-@pytest.mark.parametrize("mixing", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("gradients", [pytest.param("parameters", marks=pytest.mark.slow), "representation"])
+@pytest.mark.parametrize(
+    ("gradients", "mixing"),
+    [
+        ("representation", True),
+        pytest.param("parameters", True, marks=pytest.mark.slow),
+        pytest.param("representation", False, marks=pytest.mark.slow),
+    ],
+)
 def test_shared_parameters_take_the_weighted_gradient_and_heads_their_own(batch, gradients, mixing):
     interaction = None if mixing else NoInteraction()
     objective = upgrad(3)

@@ -145,15 +145,21 @@ def gain(summary: Mapping[str, Any], name: str, over: str = "over_none") -> str:
 
 
 def by_number_of_tasks(summaries: Sequence[Mapping[str, Any]]) -> str:
-    """The gain over "none" alone: a row per method, a column per summary, headed by its number of tasks."""
+    """The gain over "none" alone: a row per method, a column per summary, headed by its number of tasks, distractors
+    too."""
     names = dict.fromkeys(row["name"] for summary in summaries for row in summary["methods"] if row["name"] != "none")
-    lines = ["| | " + " | ".join(f"{len(summary['tasks'])} tasks" for summary in summaries) + " |"]
+    lines = ["| | " + " | ".join(f"{number_of_tasks(summary)} tasks" for summary in summaries) + " |"]
     lines.append("|---" * (len(summaries) + 1) + "|")
     for name in names:
         rows = [{row["name"]: row for row in summary["methods"]}.get(name) for summary in summaries]
         cells = [DASH if row is None else interval(row["over_none"]) for row in rows]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def number_of_tasks(summary: Mapping[str, Any]) -> int:
+    """Of a comparison's networks, with those that are not scored."""
+    return len(summary["tasks"]) + summary.get("distractors", 0)
 
 
 def who_reads_whom(summary: Mapping[str, Any], name: str) -> str:

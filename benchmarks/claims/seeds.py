@@ -18,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.claims.comparison import interval, shown, spread
+from benchmarks.claims.comparison import interval, number_of_tasks, shown, spread
 from benchmarks.measure import DASH, Results, needed
 from sgw_jax.evaluation.metrics import delta_m
 from sgw_jax.experiment.build import build_tasks
@@ -104,6 +104,20 @@ def by_task(runs: Mapping[str, Sequence[dict[str, Any]]], config: str = "scenes"
         if name != over:
             cells = [_gain(runs[name], runs[over], task) for task in tasks]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def over_fewer_tasks(summaries: Sequence[Mapping[str, Any]], config: str = "scenes") -> str:
+    """Each method's delta_m in % over itself in the first comparison, which has the fewest tasks, by pairs of the same
+    seed: what the others' tasks cost it."""
+    fewest, *others = summaries
+    tasks = build_tasks(read_config(config, ()))
+    lines = ["| | " + " | ".join(f"{number_of_tasks(found)} tasks" for found in others) + " |"]
+    lines.append("|---" * (len(others) + 1) + "|")
+    for name, alone in fewest["runs"].items():
+        pairs = [zip(found["runs"][name], alone, strict=True) for found in others]
+        gains = [[delta_m(one["metrics"], other["metrics"], tasks) for one, other in each] for each in pairs]
+        lines.append(f"| {name} | " + " | ".join(interval(spread(values)) for values in gains) + " |")
     return "\n".join(lines)
 
 
