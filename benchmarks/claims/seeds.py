@@ -108,17 +108,21 @@ def by_task(runs: Mapping[str, Sequence[dict[str, Any]]], config: str = "scenes"
 
 
 def over_fewer_tasks(summaries: Sequence[Mapping[str, Any]], config: str = "scenes") -> str:
-    """Each method's delta_m in % over itself in the first comparison, which has the fewest tasks, by pairs of the same
-    seed: what the others' tasks cost it."""
+    """`over_fewer` by method (rows) and comparison (columns) after the first, which has the fewest tasks."""
     fewest, *others = summaries
-    tasks = build_tasks(read_config(config, ()))
     lines = ["| | " + " | ".join(f"{number_of_tasks(found)} tasks" for found in others) + " |"]
     lines.append("|---" * (len(others) + 1) + "|")
-    for name, alone in fewest["runs"].items():
-        pairs = [zip(found["runs"][name], alone, strict=True) for found in others]
-        gains = [[delta_m(one["metrics"], other["metrics"], tasks) for one, other in each] for each in pairs]
-        lines.append(f"| {name} | " + " | ".join(interval(spread(values)) for values in gains) + " |")
+    for name in fewest["runs"]:
+        lines.append(f"| {name} | " + " | ".join(over_fewer(found, fewest, name, config) for found in others) + " |")
     return "\n".join(lines)
+
+
+def over_fewer(found: Mapping[str, Any], fewest: Mapping[str, Any], name: str, config: str = "scenes") -> str:
+    """A method's delta_m in % over itself in a comparison with fewer tasks, by pairs of the same seed: what the tasks
+    beside cost it."""
+    tasks = build_tasks(read_config(config, ()))
+    pairs = zip(found["runs"][name], fewest["runs"][name], strict=True)
+    return interval(spread([delta_m(one["metrics"], other["metrics"], tasks) for one, other in pairs]))
 
 
 def task_gain(runs: Mapping[str, Sequence[dict[str, Any]]], name: str, task: str, over: str) -> str:
