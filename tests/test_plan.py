@@ -191,7 +191,7 @@ def test_the_swin_l_system_is_as_small_as_promised():
     assert found.macs["interaction"] == expected
 
 
-# Every backbone, and every data set's size and tasks; all pairs are in `test_every_full_size_variant_was_compiled`.
+# Every backbone, and every data set's size and tasks; what is kept of most pairs is read in the test below.
 @pytest.mark.parametrize(
     ("config", "system"),
     [

@@ -26,6 +26,11 @@ def test_the_best_interaction_gains_most_over_single_tasks() -> None:
     assert real.best_exchange(rates, TASKS) == "kem"
 
 
+def test_what_is_not_tuned_has_the_rate_that_all_frozen_networks_chose() -> None:
+    rates = real.Results("real").load()["people, frozen"]["rates"]
+    assert {rate["chosen"] for rate in rates.values()} == {real.UNTUNED}
+
+
 def test_the_configuration_says_what_learns() -> None:
     def experiment(tuned: str):
         return build(read_config(f"{real.CONFIG}:root=DIR,tuned={tuned}", ["--config.mesh.data=-1"]), cache_dir=None)
