@@ -3,6 +3,7 @@
 SGW_JAX_TEST_PLATFORM=cuda,cpu (or tpu,cpu) runs tests on an accelerator instead; CONTRIBUTING.md says which.
 """
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -21,6 +22,9 @@ import pytest
 from sgw_jax.host import enough_threads
 
 enough_threads()
+
+# Tracing makes many objects and few cycles of them: looking for these so often was a tenth of the tests' time.
+gc.set_threshold(100_000, 20, 50)
 
 # Accelerators round float32 numbers in products to fewer digits than the tolerances are derived for.
 if os.environ["JAX_PLATFORMS"] != "cpu":

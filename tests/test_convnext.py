@@ -91,6 +91,7 @@ def test_drop_path_asks_for_randomness_in_training_alone():
         jax.eval_shape(lambda p: dropping.apply(p, image, train=True), params)
 
 
+@pytest.mark.slow
 def test_no_gradient_goes_through_frozen_layers():
     """Nor into what lies below them; the maps are the same. Two: stage 1, and the first block of stage 2."""
     image = np.random.default_rng(0).normal(size=(1, 32, 32, 3)).astype(np.float32)

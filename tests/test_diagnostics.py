@@ -394,7 +394,9 @@ MODELS = {
 OPTIONS = {"skem": {"num_slots": SLOTS, "etf_vertices": 6}, "none": {}, "cross_attention": {}}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "scales" in name else name for name in MODELS]
+)
 def test_examples_are_what_the_network_predicts_whatever_the_interaction(name):
     """Looking at a KEM changes nothing, wherever in the network there are others."""
     member, options = MODELS[name]

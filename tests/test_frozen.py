@@ -167,15 +167,13 @@ def whole_vit():
     return one_step(model_of(VIT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("frozen", "freezing", "options"),
     [
         (4, Freezing(0, True), {}),
-        pytest.param(2, Freezing(2), {"accumulate": 2, "ema_decay": 0.5}, marks=pytest.mark.slow),
-        pytest.param(
-            *(2, Freezing(2), {"objective": upgrad(2), "gradients": "representation", "accumulate": 2}),
-            marks=pytest.mark.slow,
-        ),
+        (2, Freezing(2), {"accumulate": 2, "ema_decay": 0.5}),
+        (2, Freezing(2), {"objective": upgrad(2), "gradients": "representation", "accumulate": 2}),
     ],
     ids=["all", "lowest-2", "representation"],
 )

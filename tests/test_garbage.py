@@ -325,12 +325,6 @@ def spoil(data, world, command):
         check(COMMANDS[command], place)
 
 
-@given(data=st.data())
-@settled(6)
-def test_garbage_in_a_file(world, reading, data):
-    spoil(data, world, data.draw(st.sampled_from(sorted(COMMANDS)), label="command"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 @given(data=st.data())

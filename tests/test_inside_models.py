@@ -190,6 +190,7 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compilation")
 def test_every_snippet_of_the_page_runs():
     """The code blocks of docs/extending.md: each section's after the first snippet alone, which it may go on from."""

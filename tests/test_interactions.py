@@ -371,10 +371,10 @@ def test_maps_are_applied_to_the_side_with_fewer_products(module, expected):
     "module",
     [
         KEM(32, top_k=8),
-        KEM(32, etf_vertices=128),
-        KEM(32, top_k=8, etf_vertices=128, etf_for="selection"),
-        KEM(64, num_heads=8, etf_vertices=128),
-        KEM(32, etf_vertices=128, task_embedding=True),
+        pytest.param(KEM(32, etf_vertices=128), marks=pytest.mark.slow),
+        pytest.param(KEM(32, top_k=8, etf_vertices=128, etf_for="selection"), marks=pytest.mark.slow),
+        pytest.param(KEM(64, num_heads=8, etf_vertices=128), marks=pytest.mark.slow),
+        pytest.param(KEM(32, etf_vertices=128, task_embedding=True), marks=pytest.mark.slow),
     ],
     ids=["kem", "skem", "selection", "unfolded", "embedded"],
 )
@@ -444,7 +444,13 @@ def test_kem_gradients_match_finite_differences(case):
 
 
 @pytest.mark.parametrize(
-    "case", ["top-k, heads, wide slots", "more slots than their width", "all options", "pair gates"]
+    "case",
+    [
+        "top-k, heads, wide slots",
+        "more slots than their width",
+        "all options",
+        pytest.param("pair gates", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_recorded_matches_the_reference(case):
     """Weights and indices by head, slot and token, with maps on either side."""

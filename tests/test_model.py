@@ -216,7 +216,7 @@ def several(**options):
     return MultiTaskModel((Depth(), Normals()), backbone, **options)
 
 
-@pytest.mark.parametrize("persist", [False, True])
+@pytest.mark.parametrize("persist", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_scales_go_from_coarse_to_fine(persist):
     """Each scale has its own stems and interaction; with persist the slots of one start the next."""
     model = several(persist=persist)
@@ -235,6 +235,7 @@ def test_scales_go_from_coarse_to_fine(persist):
         assert found[name]["size"][0] == (SIZE[0] // stride, SIZE[1] // stride)
 
 
+@pytest.mark.slow
 def test_coarse_scales_reach_the_predictions():
     """A gradient of the predictions comes to the slots of the coarsest scale's KEM, through the finer ones too."""
     model = several(interaction=KEM(3, top_k=5), persist=True)

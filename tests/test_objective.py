@@ -152,10 +152,11 @@ def test_who_owns_what():
     ("gradients", "mixing"),
     [
         ("representation", True),
-        pytest.param("parameters", True, marks=pytest.mark.slow),
-        pytest.param("representation", False, marks=pytest.mark.slow),
+        ("parameters", True),
+        ("representation", False),
     ],
 )
+@pytest.mark.slow
 def test_shared_parameters_take_the_weighted_gradient_and_heads_their_own(batch, gradients, mixing):
     interaction = None if mixing else NoInteraction()
     objective = upgrad(3)
@@ -256,7 +257,7 @@ def test_a_scalariser_accumulates_whether_it_is_linear_or_not(name):
     assert jax.tree.structure(found.state) == jax.tree.structure(state)
 
 
-@pytest.mark.parametrize("function", [by_parameters, by_representation])
+@pytest.mark.parametrize("function", [pytest.param(by_parameters, marks=pytest.mark.slow), by_representation])
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_every_aggregator_accumulates_and_keeps_its_state(name, function):
     """Weights of micro-batches are those of the whole; what a second step is given is what the first returned."""
@@ -296,7 +297,7 @@ def test_the_report_draws_what_is_logged():
     assert {"weight of depth", "share of conflicting pairs", "cosine of semseg and depth"} <= titles
 
 
-@pytest.mark.parametrize("gradients", ["parameters", "representation"])
+@pytest.mark.parametrize("gradients", [pytest.param("parameters", marks=pytest.mark.slow), "representation"])
 def test_a_task_without_labels_has_no_say(batch, gradients):
     """Its weight is 0, its head stands still, and the others combine as if there were two tasks."""
     without = dict(batch, depth=np.zeros_like(batch["depth"]))
@@ -311,7 +312,8 @@ def test_a_task_without_labels_has_no_say(batch, gradients):
             assert not gradient.any()
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 8])
 def test_everything_at_once(batch, devices):
     """Bfloat16, accumulation, an average of the parameters, a task without labels, three steps: finite, one
     compilation, float32 parameters."""
@@ -339,14 +341,10 @@ def test_everything_at_once(batch, devices):
     assert run._cache_size() == 1
 
 
-@pytest.mark.parametrize("gradients", ["parameters", pytest.param("representation", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gradients", ["parameters", "representation"])
 @pytest.mark.parametrize(
-    ("sizes", "accumulate"),
-    [
-        ({"data": 2, "fsdp": 4}, 2),
-        pytest.param({"data": 2, "fsdp": 4}, 1, marks=pytest.mark.slow),
-        pytest.param({"data": 8}, 1, marks=pytest.mark.slow),
-    ],
+    ("sizes", "accumulate"), [({"data": 2, "fsdp": 4}, 2), ({"data": 2, "fsdp": 4}, 1), ({"data": 8}, 1)]
 )
 def test_eight_devices_in_micro_batches_do_what_one_does_at_once(batch, gradients, sizes, accumulate):
     state = start(upgrad(3))

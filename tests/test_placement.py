@@ -49,9 +49,9 @@ def attend(top_k, over, placement, *args):
     return output, weights, jnp.zeros(()) if index is None else index
 
 
-@pytest.mark.parametrize("over", ["kept", "all"])
+@pytest.mark.parametrize("over", ["kept", pytest.param("all", marks=pytest.mark.slow)])
 # 20: more than a shard's tokens on 4 and 8 shards.
-@pytest.mark.parametrize("top_k", [pytest.param(1, marks=pytest.mark.slow), 5, 20, None])
+@pytest.mark.parametrize("top_k", [*(pytest.param(top_k, marks=pytest.mark.slow) for top_k in (1, 5)), 20, None])
 def test_attention_over_shards_is_that_of_one_device(top_k, over):
     args = inputs()
 

@@ -77,6 +77,7 @@ def noise(*size: int, seed: int = 0) -> np.ndarray:
 # --- from a checkpoint
 
 
+@pytest.mark.slow
 def test_the_checkpoints_alone_suffice_in_a_fresh_process(workdir: Path, predictor: Predictor, tmp_path: Path) -> None:
     shutil.copytree(workdir / "checkpoints", tmp_path / "moved" / "checkpoints")
     image = noise(50, 70)

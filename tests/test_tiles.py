@@ -296,6 +296,7 @@ def network() -> tuple[MultiTaskModel, Any]:
     return model, jax.jit(model.init)(jax.random.key(0), jnp.ones((1, *SIZE, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.eight_devices
 def test_devices_share_a_batch(network, tmp_path: Path) -> None:
     """Each of the eight computes its row as one device alone does, of a network and of its StableHLO."""

@@ -473,7 +473,9 @@ def test_the_loss_falls(curve):
     assert losses[-1] @ weights < 0.8 * losses[0] @ weights
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "sizes", [*(pytest.param(sizes, marks=pytest.mark.slow) for sizes in MESHES[:-1]), MESHES[-1]], ids=str
+)
 def test_eight_devices_learn_what_one_does(start, curve, sizes):
     """The same step on one device and eight: float32 sums in another order, 1e-5 over 20 steps of SGD."""
     losses, gradient = train(make_model(), TASKS, SGD, start, make_batch(), make_mesh(sizes), 20)
@@ -566,6 +568,7 @@ def selecting_curve(selecting_seed):
     return train_selecting(selecting_seed, np.float64, 5, [make_mesh({"data": 1}, jax.devices()[:1])])[0]
 
 
+@pytest.mark.slow
 def test_top_k_on_eight_devices(selecting_seed, selecting_curve):
     for losses, gradient in train_selecting(selecting_seed, np.float64, 5, map(make_mesh, MESHES[1:])):
         np.testing.assert_allclose(losses, selecting_curve[0], rtol=1e-9)

@@ -191,10 +191,12 @@ def equal_mlp_width(kem: Experiment) -> int:
 
 
 def made_by(experiment: Experiment, trunk: Path | None) -> dict[str, Any]:
-    """What a result depends on: its configuration and its trunk's, wherever that lies."""
+    """What a result depends on: its configuration and its trunk's, wherever that lies. From a cache of a frozen
+    backbone's taps or without one a run is the same but for rounding, so that a machine may do without."""
     data = experiment.data.sources["train"].fingerprint()
     changes = {name: data[name] for name in ("few_labels", "distractors") if name in data}
     configuration = json.loads(experiment.config.to_json_best_effort())
+    configuration.pop("backbone_cache")
     blind = getattr(experiment.model, "blind", "")
     changes |= {"blind": blind} if blind else {}
     return {**configuration, **changes, "trunk": trunk and read_result(trunk)["made_by"]}
