@@ -36,7 +36,6 @@ ARCHIVES = {
     "pascal_context": ("pascal_context", test_pascal_context.write_archive),
     "cityscapes": ("cityscapes", test_cityscapes.write_archive),
     "mtan": ("mtan_nyuv2", lambda root: test_mtan.write(root, 13, normals=True)),
-    "mtan:data=cityscapes": ("mtan_cityscapes", lambda root: test_mtan.write(root, 7, normals=False)),
 }
 
 

@@ -159,7 +159,7 @@ reveal_type(sgw_jax.load("runs/scenes"))
 def test_type_checkers_see_what_comes_out(tmp_path: Path) -> None:
     snippet = tmp_path / "snippet.py"
     snippet.write_text(SNIPPET)
-    command = [sys.executable, "-m", "mypy", "--config-file=pyproject.toml", f"--cache-dir={tmp_path}", str(snippet)]
+    command = [sys.executable, "-m", "mypy", "--config-file=pyproject.toml", str(snippet)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     array = "jax._src.basearray.Array"

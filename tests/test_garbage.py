@@ -292,7 +292,7 @@ def a_file(path):
 
 
 # Of each command, in the slow tests; GARBAGE_EXAMPLES=150 is worth half an hour after a change of what is read.
-MANY = int(os.environ.get("GARBAGE_EXAMPLES", "6"))
+MANY = int(os.environ.get("GARBAGE_EXAMPLES", "4"))
 
 
 def settled(examples):

@@ -197,8 +197,8 @@ def test_the_swin_l_system_is_as_small_as_promised():
     [
         pytest.param(config, system, marks=() if config == "nyud" and system == "vit_b" else pytest.mark.slow)
         for config, system in [
-            *(("nyud", system) for system in SYSTEMS),
-            *((config, system) for config in ("pascal_context", "cityscapes") for system in ("swin_l", "vit_l")),
+            *(("nyud", system) for system in SYSTEMS if system != "swin_b"),  # between two of its family
+            *((config, "vit_l") for config in ("pascal_context", "cityscapes")),
         ]
     ],
 )

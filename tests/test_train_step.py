@@ -603,13 +603,12 @@ BACKBONES = {
 @pytest.mark.parametrize(
     ("backbone", "interaction"),
     [
-        pytest.param("vit", KEM(3, top_k=5, placement=PLACEMENT, dtype=jnp.float64), marks=pytest.mark.slow),
         pytest.param("vit", CrossTaskAttention(query_chunk=16, dtype=jnp.float64), marks=pytest.mark.slow),
         pytest.param("chunked", NoInteraction(), marks=pytest.mark.slow),
         pytest.param("windows", NoInteraction(), marks=pytest.mark.slow),
         pytest.param("swin", KEM(3, top_k=5, placement=PLACEMENT, dtype=jnp.float64), marks=pytest.mark.slow),
     ],
-    ids=["vit-kem", "vit-dense", "chunked", "windows", "swin-kem"],
+    ids=["vit-dense", "chunked", "windows", "swin-kem"],
 )
 def test_image_rows_over_devices(backbone, interaction):
     """The gradient of every parameter in float64, images split by rows over 4 devices, against one device."""
