@@ -367,12 +367,6 @@ def misuse(data, world, command):
 TAKE_OPTIONS = [name for name in COMMANDS if name not in ("prepare", "resume", "weigh")]
 
 
-@given(data=st.data())
-@settled(6)
-def test_garbage_in_an_option(world, reading, data):
-    misuse(data, world, data.draw(st.sampled_from(TAKE_OPTIONS), label="command"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("command", TAKE_OPTIONS)
 @given(data=st.data())

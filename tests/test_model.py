@@ -216,7 +216,8 @@ def several(**options):
     return MultiTaskModel((Depth(), Normals()), backbone, **options)
 
 
-@pytest.mark.parametrize("persist", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("persist", [False, True])
 def test_scales_go_from_coarse_to_fine(persist):
     """Each scale has its own stems and interaction; with persist the slots of one start the next."""
     model = several(persist=persist)

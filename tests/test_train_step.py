@@ -575,6 +575,7 @@ def test_top_k_on_eight_devices(selecting_seed, selecting_curve):
         assert_gradients_close(gradient, selecting_curve[1], 1e-9)
 
 
+@pytest.mark.slow
 def test_top_k_on_eight_devices_in_float32(selecting_seed, selecting_curve):
     """One step: the margin ensures that all select the same. These large random parameters make gradients of cancelled
     sums, of which one device itself is 4e-5 off, relative to the largest entry of a gradient (or a thousandth of
