@@ -135,7 +135,9 @@ def test_distractors_are_noise_of_their_own(tmp_path):
     assert runs.made_by(experiment, None) != runs.made_by(other, None)
 
 
-@pytest.mark.parametrize("interaction", ["kem", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "cross_attention"))])
+@pytest.mark.parametrize(
+    "interaction", ["kem", *(pytest.param(name, marks=pytest.mark.slow) for name in ("none", "cross_attention"))]
+)
 def test_a_blind_task_knows_what_it_is_told(tmp_path, interaction):
     """Without exchange its prediction is that of any image; with it, that of this one. A result says it."""
     method = (interaction, {"interactions.kem.task_gate": "false"} if interaction == "kem" else {})

@@ -31,6 +31,8 @@ from sgw_jax.run.logs import MetricsWriter
 from sgw_jax.run.state import abstract_state
 from sgw_jax.run.workdir import claim_workdir
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 60
 NAMES = ("a", "b")
 CONFIG = """
@@ -291,7 +293,7 @@ def a_file(path):
     path.write_bytes(b"x")
 
 
-# Of each command, in the slow tests; GARBAGE_EXAMPLES=150 is worth half an hour after a change of what is read.
+# Of each command; GARBAGE_EXAMPLES=150 is worth half an hour after a change of what is read.
 MANY = int(os.environ.get("GARBAGE_EXAMPLES", "4"))
 
 
@@ -325,7 +327,6 @@ def spoil(data, world, command):
         check(COMMANDS[command], place)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 @given(data=st.data())
 @settled(MANY)
@@ -367,7 +368,6 @@ def misuse(data, world, command):
 TAKE_OPTIONS = [name for name in COMMANDS if name not in ("prepare", "resume", "weigh")]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", TAKE_OPTIONS)
 @given(data=st.data())
 @settled(MANY)
@@ -375,7 +375,6 @@ def test_much_garbage_in_an_option(world, reading, command, data):
     misuse(data, world, command)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_without_garbage_everything_is_read(world, reading, command):
     with copied(world) as place:
