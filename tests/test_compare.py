@@ -157,6 +157,20 @@ def test_a_blind_task_knows_what_it_is_told(tmp_path, interaction):
     assert runs.made_by(experiment, None) == runs.made_by(other, None) | {"blind": "depth"}
 
 
+def test_with_a_cache_of_taps_it_is_the_same_run(tmp_path):
+    """A machine may do without: what it made is gone on with from the cache, and no other setting passes for it."""
+    small = ("--config.data.lengths.train=8", "--config.data.lengths.test=8", "--config.mesh.data=-1")
+    plain = ("--config.augment.colour=false", "--config.augment.scale=1,1", "--config.augment.scale_crop=")
+    without, cached, other = (
+        runs.Runs(
+            "scenes:tasks=depth", (*small, *plain, "--config.optimizer.backbone_scale=0", *keys), 100, *2 * [tmp_path]
+        )
+        for keys in ((), (f"--config.backbone_cache={tmp_path}",), ("--config.channels=8",))
+    )
+    made = [runs.made_by(one.build(("none", {}), seed=0), None) for one in (without, cached, other)]
+    assert made[0] == made[1] != made[2]
+
+
 def test_a_blind_task_must_be_one_of_the_tasks(tmp_path):
     small = ["--config.data.lengths.train=8", "--config.data.lengths.test=8", "--config.mesh.data=-1"]
     with pytest.raises(SystemExit, match="--blind normals: the tasks are depth, edges"):
