@@ -148,14 +148,10 @@ def test_who_owns_what():
     assert not NoInteraction.mixes_tasks
 
 
-@pytest.mark.parametrize(
-    ("gradients", "mixing"),
-    [
-        ("representation", True),
-        ("parameters", True),
-    ],
-)
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gradients", "mixing"), [("representation", True), ("parameters", True), ("representation", False)]
+)
 def test_shared_parameters_take_the_weighted_gradient_and_heads_their_own(batch, gradients, mixing):
     interaction = None if mixing else NoInteraction()
     objective = upgrad(3)

@@ -601,13 +601,14 @@ BACKBONES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backbone", "interaction"),
     [
-        pytest.param("vit", CrossTaskAttention(query_chunk=16, dtype=jnp.float64), marks=pytest.mark.slow),
-        pytest.param("chunked", NoInteraction(), marks=pytest.mark.slow),
-        pytest.param("windows", NoInteraction(), marks=pytest.mark.slow),
-        pytest.param("swin", KEM(3, top_k=5, placement=PLACEMENT, dtype=jnp.float64), marks=pytest.mark.slow),
+        ("vit", CrossTaskAttention(query_chunk=16, dtype=jnp.float64)),
+        ("chunked", NoInteraction()),
+        ("windows", NoInteraction()),
+        ("swin", KEM(3, top_k=5, placement=PLACEMENT, dtype=jnp.float64)),
     ],
     ids=["vit-dense", "chunked", "windows", "swin-kem"],
 )
