@@ -99,7 +99,10 @@ def _parser() -> argparse.ArgumentParser:
             help = "best by validation, or last (default: %(default)s)"
             sub.add_argument("--checkpoint", default="best", choices=("best", "last"), help=help)
             sub.add_argument("--step", type=_whole, help="the checkpoint of this step instead")
-        help = "of rendered scenes and compiled programs (default: $XDG_CACHE_HOME/sgw_jax, else ~/.cache/sgw_jax)"
+        help = (
+            "of rendered scenes and compiled programs, the latter unless JAX_COMPILATION_CACHE_DIR names another place "
+            "(default: $XDG_CACHE_HOME/sgw_jax, else ~/.cache/sgw_jax)"
+        )
         sub.add_argument("--cache_dir", type=user_path, help=help)
         sub.add_argument("--traceback", action="store_true", help="show where in the code an error came up")
         help = "of several processes: end all if one is silent for so long (default: %(default)s)"

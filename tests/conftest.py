@@ -3,6 +3,7 @@
 SGW_JAX_TEST_PLATFORM=cuda,cpu (or tpu,cpu) runs tests on an accelerator instead; CONTRIBUTING.md says which.
 """
 
+import contextlib
 import gc
 import os
 import tempfile
@@ -35,7 +36,7 @@ if not hasattr(jax, "enable_x64"):  # before jax 0.8
 
 # One for each worker of pytest-xdist: JAX does not write entries atomically, and a half-written one cannot be read.
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sgw_jax" / "xla_tests" / WORKER
+CACHES = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sgw_jax" / "xla_tests"
 
 
 def _writable(folder: Path) -> Path:
@@ -47,10 +48,25 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the workers start, each is given what the others have compiled: a file of tests goes to any of them."""
+    workers = getattr(config.option, "numprocesses", None) or 0
+    if WORKER or not workers:
+        return
+    folders = [_writable(CACHES / f"gw{worker}") for worker in range(workers)]
+    for folder in folders:
+        have = set(os.listdir(folder))
+        for other in folders:
+            for name in set(os.listdir(other)) - have:
+                with contextlib.suppress(OSError):  # another run's worker was first, or a file system without links
+                    os.link(other / name, folder / name)
+
+
 # Half of the tests' time is compilation. A program that is found here need not be compiled again; the cache's key holds
-# the program, the compiler's version and its options, so that a stale entry is never used.
-jax.config.update("jax_compilation_cache_dir", str(_writable(CACHE)))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# the program, the compiler's version and its options, so that a stale entry is never used. Small programs are kept too:
+# there are ten of them to a large one.
+jax.config.update("jax_compilation_cache_dir", str(_writable(CACHES / WORKER)))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 

@@ -290,6 +290,16 @@ def test_files_that_cannot_be_used_are_named(plain, tmp_path):
     assert "Traceback" not in said
 
 
+def test_compiled_programs_are_kept_where_jax_itself_is_told_to(plain, monkeypatch, tmp_path):
+    before, command = jax.config.jax_compilation_cache_dir, ("plan", "--config=nothing", f"--cache_dir={tmp_path}")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "gs://bucket/programs")
+    assert "nothing" in plain(*command)
+    assert jax.config.jax_compilation_cache_dir == before
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    plain(*command)
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "xla")
+
+
 def test_a_bucket_is_no_working_directory(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["train", "--config=scenes", "--workdir=gs://bucket/run"])

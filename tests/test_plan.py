@@ -233,12 +233,12 @@ def test_every_full_size_variant_was_compiled():
 
 @pytest.mark.slow
 def test_a_full_size_system_runs():
-    """One step of training and one evaluation of the published widths and depths, on noise of half the published height
-    and width, at two scales on one workspace."""
+    """One step of training and one evaluation of the published widths and depths, on noise of a quarter of the
+    published height and width, at two scales on one workspace."""
     name, overrides = "nyud:swin_t,interaction=skem", ("--config.scales=16,", "--config.persist=true")
     config = read_config(name, overrides)
     tasks = build_tasks(config)
-    size = tuple(length // 2 for length in config.data.size)
+    size = tuple(length // 4 for length in config.data.size)
     model, optimizer = build_model(config, tasks, size), make_optimizer(1e-4)
     rng = np.random.default_rng(0)
     image = rng.normal(size=(1, *size, 3)).astype(np.float32)

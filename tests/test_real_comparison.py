@@ -114,3 +114,22 @@ def test_gains_over_single_task_networks_are_paired_by_seed() -> None:
     head, _, row = real.by_task(summary).splitlines()
     assert head == "| | edges | saliency |"
     assert row == "| none | +10.00 [+10.00, +10.00] | +0.00 [+0.00, +0.00] |"
+
+
+def test_tasks_of_the_mixture_and_a_single_seed_are_gains_too() -> None:
+    """Without an interval, which one value has none of."""
+
+    def run(street: float, depth: float) -> dict:
+        return {"metrics": {"semseg@street": {"miou": street}, "depth": {"rmse": depth}}}
+
+    runs = {"kem": [run(44, 0.5)], "single_semseg@street": [run(40, 9)], "single_depth": [run(1, 0.4)]}
+    summary = {"tasks": [{"name": "semseg@street"}, {"name": "depth"}], "seeds": 1, "runs": runs}
+    head, _, row = real.by_task(summary).splitlines()
+    assert head == "| | semseg@street | depth |"
+    assert row == "| kem | +10.00 | -25.00 |"
+
+
+def test_a_run_that_came_without_its_checkpoints_has_found_nothing_elsewhere(tmp_path: Path) -> None:
+    runs = Runs("FILE", (), 1, tmp_path, tmp_path / "cache")
+    assert real.elsewhere(runs, "kem", {}) == {}
+    assert not (runs.folder("kem", 0) / "elsewhere.json").exists()

@@ -597,7 +597,6 @@ BACKBONES = {
     "vit": ViT(8, 8, 4, 2, 2.0, SIZE, class_token=True, dtype=jnp.float64),  # 17 tokens: they divide by nothing
     "chunked": ViT(8, 8, 4, 2, 2.0, SIZE, class_token=True, attention_chunk=8, dtype=jnp.float64),
     "swin": Swin(8, (2, 2, 2, 2), (1, 1, 2, 2), window_size=3, dtype=jnp.float64),  # maps of 8, 4, 2 and 1 rows
-    "windows": Swin(8, (2, 2, 2, 2), (1, 1, 2, 2), window_size=3, window_chunk=4, dtype=jnp.float64),
 }
 
 
@@ -607,10 +606,9 @@ BACKBONES = {
     [
         ("vit", CrossTaskAttention(query_chunk=16, dtype=jnp.float64)),
         ("chunked", NoInteraction()),
-        ("windows", NoInteraction()),
         ("swin", KEM(3, top_k=5, placement=PLACEMENT, dtype=jnp.float64)),
     ],
-    ids=["vit-dense", "chunked", "windows", "swin-kem"],
+    ids=["vit-dense", "chunked", "swin-kem"],
 )
 def test_image_rows_over_devices(backbone, interaction):
     """The gradient of every parameter in float64, images split by rows over 4 devices, against one device."""

@@ -53,7 +53,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, wh
 from benchmarks.claims import seeds
 from benchmarks.claims.compare import BY_REPRESENTATION, METHODS
 from benchmarks.claims.comparison import SINGLE, markdown, single_task_models, summarise
-from benchmarks.claims.photographs import MIXED
+from benchmarks.claims.photographs import MIXED, PEOPLE
 from benchmarks.claims.runs import (
     Busy,
     Method,
@@ -261,11 +261,14 @@ def view(mixed: Path, tasks: Sequence[str], start: str, out: Path) -> Path:
 
 def elsewhere(runs: Runs, name: str, views: Mapping[str, Path]) -> dict[str, Any] | None:
     """{images: {metric: value in %}} of the first seed's network on the images of `ELSEWHERE`, of tasks that it has;
-    kept beside its other results. None where another process is at it."""
+    kept beside its other results. Nothing where the run was made on another machine and came without its checkpoints;
+    None where another process is at it."""
     results = Results("real", runs.folder(name, 0) / "elsewhere.json")
     try:
         with claim(runs.folder(name, 0)):
             if not results.path.exists():
+                if not (runs.folder(name, 0) / "checkpoints").is_dir():
+                    return {}
                 results.write({"found": scored_elsewhere(runs, name, views)})
     except Busy:
         return None
@@ -307,7 +310,8 @@ def by_task(summary: Mapping[str, Any]) -> str:
         {"metrics": {name: summary["runs"][SINGLE + name][seed]["metrics"][name] for name in names}}
         for seed in range(summary["seeds"])
     ]
-    return seeds.by_task({"single": alone, **runs}, f"{CONFIG}:tasks={'+'.join(names)}")
+    views = "" if set(names) <= set(PEOPLE) else ",views=DIR"  # tasks of mixed/ are those of its sources
+    return seeds.by_task({"single": alone, **runs}, f"{CONFIG}:tasks={'+'.join(names)}{views}")
 
 
 def elsewhere_table(summary: Mapping[str, Any]) -> str:

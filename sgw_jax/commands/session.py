@@ -99,7 +99,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _cache(given: str | None, console: Console) -> str:
-    """The directory of what is kept between runs, the usual one if none is given; JAX keeps compiled programs there."""
+    """The directory of what is kept between runs, the usual one if none is given; JAX keeps compiled programs there,
+    unless its environment variable names another place."""
     place, why = (Path(given), "") if given is not None else default_cache()
     if why:
         console.print(f"The cache is {place}, because {why}; --cache_dir=DIR gives another.", soft_wrap=True)
@@ -108,7 +109,8 @@ def _cache(given: str | None, console: Console) -> str:
     if why or obstacle(Path(os.path.expanduser("~"))):
         os.environ.setdefault("MPLCONFIGDIR", str(place / "matplotlib"))  # which complains without a home
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache", UserWarning)  # at every program
-    jax.config.update("jax_compilation_cache_dir", str(place / "xla"))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX's own choice of place, such as a bucket that hosts share
+        jax.config.update("jax_compilation_cache_dir", str(place / "xla"))
     return str(place)
 
 

@@ -32,7 +32,7 @@ class MetricsWriter:
         if not self._active:
             return
         _keep_until(self.path, resume_step, evaluate_again)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")  # whoever follows it sees each line at once
         self._board = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".{resume_step}"
         )
