@@ -13,6 +13,7 @@ from sgw_jax.evaluation.evaluate import Evaluation
 from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.export.start import starting_point
 from sgw_jax.run.backbone_cache import check_backbone_cache, with_backbone_cache
+from sgw_jax.run.bfloat16 import check_bfloat16
 from sgw_jax.run.checkpoints import Checkpoints
 from sgw_jax.run.finite import check_finite, check_finite_losses
 from sgw_jax.run.late_log import LateLog
@@ -70,10 +71,12 @@ def train(
     Raises:
       WorkdirError: the directory holds a run of another configuration or data set (it names the differences), or
         another process trains there.
+      InputError: this CPU's programs in bfloat16, which the network computes in, are wrong.
       NonFiniteError: names step and task; the last good checkpoint stays.
       DiskFullError: names the directory; the last complete checkpoint stays.
     """
     workdir, settings, mesh = Path(workdir), experiment.settings, experiment.mesh
+    check_bfloat16(experiment.model.dtype)
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_full_named(workdir))
         with files_named(f"--workdir={workdir}"):

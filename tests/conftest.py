@@ -20,9 +20,10 @@ import jax
 import jax.experimental
 import pytest
 
-from sgw_jax.host import enough_threads
+from sgw_jax.host import enough_threads, sound_fusions
 
 enough_threads()
+sound_fusions()
 
 # Tracing makes many objects and few cycles of them: looking for these so often was a tenth of the tests' time.
 gc.set_threshold(100_000, 20, 50)

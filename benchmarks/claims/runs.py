@@ -28,7 +28,7 @@ from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
 from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.experiment.tasks import build_tasks
-from sgw_jax.host import keep_freed_memory
+from sgw_jax.host import keep_freed_memory, sound_fusions
 from sgw_jax.report.results import count_parameters
 from sgw_jax.run.logs import without_nan
 from sgw_jax.run.steps import compiled_eval_step, evaluate_split
@@ -62,6 +62,7 @@ def begin(cache_dir: Path) -> Console:
     jax.config.update("jax_compilation_cache_dir", str(cache_dir / "xla"))
     logging.set_verbosity(logging.ERROR)  # Orbax reports every routine save as a warning
     keep_freed_memory()
+    sound_fusions()
     return Console()
 
 

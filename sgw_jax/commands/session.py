@@ -22,7 +22,7 @@ from sgw_jax.data_pipelines.consoles import messages, print_error
 from sgw_jax.data_pipelines.errors import FileError, InputError, UserError, extra_named
 from sgw_jax.data_pipelines.paths import default_cache, obstacle
 from sgw_jax.experiment.config_files import UsageError
-from sgw_jax.host import enough_threads, keep_freed_memory
+from sgw_jax.host import enough_threads, keep_freed_memory, sound_fusions
 from sgw_jax.run.late_echoes import silence_echoes
 from sgw_jax.run.workdir import DiskFullError
 
@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     """Runs the command `arguments.command`; rest is what its arguments leave: overrides of the configuration."""
     keep_freed_memory()
     enough_threads()
+    sound_fusions()
     # Orbax reports every routine save as a warning, and an error in each of its threads before it raises it here.
     logging.set_verbosity(logging.ERROR if arguments.traceback else logging.FATAL)
     if not arguments.traceback:

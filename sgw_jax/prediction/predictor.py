@@ -21,6 +21,7 @@ from sgw_jax.prediction.blending import Blending
 from sgw_jax.prediction.network import Network, Rows
 from sgw_jax.prediction.options import Options
 from sgw_jax.prediction.tiles import View
+from sgw_jax.run.bfloat16 import check_bfloat16
 from sgw_jax.run.saved_run import open_run, saved_model
 from sgw_jax.tasks import TASKS
 from sgw_jax.tasks.base import Task
@@ -66,7 +67,8 @@ class Predictor:
       probabilities float32 (H, W); with a leading axis for a batch, in lists for a list.
 
     Raises:
-      ValueError: a batch size below 1; images of another shape, type or range, or none.
+      ValueError: a batch size below 1; images of another shape, type or range, or none; a network in bfloat16 whose
+        programs this CPU computes wrongly.
 
     >>> import flax.linen as nn
     >>> import jax
@@ -100,6 +102,7 @@ class Predictor:
             batch_size = 1 if jax.default_backend() == "cpu" else 8 * len(jax.local_devices())
         if batch_size < 1:
             raise InputError(f"Predictor: batch_size is {batch_size}; it must be at least 1.")
+        check_bfloat16(getattr(model, "dtype", jnp.float32))
         self.tasks = tuple(tasks)
         self.config, self.step, self.origin = config, step, origin
         self.size, self.batch_size = (int(size[0]), int(size[1])), batch_size
