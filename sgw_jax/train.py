@@ -76,7 +76,7 @@ def train(
       DiskFullError: names the directory; the last complete checkpoint stays.
     """
     workdir, settings, mesh = Path(workdir), experiment.settings, experiment.mesh
-    check_bfloat16(experiment.model.dtype)
+    check_bfloat16(getattr(experiment.model, "dtype", None))
     with contextlib.ExitStack() as stack:
         stack.enter_context(disk_full_named(workdir))
         with files_named(f"--workdir={workdir}"):

@@ -43,6 +43,7 @@ def test_with_the_flags_of_commands_blocks_are_those_in_float32():
 def test_nonsense_is_refused_where_a_network_computes_in_bfloat16(monkeypatch, found, tmp_path):
     monkeypatch.setattr(bfloat16, "_error", lambda: found)
     bfloat16.check_bfloat16(jnp.float32)
+    bfloat16.check_bfloat16(None)
     tasks = [TASKS["depth"]()]
     model = MultiTaskModel(tasks, nn.Module(), NoInteraction(), channels=4, dtype=jnp.bfloat16)
     said = f"bfloat16 wrongly on this CPU.*from float32 by {found}.*Add {FUSIONS}= to XLA_FLAGS.*config.dtype=float32"

@@ -27,6 +27,9 @@ six tasks, with the streets' classes as a seventh head, at 224 x 224, about five
 - Changed when frozen had been run, before the first run of LoRA and of people+mixed, for which there was an hour each:
   they have no tuning, as all 14 frozen networks had chosen the same of the two rates, which is theirs, and no Nash-MTL,
   so 8 and 11 networks.
+- As it was made: LoRA and people+mixed have one seed. Without AMX a run of theirs takes 10 to 25 minutes of both cores.
+  Thirteen of the nineteen runs are of an H100, those of LoRA but for the networks of saliency and of edges alone, and
+  all networks of one task of people+mixed; their checkpoints did not come along.
 
 Of the first seed's networks there are also ODS and OIS of edges on the BSDS500 images of mixed/, and max-F of saliency
 on its ECSSD images. Those of people alone were not trained for these: there edges are the borders of clothing. Nothing

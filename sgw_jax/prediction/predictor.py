@@ -102,7 +102,7 @@ class Predictor:
             batch_size = 1 if jax.default_backend() == "cpu" else 8 * len(jax.local_devices())
         if batch_size < 1:
             raise InputError(f"Predictor: batch_size is {batch_size}; it must be at least 1.")
-        check_bfloat16(getattr(model, "dtype", jnp.float32))
+        check_bfloat16(getattr(model, "dtype", None))
         self.tasks = tuple(tasks)
         self.config, self.step, self.origin = config, step, origin
         self.size, self.batch_size = (int(size[0]), int(size[1])), batch_size

@@ -15,9 +15,9 @@ SHAPE = (6, 28, 28, 64)  # as many positions as a head sees of six images; what 
 CLOSE = 0.1  # values below 6 in magnitude, rounded to 8 bits half a dozen times on their way
 
 
-def check_bfloat16(dtype: jnp.dtype) -> None:
+def check_bfloat16(dtype: jnp.dtype | None) -> None:
     """Raises where networks of this dtype compute nonsense: once a process two residual blocks are compared with
-    themselves in float32, on CPUs alone, in a second or two.
+    themselves in float32, on CPUs alone, in a second or two. None: a model that does not say what it computes in.
 
     Raises:
       InputError: names the version, and what to do.
