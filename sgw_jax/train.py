@@ -15,7 +15,7 @@ from sgw_jax.export.start import starting_point
 from sgw_jax.run.backbone_cache import check_backbone_cache, with_backbone_cache
 from sgw_jax.run.bfloat16 import check_bfloat16
 from sgw_jax.run.checkpoints import Checkpoints
-from sgw_jax.run.finite import check_finite, check_finite_losses
+from sgw_jax.run.finite import check_finite
 from sgw_jax.run.late_log import LateLog
 from sgw_jax.run.lock import check_free, held
 from sgw_jax.run.logs import MetricsWriter, read_metrics
@@ -111,8 +111,7 @@ def train(
 
         def validate() -> None:
             progress.pause()
-            found = evaluate_split(experiment, eval_step, state.variables, "validation")
-            check_finite_losses(found, done)
+            found = evaluate_split(experiment, eval_step, state, "validation")
             writer.write(done, "validation", found.flat())
             progress.note(f"step {done}: validation {summary(experiment, found)}")
             with files_named(f"--workdir={workdir}"):

@@ -26,7 +26,7 @@ from sgw_jax.run.checkpoints import CheckpointError, Checkpoints
 from sgw_jax.run.finite import NonFiniteError, check_finite, check_finite_losses
 from sgw_jax.run.logs import read_metrics
 from sgw_jax.run.state import abstract_state, first_state, new_state, restored_state
-from sgw_jax.run.steps import compiled_steps
+from sgw_jax.run.steps import compiled_eval_step, compiled_steps, evaluate_split
 from sgw_jax.run.warm_start import run_start
 from sgw_jax.run.workdir import WorkdirError, claim_workdir
 from sgw_jax.sharding import make_mesh, mesh_sizes
@@ -460,11 +460,20 @@ def test_a_state_that_is_not_finite_is_named(built):
         check_finite(state.replace(params={**state.params, "head": bad}), 3)
 
 
-def test_a_validation_loss_that_is_not_finite_is_named():
+def test_an_evaluation_whose_loss_is_not_finite_is_named():
     good = Evaluation({}, {}, {"depth": 1.0}, 1.0)
-    check_finite_losses(good, 4)
-    with pytest.raises(NonFiniteError, match="Step 4: the validation loss of depth"):
-        check_finite_losses(dataclasses.replace(good, losses={"depth": float("nan")}, loss=float("nan")), 4)
+    check_finite_losses(good, 4, "test")
+    with pytest.raises(NonFiniteError, match="Step 4: the test loss of depth is not finite"):
+        check_finite_losses(dataclasses.replace(good, losses={"depth": float("nan")}, loss=float("nan")), 4, "test")
+
+
+def test_predictions_that_are_not_finite_get_no_score(built):
+    """Of a state that somebody else saved: metrics of NaN are numbers."""
+    state = new_state(built)
+    head = jax.tree.map(lambda leaf: jax.device_put(jnp.full_like(leaf, jnp.nan), leaf.sharding), state.params["head"])
+    broken = state.replace(params={**state.params, "head": head}, ema=None)
+    with jax.set_mesh(built.mesh), pytest.raises(NonFiniteError, match="Step 0: the validation loss of depth"):
+        evaluate_split(built, compiled_eval_step(built), broken, "validation")
 
 
 def test_a_checkpoint_of_another_model_is_an_error_that_lists_the_leaves(finished):

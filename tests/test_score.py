@@ -261,7 +261,7 @@ def test_predict_then_score_is_evaluate(tmp_path, capsys):
     with open_run(tmp_path / "run", "best") as saved:
         state = restored_state(experiment, saved.checkpoints, saved.step)
     with jax.set_mesh(experiment.mesh):
-        want = evaluate_split(experiment, compiled_eval_step(experiment), state.variables, "test").metrics
+        want = evaluate_split(experiment, compiled_eval_step(experiment), state, "test").metrics
     found = json.loads(out.read_text())["metrics"]
     for task in want:
         if task in ("semseg", "human_parts"):

@@ -80,6 +80,7 @@ from sgw_jax.experiment.data import build_data
 from sgw_jax.experiment.experiment import Experiment
 from sgw_jax.experiment.network import build_model
 from sgw_jax.pictures.gallery import gallery
+from sgw_jax.run.finite import check_finite_losses
 from sgw_jax.run.logs import without_nan
 from sgw_jax.run.saved_run import open_run
 from sgw_jax.tasks.base import Task
@@ -294,6 +295,7 @@ def scored_elsewhere(runs: Runs, name: str, views: Mapping[str, Path]) -> dict[s
                     found[start] = edge_scores(model, variables, batches, mesh, task=task, max_dist=MAX_DIST)
                 else:
                     scored = evaluate(jax.jit(make_eval_step(model, [task])), variables, batches, mesh, [task])
+                    check_finite_losses(scored, STEPS, start)
                     found[start] = {task.metric: scored.metrics[task.name][task.metric]}
     return found
 

@@ -235,7 +235,7 @@ def run(experiment: Experiment, workdir: Path, trunk: Path | None, split: str = 
         raise SystemExit(f"Stopped by {trained.stopped_by.name}; the same command goes on.")
     model, tasks, variables = experiment.model, experiment.tasks, trained.state.variables
     with jax.set_mesh(experiment.mesh):
-        found = evaluate_split(experiment, compiled_eval_step(experiment), variables, split)
+        found = evaluate_split(experiment, compiled_eval_step(experiment), trained.state, split)
     diagnostics = None
     if split == "test":
         with experiment.data.evaluation(split) as batches:

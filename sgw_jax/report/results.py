@@ -127,7 +127,7 @@ def earlier_speed(workdir: Path) -> Speed | None:
 
 def evaluate(experiment: Experiment, state: TrainState, split: str, console: Console) -> Evaluation:
     """Metrics of the split, with what is computed on the host of boundaries and of saliency where that is asked for."""
-    found = evaluate_split(experiment, compiled_eval_step(experiment), state.variables, split)
+    found = evaluate_split(experiment, compiled_eval_step(experiment), state, split)
     for task in experiment.tasks:
         if task.boundary_scores and experiment.boundary.max_dist is not None:
             found = with_scores(found, task, boundary_scores(experiment, state, task, split, console))

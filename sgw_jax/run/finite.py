@@ -59,10 +59,12 @@ def _each_finite(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return {name: jnp.isfinite(leaf).all() for name, leaf in leaves.items()}
 
 
-def check_finite_losses(found: Evaluation, step: int) -> None:
-    """Raises a NonFiniteError that names the tasks; a score that is not a number could not rank checkpoints."""
+def check_finite_losses(found: Evaluation, step: int, split: str) -> None:
+    """Raises a NonFiniteError that names the tasks: their metrics would be of no number, and rank no checkpoints."""
     bad = {task: loss for task, loss in found.losses.items() if not math.isfinite(loss)}
     if bad or not math.isfinite(found.loss):
         raise NonFiniteError(
-            f"Step {step}: the validation loss of {', '.join(bad) or 'the weighted sum'} is not finite. {ADVICE}"
+            f"Step {step}: the {split} loss of {', '.join(bad) or 'the weighted sum'} is not finite: no score is "
+            "written, and the checkpoints are untouched. Look at the images and labels of the split; at another size "
+            "than in training, or in bfloat16, a network may leave the range of numbers."
         )

@@ -7,6 +7,7 @@ import jax
 
 from sgw_jax.evaluation.evaluate import Evaluation, evaluation_of, evaluation_of_mixture, evaluation_sums
 from sgw_jax.experiment.experiment import Experiment
+from sgw_jax.run.finite import check_finite_losses
 from sgw_jax.sharding import replicated
 from sgw_jax.train_step import TrainState, make_eval_step, make_train_step
 
@@ -37,13 +38,17 @@ def compiled_eval_step(experiment: Experiment) -> Any:
     return jax.jit(make_eval_step(experiment.model, experiment.tasks), out_shardings=replicated(experiment.mesh))
 
 
-def evaluate_split(experiment: Experiment, eval_step: Callable, variables: Any, split: str) -> Evaluation:
-    """The metrics of one split, of a mixture those of each source too."""
+def evaluate_split(experiment: Experiment, eval_step: Callable, state: TrainState, split: str) -> Evaluation:
+    """The metrics of one split, of a mixture those of each source too.
+
+    Raises:
+      NonFiniteError: a loss is not finite; metrics would be numbers all the same, of predictions that are none.
+    """
     parts = experiment.data.by_source(split)
     sums = {}
     for name, data in (parts or {"": experiment.data}).items():
         with data.evaluation(split) as batches:
-            sums[name] = evaluation_sums(eval_step, variables, batches, experiment.mesh)
-    if parts:
-        return evaluation_of_mixture(sums, experiment.tasks)
-    return evaluation_of(sums[""], experiment.tasks)
+            sums[name] = evaluation_sums(eval_step, state.variables, batches, experiment.mesh)
+    found = evaluation_of_mixture(sums, experiment.tasks) if parts else evaluation_of(sums[""], experiment.tasks)
+    check_finite_losses(found, int(state.step), split)
+    return found
