@@ -55,9 +55,8 @@ def sound_fusions() -> None:
 
     In bfloat16 they compute two residual blocks of LayerNorm, 3x3 convolution and ReLU as 1e37 and NaN, from about
     5 x 28 x 28 positions on (seen in 0.12.0.1 on a CPU without AVX-512; fewer positions and float32 are right).
-    Without them the numbers are right and such blocks' gradients take half the time, in float32 the same (two cores:
-    202 to 106 ms and 132 to 119 ms). Other versions do not know the flag, and XLA ends the process at one that it does
-    not know: so may libtpu, which has a list of its own. Call it before any array is made;
+    Without them the numbers are right. Other versions do not know the flag, and XLA ends the process at one that it
+    does not know: so may libtpu, which has a list of its own. Call it before any array is made;
     `sgw_jax.run.bfloat16.check_bfloat16` finds what is wrong in whatever version.
     """
     version = importlib.metadata.version("jaxlib").split(".")

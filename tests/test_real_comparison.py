@@ -90,6 +90,12 @@ def test_what_was_found_elsewhere_is_a_table() -> None:
     ]
 
 
+def test_networks_whose_checkpoints_are_not_here_are_named() -> None:
+    """Those of tasks that are scored nowhere else are not missing."""
+    found = {"none": {}, "kem": {"ecssd": {"max_f": 80}}, "single_semseg": {}, "single_edges": {}}
+    assert real.not_scored({"elsewhere": found}) == ["none", "single_edges"]
+
+
 def test_only_complete_runs_lose_their_checkpoints(tmp_path: Path) -> None:
     for name in ("complete", "begun"):
         (tmp_path / name / "checkpoints").mkdir(parents=True)

@@ -334,6 +334,13 @@ def elsewhere_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def not_scored(summary: Mapping[str, Any]) -> list[str]:
+    """The networks that have a task of `ELSEWHERE`, and no score of it: their checkpoints are not here."""
+    tasks = set(ELSEWHERE.values())
+    able = (name for name in summary["elsewhere"] if not name.startswith(SINGLE) or name.removeprefix(SINGLE) in tasks)
+    return [name for name in able if not summary["elsewhere"][name]]
+
+
 def draw(made: Mapping[str, Runs], folder: Path, console: Console) -> None:
     """Predictions above truth on the first photographs of test, a picture for each network of the first seed."""
     if folder.resolve().is_relative_to(ROOT):

@@ -45,10 +45,10 @@ def evaluate_split(experiment: Experiment, eval_step: Callable, state: TrainStat
       NonFiniteError: a loss is not finite; metrics would be numbers all the same, of predictions that are none.
     """
     parts = experiment.data.by_source(split)
-    sums = {}
+    variables, sums = state.variables, {}
     for name, data in (parts or {"": experiment.data}).items():
         with data.evaluation(split) as batches:
-            sums[name] = evaluation_sums(eval_step, state.variables, batches, experiment.mesh)
+            sums[name] = evaluation_sums(eval_step, variables, batches, experiment.mesh)
     found = evaluation_of_mixture(sums, experiment.tasks) if parts else evaluation_of(sums[""], experiment.tasks)
     check_finite_losses(found, int(state.step), split)
     return found
