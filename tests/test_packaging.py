@@ -12,7 +12,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "sgw_jax"
-SCRIPTS = sorted({*(p for d in ROOT.iterdir() if d.is_dir() for p in d.rglob("*.sh")), ROOT / ".ci" / "run"})
+# A newcomer's virtual environment may lie in the checkout; the scripts in it are others'.
+FOLDERS = [path for path in ROOT.iterdir() if path.is_dir() and not (path / "pyvenv.cfg").exists()]
+SCRIPTS = sorted({*(script for folder in FOLDERS for script in folder.rglob("*.sh")), ROOT / ".ci" / "run"})
 
 
 def installed() -> set[Path]:
