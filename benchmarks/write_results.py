@@ -15,7 +15,7 @@ import jinja2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout, where this runs as a script
 
-from benchmarks.claims import comparison, noise, noise_trained, real, seeds, stability
+from benchmarks.claims import comparison, elsewhere, noise, noise_trained, real, seeds, stability
 from benchmarks.measure import Results
 from benchmarks.speed import (
     backbone_speed,
@@ -53,6 +53,7 @@ def render(name: str) -> str:
         chunked_attention,
         backbone_speed,
         comparison,
+        elsewhere,
         export,
         finetuning,
         full_size,

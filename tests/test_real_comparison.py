@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from benchmarks.claims import real
+from benchmarks.claims import elsewhere, real
 from benchmarks.claims.comparison import single_task_models
+from benchmarks.claims.photographs import view
 from benchmarks.claims.runs import Runs
 from sgw_jax.experiment.build import build
 from sgw_jax.experiment.config_files import read_config
@@ -71,9 +72,9 @@ def test_a_view_has_the_images_of_one_name(tmp_path: Path) -> None:
     for split in ("train", "validation", "test"):
         (mixed / "splits" / f"{split}.txt").write_text(f"camvid_{split}\nbsds500_{split}\n", encoding="utf-8")
     for _ in range(2):
-        view = real.view(mixed, ("semseg@street", "edges"), "camvid", tmp_path)
-    assert (view / "splits" / "test.txt").read_text(encoding="utf-8") == "camvid_test\n"
-    assert {path.name: path.resolve() for path in view.iterdir() if path.is_symlink()} == {
+        folder = view(mixed, ("semseg@street", "edges"), "camvid", tmp_path)
+    assert (folder / "splits" / "test.txt").read_text(encoding="utf-8") == "camvid_test\n"
+    assert {path.name: path.resolve() for path in folder.iterdir() if path.is_symlink()} == {
         name: mixed / name for name in ("images", "semseg", "edges")
     }
 
@@ -82,7 +83,7 @@ def test_what_was_found_elsewhere_is_a_table() -> None:
     """A network without either task has no row, one without the other no number."""
     found = {"kem": {"bsds500": {"ods": 40.04, "ois": 42, "ap": 30}, "ecssd": {"max_f": 80}}}
     found |= {"single_semseg": {}, "single_saliency": {"ecssd": {"max_f": 71.26}}}
-    assert real.elsewhere_table({"elsewhere": found}).splitlines() == [
+    assert elsewhere.table({"elsewhere": found}).splitlines() == [
         "| | edges ods % ↑ | edges ois % ↑ | saliency max_f % ↑ |",
         "|---|---|---|---|",
         "| kem | 40.0 | 42.0 | 80.0 |",
@@ -93,7 +94,7 @@ def test_what_was_found_elsewhere_is_a_table() -> None:
 def test_networks_whose_checkpoints_are_not_here_are_named() -> None:
     """Those of tasks that are scored nowhere else are not missing."""
     found = {"none": {}, "kem": {"ecssd": {"max_f": 80}}, "single_semseg": {}, "single_edges": {}}
-    assert real.not_scored({"elsewhere": found}) == ["none", "single_edges"]
+    assert elsewhere.not_scored({"elsewhere": found}) == ["none", "single_edges"]
 
 
 def test_only_complete_runs_lose_their_checkpoints(tmp_path: Path) -> None:
@@ -137,5 +138,5 @@ def test_tasks_of_the_mixture_and_a_single_seed_are_gains_too() -> None:
 
 def test_a_run_that_came_without_its_checkpoints_has_found_nothing_elsewhere(tmp_path: Path) -> None:
     runs = Runs("FILE", (), 1, tmp_path, tmp_path / "cache")
-    assert real.elsewhere(runs, "kem", {}) == {}
+    assert elsewhere.scores(runs, "kem", {}) == {}
     assert not (runs.folder("kem", 0) / "elsewhere.json").exists()

@@ -3,9 +3,12 @@
 Its values are written down here and not taken from configs/people.py, so that a comparison goes on as it began.
 """
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from sgw_jax.configs import base
+from sgw_jax.data_pipelines.atomic import write_atomically
 
 PEOPLE = ("semseg", "human_parts", "saliency", "edges")
 # Of mixed/, by the beginning of the images' names: the tasks that they have labels of. Streets have other classes.
@@ -19,7 +22,7 @@ ALL = (*PEOPLE, "semseg@street", "depth", "normals")
 
 
 def get_config(arg: str | None = None):
-    """root: the folder that holds people/; views: that of the views of mixed/ (`real.view`), or empty for people alone;
+    """root: the folder that holds people/; views: that of the views of mixed/ (`view`), or empty for people alone;
     tasks: names joined by "+", all where there are none; tuned: frozen, or lora."""
     config = base.get_config()
     options = base.parse_arg(arg, root="", views="", tasks="", tuned="frozen")
@@ -59,3 +62,17 @@ def get_config(arg: str | None = None):
     else:
         config.optimizer.backbone_scale = 0.0
     return config
+
+
+def view(mixed: Path, tasks: Sequence[str], start: str, out: Path) -> Path:
+    """A data folder of those images of another whose names begin so, by links to that one's folders."""
+    folder = out.resolve() / "views" / start
+    (folder / "splits").mkdir(parents=True, exist_ok=True)
+    for name in ("images", *(task.partition("@")[0] for task in tasks)):
+        with contextlib.suppress(FileExistsError):  # of an earlier time, or another process
+            (folder / name).symlink_to(mixed / name)
+    for split in ("train", "validation", "test"):
+        ids = (mixed / "splits" / f"{split}.txt").read_text(encoding="utf-8").split()
+        kept = [name for name in ids if name.startswith(start)]
+        write_atomically(folder / "splits" / f"{split}.txt", "\n".join(kept) + "\n", contended=True)
+    return folder

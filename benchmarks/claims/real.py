@@ -38,8 +38,6 @@ No photograph may enter the repository: --pictures draws the first seed's predic
 """
 
 import argparse
-import contextlib
-import copy
 import dataclasses
 import shutil
 import sys
@@ -48,43 +46,33 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, where this runs as a script
 
-from benchmarks.claims import seeds
+from benchmarks.claims import elsewhere, seeds
 from benchmarks.claims.compare import BY_REPRESENTATION, METHODS
 from benchmarks.claims.comparison import SINGLE, markdown, single_task_models, summarise
-from benchmarks.claims.photographs import MIXED, PEOPLE
+from benchmarks.claims.photographs import MIXED, PEOPLE, view
 from benchmarks.claims.runs import (
     Busy,
     Method,
     Runs,
     begin,
-    claim,
     equal_mlp_width,
     measured_on,
     shared,
+    trained_network,
     with_rate,
     without_repeats,
 )
-from benchmarks.measure import DASH, Results
-from sgw_jax.data_pipelines.atomic import replacing, write_atomically
-from sgw_jax.evaluation.edge_scores import edge_scores
-from sgw_jax.evaluation.evaluate import evaluate
+from benchmarks.measure import Results
+from sgw_jax.data_pipelines.atomic import replacing
 from sgw_jax.evaluation.examples import collect_examples
 from sgw_jax.evaluation.metrics import delta_m
-from sgw_jax.experiment.build import build
-from sgw_jax.experiment.data import build_data
-from sgw_jax.experiment.experiment import Experiment
-from sgw_jax.experiment.network import build_model
 from sgw_jax.pictures.gallery import gallery
-from sgw_jax.run.finite import check_finite_losses
 from sgw_jax.run.logs import without_nan
-from sgw_jax.run.saved_run import open_run
 from sgw_jax.tasks.base import Task
-from sgw_jax.train_step import make_eval_step
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).with_name("photographs.py")
@@ -101,11 +89,7 @@ SETTINGS = {  # data, what of the backbone learns: methods, seeds, learning rate
 }
 NASH = "nash_mtl"
 
-# Images of mixed/ by the beginning of their names, and what is scored on them.
-ELSEWHERE = {"bsds500": "edges", "ecssd": "saliency"}
-ELSEWHERE_SIZE = (224, 224)  # upright and lying images fit into it
 SHOWN = 4  # photographs in a picture
-MAX_DIST = 0.0075  # of a match, as a share of the diagonal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,14 +178,14 @@ def attempt(argv: Sequence[str] | None = None) -> int:
     if not complete:
         raise Busy
     for name in chosen:
-        scored = elsewhere(made[name], name, views)
+        scored = elsewhere.scores(made[name], name, views)
         complete &= scored is not None
         summary["elsewhere"] = summary.get("elsewhere", {}) | {name: scored}
     if not complete:
         raise Busy
     keep(summary, setting, arguments)
     clock.begun("done")
-    console.print(markdown(summary), elsewhere_table(summary), sep="\n\n", soft_wrap=True)
+    console.print(markdown(summary), elsewhere.table(summary), sep="\n\n", soft_wrap=True)
     return 0
 
 
@@ -249,64 +233,6 @@ def forget_checkpoints(folder: Path) -> None:
         shutil.rmtree(result.parent / "checkpoints", ignore_errors=True)
 
 
-def view(mixed: Path, tasks: Sequence[str], start: str, out: Path) -> Path:
-    """A data folder of those images of another whose names begin so, by links to that one's folders."""
-    folder = out.resolve() / "views" / start
-    (folder / "splits").mkdir(parents=True, exist_ok=True)
-    for name in ("images", *(task.partition("@")[0] for task in tasks)):
-        with contextlib.suppress(FileExistsError):  # of an earlier time, or another process
-            (folder / name).symlink_to(mixed / name)
-    for split in ("train", "validation", "test"):
-        ids = (mixed / "splits" / f"{split}.txt").read_text(encoding="utf-8").split()
-        kept = [name for name in ids if name.startswith(start)]
-        write_atomically(folder / "splits" / f"{split}.txt", "\n".join(kept) + "\n", contended=True)
-    return folder
-
-
-def elsewhere(runs: Runs, name: str, views: Mapping[str, Path]) -> dict[str, Any] | None:
-    """{images: {metric: value in %}} of the first seed's network on the images of `ELSEWHERE`, of tasks that it has;
-    kept beside its other results. Nothing where the run was made on another machine and came without its checkpoints;
-    None where another process is at it."""
-    results = Results("real", runs.folder(name, 0) / "elsewhere.json")
-    try:
-        with claim(runs.folder(name, 0)):
-            if not results.path.exists():
-                if not (runs.folder(name, 0) / "checkpoints").is_dir():
-                    return {}
-                results.write({"found": scored_elsewhere(runs, name, views)})
-    except Busy:
-        return None
-    return results.load()["found"]
-
-
-def scored_elsewhere(runs: Runs, name: str, views: Mapping[str, Path]) -> dict[str, Any]:
-    """What `elsewhere` keeps."""
-    experiment, variables = trained_network(runs.folder(name, 0), runs.cache_dir)
-    found: dict[str, dict[str, float]] = {}
-    for task in experiment.tasks:
-        for start in (start for start, labelled in ELSEWHERE.items() if labelled == task.name):
-            config = copy.deepcopy(experiment.config)
-            with config.unlocked():
-                config.data.update({"source": "folder", "root": str(views[start]), "size": ELSEWHERE_SIZE})
-            model, mesh = build_model(config, experiment.tasks, experiment.size), experiment.mesh
-            data = build_data(config, [task], cache_dir="")
-            with jax.set_mesh(mesh), data.evaluation("test") as batches:
-                if task.boundary_scores:
-                    found[start] = edge_scores(model, variables, batches, mesh, task=task, max_dist=MAX_DIST)
-                else:
-                    scored = evaluate(jax.jit(make_eval_step(model, [task])), variables, batches, mesh, [task])
-                    check_finite_losses(scored, STEPS, start)
-                    found[start] = {task.metric: scored.metrics[task.name][task.metric]}
-    return found
-
-
-def trained_network(folder: Path, cache_dir: Path) -> tuple[Experiment, Any]:
-    """A run's experiment, and the variables that it is evaluated by."""
-    with open_run(folder, "last") as run:
-        experiment = build(run.config, cache_dir, run.tasks)
-        return experiment, run.variables(experiment.model)
-
-
 def by_task(summary: Mapping[str, Any]) -> str:
     """Markdown: each task's relative gain over its single-task network in %, by pairs of the same seed."""
     names = [task["name"] for task in summary["tasks"]]
@@ -317,28 +243,6 @@ def by_task(summary: Mapping[str, Any]) -> str:
     ]
     views = "" if set(names) <= set(PEOPLE) else ",views=DIR"  # tasks of mixed/ are those of its sources
     return seeds.by_task({"single": alone, **runs}, f"{CONFIG}:tasks={'+'.join(names)}{views}")
-
-
-def elsewhere_table(summary: Mapping[str, Any]) -> str:
-    """Markdown: ODS and OIS on BSDS500's images, max-F on ECSSD's, of each network that has the task."""
-    heads = {
-        "edges ods % ↑": ("bsds500", "ods"),
-        "edges ois % ↑": ("bsds500", "ois"),
-        "saliency max_f % ↑": ("ecssd", "max_f"),
-    }
-    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for name, found in summary["elsewhere"].items():
-        if found:
-            cells = [f"{found[images][metric]:.1f}" if images in found else DASH for images, metric in heads.values()]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def not_scored(summary: Mapping[str, Any]) -> list[str]:
-    """The networks that have a task of `ELSEWHERE`, and no score of it: their checkpoints are not here."""
-    tasks = set(ELSEWHERE.values())
-    able = (name for name in summary["elsewhere"] if not name.startswith(SINGLE) or name.removeprefix(SINGLE) in tasks)
-    return [name for name in able if not summary["elsewhere"][name]]
 
 
 def draw(made: Mapping[str, Runs], folder: Path, console: Console) -> None:

@@ -31,6 +31,7 @@ from sgw_jax.experiment.tasks import build_tasks
 from sgw_jax.host import keep_freed_memory, sound_fusions
 from sgw_jax.report.results import count_parameters
 from sgw_jax.run.logs import without_nan
+from sgw_jax.run.saved_run import open_run
 from sgw_jax.run.steps import compiled_eval_step, evaluate_split
 from sgw_jax.train import train
 
@@ -251,3 +252,10 @@ def run(experiment: Experiment, workdir: Path, trunk: Path | None, split: str = 
     }
     Results("compare", workdir / "result.json").write(without_nan(result))
     jax.clear_caches()  # a hundred runs' programs would fill the memory; the next of this network reads them from disk
+
+
+def trained_network(folder: Path, cache_dir: Path) -> tuple[Experiment, Any]:
+    """A complete run's experiment, and the variables that it is evaluated by."""
+    with open_run(folder, "last") as run:
+        experiment = build(run.config, cache_dir, run.tasks)
+        return experiment, run.variables(experiment.model)
