@@ -19,7 +19,8 @@ TASKS = (SemSeg(), Depth())
 
 def run(miou, rmse, diagnostics=None):
     metrics = {"semseg": {"miou": miou}, "depth": {"rmse": rmse}}
-    return {"metrics": metrics, "parameters": 1234, "images_per_second": 50.0, "diagnostics": diagnostics}
+    measured = {"images_per_second": 50.0, "environment": {"device": "cpu"}}
+    return {"metrics": metrics, "parameters": 1234, "diagnostics": diagnostics, **measured}
 
 
 def diagnostics():
@@ -70,6 +71,13 @@ def test_widened_has_as_many_parameters_as_kem():
 def test_one_seed_has_no_spread():
     summary = comparison.summarise({name: runs[:1] for name, runs in FOUND.items()}, TASKS)
     assert summary["methods"][1]["over_none"]["std"] is None
+
+
+def test_devices_of_several_kinds_have_no_speed_in_common():
+    slow, fast = run(1, 1), run(1, 1) | {"images_per_second": 100.0, "environment": {"device": "NVIDIA H100"}}
+    assert comparison.speed_of([slow, slow | {"images_per_second": 60.0}]) == 55
+    assert comparison.speed_of([slow, fast]) is None
+    assert [comparison.speed(value) for value in (123.6, 50.0, 0.5785, None)] == ["124", "50", "0.58", "–"]
 
 
 def test_a_result_of_another_configuration_is_refused(tmp_path):

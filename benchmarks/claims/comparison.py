@@ -54,7 +54,7 @@ def summarise(found: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Sequence[
             {
                 "name": name,
                 "parameters": runs[0]["parameters"],
-                "images_per_second": statistics.median(run["images_per_second"] for run in runs),
+                "images_per_second": speed_of(runs),
                 **gains,
                 "tasks": {
                     task.name: spread([run["metrics"][task.name][task.metric] for run in runs]) for task in tasks
@@ -73,6 +73,12 @@ def summarise(found: Mapping[str, Sequence[Mapping[str, Any]]], tasks: Sequence[
         for task in tasks
     ]
     return {"tasks": heads, "methods": rows, "single": single}
+
+
+def speed_of(runs: Sequence[Mapping[str, Any]]) -> float | None:
+    """Images per second, the median over the seeds; None where they ran on devices of several kinds."""
+    devices = {run["environment"]["device"] for run in runs}
+    return statistics.median(run["images_per_second"] for run in runs) if len(devices) == 1 else None
 
 
 def diagnostics_of(runs: Sequence[Mapping[str, Any]], tasks: Sequence[Task]) -> dict[str, Any] | None:
@@ -118,6 +124,11 @@ def shown(value: Mapping[str, Any] | None, digits: int = 3) -> str:
     return f"{value['mean']:.{digits}g}{deviation}"
 
 
+def speed(value: float | None) -> str:
+    """Images per second, in digits that tell slow ones apart too."""
+    return DASH if value is None else f"{value:.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def markdown(summary: Mapping[str, Any]) -> str:
     """The summary as Markdown tables."""
     heads = [f"{t['name']} {t['metric']} {t['unit']} {t['better']}" for t in summary["tasks"]]
@@ -125,7 +136,7 @@ def markdown(summary: Mapping[str, Any]) -> str:
     lines.append("|---" * (len(heads) + 5) + "|")
     for row in summary["methods"]:
         cells = [shown(row["tasks"][task["name"]]) for task in summary["tasks"]]
-        start = [row["name"], f"{row['parameters']:,}", f"{row['images_per_second']:.0f}"]
+        start = [row["name"], f"{row['parameters']:,}", speed(row["images_per_second"])]
         lines.append("| " + " | ".join([*start, *cells, interval(row["delta_m"]), interval(row["over_none"])]) + " |")
     if summary["single"]:
         single = [shown(summary["single"][task["name"]]) for task in summary["tasks"]]
@@ -180,7 +191,7 @@ def page(summary: Mapping[str, Any]) -> str:
     """The summary as one self-contained page."""
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     template = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template.filters.update({"shown": shown, "interval": interval})
+    template.filters.update({"shown": shown, "interval": interval, "speed": speed})
     extent = max(
         (abs(value) for row in summary["methods"] for value in (row["over_none"] or {"values": []})["values"]),
         default=1,
