@@ -308,6 +308,7 @@ def get_config() -> ConfigDict:
                 # The pretrained layers' learning rate relative to the rest, at least 0; 0 freezes them.
                 "backbone_scale": 1.0,
                 "layer_decay": 1.0,  # ... times this, in (0, 1], to the power of the number of layers above
+                "lora_scale": 1.0,  # the learning rate of LoRA's factors relative to the rest, positive
                 "frozen_layers": 0,  # how many of the lowest blocks are frozen, with what is below them; at least 0
             },
             "schedule": {

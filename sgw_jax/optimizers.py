@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import optax.contrib
 
-from sgw_jax.backbones.layer_rates import scale_by_layer
+from sgw_jax.backbones.layer_rates import scale_by_layer, scale_lora
 from sgw_jax.data_pipelines.errors import InputError
 from sgw_jax.layers.parameter_names import is_kernel
 from sgw_jax.sharding import path_name
@@ -66,6 +66,7 @@ def make_optimizer(
     clip_norm: float | None = None,
     backbone_scale: float = 1.0,
     layer_decay: float = 1.0,
+    lora_scale: float = 1.0,
 ) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW (Loshchilov and Hutter 2019), Muon or SGD with momentum, then the learning rate.
 
@@ -77,12 +78,12 @@ def make_optimizer(
     Weight decay is decoupled and applies to kernels alone. Updates of the backbone's pretrained layers are multiplied
     by ``backbone_scale`` (0 keeps them as they are; `make_train_step(..., trained=...)` spares their gradients too) and
     by ``layer_decay`` to the power of the number of layers above, see layer_rates.py, which equals learning rates of
-    their own; what a model adds to a backbone learns at the full rate.
+    their own; those of LoRA's factors by ``lora_scale``; what a model adds to a backbone learns at the full rate.
 
     Raises:
-      ValueError: an unknown name; ``clip_norm`` or ``muon_rms`` that is not positive (None is no clipping); a learning
-        rate, ``weight_decay`` or ``backbone_scale`` below 0; ``b1``, ``b2`` or ``momentum`` outside [0, 1),
-        ``layer_decay`` outside (0, 1].
+      ValueError: an unknown name; ``clip_norm``, ``muon_rms`` or ``lora_scale`` that is not positive (None is no
+        clipping); a learning rate, ``weight_decay`` or ``backbone_scale`` below 0; ``b1``, ``b2`` or ``momentum``
+        outside [0, 1), ``layer_decay`` outside (0, 1].
     """
     inner = {
         "adamw": lambda: optax.scale_by_adam(b1=b1, b2=b2),
@@ -108,6 +109,8 @@ def make_optimizer(
         steps.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
     if (backbone_scale, layer_decay) != (1.0, 1.0):
         steps.append(scale_by_layer(backbone_scale, layer_decay))
+    if lora_scale != 1.0:
+        steps.append(scale_lora(lora_scale))
     steps.append(optax.scale_by_learning_rate(learning_rate))
     return optax.chain(*steps)
 

@@ -417,8 +417,9 @@ def test_runs_begin_go_on_and_are_read_back(tmp_path, capsys, monkeypatch):
         (["lora.rank=0"], ["config.lora.rank is 0; it must be"]),
         (["lora.rank=1", "lora.targets=norms"], ["lora.targets are ('norms',)"]),
         (["lora.rank=1", "optimizer.layer_decay=0.5"], ["config.lora freezes", "layer_decay (0.5)"]),
+        (["optimizer.lora_scale=0.1"], ["lora_scale is 0.1", "of which there are none", "set config.lora.rank"]),
     ],
-    ids=["layers", "width", "zero", "targets", "decay"],
+    ids=["layers", "width", "zero", "targets", "decay", "scale"],
 )
 def test_what_cannot_be_frozen_is_said_at_the_start(tmp_path, capsys, keys, said):
     assert main([*RUN, f"--workdir={tmp_path / 'run'}", *(f"--config.{key}" for key in keys)]) != 0

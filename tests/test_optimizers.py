@@ -67,6 +67,7 @@ def test_optimizer_errors():
         ("weight_decay", (-1e-3, np.nan, np.inf), "must not be negative"),
         ("backbone_scale", (-1e-3, np.nan), "must not be negative"),
         ("muon_rms", (0, -0.2, np.nan, np.inf), "must be positive"),
+        ("lora_scale", (0, -0.1, np.nan, np.inf), "must be positive"),
         ("clip_norm", (-1, np.nan, np.inf), "must be positive"),
         ("b1", (-0.1, 1, 1.5, np.nan), r"must be in \[0, 1\)"),
         ("b2", (-0.1, 1, 1.5, np.nan), r"must be in \[0, 1\)"),
@@ -96,6 +97,7 @@ def test_decay_mask_of_a_real_model():
 PARAMS = {
     "backbone": {"kernel": np.array([[1.0, -2.0]], np.float32), "bias": np.array([0.5], np.float32)},
     "head": {"kernel": np.array([[3.0], [0.1]], np.float32), "slots": np.array([[2.0, 1.0]], np.float32)},
+    "block": {"lora": {"a": np.array([[[0.3, -1.0]]], np.float32)}},
 }
 
 
@@ -117,7 +119,9 @@ def by_name(tree):
     return {path_name(path): np.asarray(x, np.float64) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def reference(steps, *, name="adamw", rate=0.1, decay=0.0, clip=None, scale=1.0, b1=0.9, b2=0.999, momentum=0.9):
+def reference(
+    steps, *, name="adamw", rate=0.1, decay=0.0, clip=None, scale=1.0, lora=1.0, b1=0.9, b2=0.999, momentum=0.9
+):
     """The chain in float64: clip, AdamW (Loshchilov and Hutter 2019, algorithm 2) or heavy ball, decoupled decay."""
     values = by_name(PARAMS)
     first, second = ({key: np.zeros_like(x) for key, x in values.items()} for _ in range(2))
@@ -135,7 +139,8 @@ def reference(steps, *, name="adamw", rate=0.1, decay=0.0, clip=None, scale=1.0,
             else:
                 first[key] = direction = momentum * first[key] + g
             direction = direction + decay * values[key] * key.endswith("kernel")
-            values[key] = values[key] - rate * direction * (scale if key.startswith("backbone") else 1)
+            own = scale if key.startswith("backbone") else lora if "lora" in key else 1
+            values[key] = values[key] - rate * direction * own
     return values
 
 
@@ -145,6 +150,7 @@ def reference(steps, *, name="adamw", rate=0.1, decay=0.0, clip=None, scale=1.0,
         ({}, {}),
         ({"weight_decay": 0.2, "clip_norm": 1.5}, {"decay": 0.2, "clip": 1.5}),
         ({"weight_decay": 0.2, "backbone_scale": 0.1}, {"decay": 0.2, "scale": 0.1}),
+        ({"weight_decay": 0.2, "lora_scale": 0.1}, {"decay": 0.2, "lora": 0.1}),
         ({"b1": 0.8, "b2": 0.95}, {"b1": 0.8, "b2": 0.95}),
         ({"name": "sgd"}, {"name": "sgd"}),
         ({"name": "sgd", "momentum": 0.0, "clip_norm": 100.0}, {"name": "sgd", "momentum": 0.0}),  # never reached

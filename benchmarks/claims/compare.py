@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the checkout, wh
 from benchmarks.claims.comparison import markdown, page, single_task_models, summarise
 from benchmarks.claims.few_labels import read_shares
 from benchmarks.claims.runs import (
+    RATE,
     Busy,
     Method,
     Runs,
@@ -43,7 +44,7 @@ from benchmarks.claims.runs import (
     read_result,
     run,
     shared,
-    with_rate,
+    with_option,
     without_repeats,
 )
 from benchmarks.measure import Results
@@ -172,7 +173,9 @@ def attempt(argv: Sequence[str] | None = None) -> int:
             progress.advance(bar, len(arguments.tune))
         if not all(rates.values()):
             raise Busy
-        cases = {name: with_rate(case, rates[name]["chosen"]) if rates else case for name, case in cases.items()}
+        cases = {
+            name: with_option(case, RATE, rates[name]["chosen"]) if rates else case for name, case in cases.items()
+        }
         losses = {name: min(rate["validation_loss"].values()) for name, rate in rates.items()}
         for group in groups:
             best = min(group, key=losses.__getitem__)

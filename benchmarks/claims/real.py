@@ -55,6 +55,7 @@ from benchmarks.claims.compare import BY_REPRESENTATION, METHODS
 from benchmarks.claims.comparison import SINGLE, markdown, single_task_models, summarise
 from benchmarks.claims.photographs import MIXED, PEOPLE, view
 from benchmarks.claims.runs import (
+    RATE,
     Busy,
     Method,
     Runs,
@@ -63,7 +64,7 @@ from benchmarks.claims.runs import (
     measured_on,
     shared,
     trained_network,
-    with_rate,
+    with_option,
     without_repeats,
 )
 from benchmarks.measure import Results
@@ -81,6 +82,7 @@ RATES = ("1e-3", "3e-3")
 EXCHANGES = ("cross_attention", "shared_workspace", "kem_plain", "skem_plain", "kem", "skem", "within_plain")
 FEWER = ("none", "cross_attention", "kem_plain", "kem")
 UNTUNED = "3e-3"  # what every frozen network chose
+LORA_SCALE, LORA_SCALES = "optimizer.lora_scale", ("1", "0.1")
 SETTINGS = {  # data, what of the backbone learns: methods, seeds, learning rates
     ("people", "frozen"): (("none", "widened", *EXCHANGES), 5, RATES),
     ("people", "lora"): (FEWER, 3, (UNTUNED,)),
@@ -143,6 +145,13 @@ def attempt(argv: Sequence[str] | None = None) -> int:
         return 0
 
     clock = Clock(console)
+    scale = None
+    if arguments.tuned == "lora":
+        none = with_option(cases["none"], RATE, UNTUNED)
+        scale = runs.tune("none", none, LORA_SCALES, clock.begun, LORA_SCALE)
+        if not scale:
+            raise Busy
+        cases = {name: with_option(method, LORA_SCALE, scale["chosen"]) for name, method in cases.items()}
     best, rates = None, {name: {"chosen": tried[0]} for name in cases}
     if len(tried) > 1:
         rates = {name: made[name].tune(name, method, tried, clock.begun) for name, method in cases.items()}
@@ -154,7 +163,7 @@ def attempt(argv: Sequence[str] | None = None) -> int:
         rates[NASH] = runs.tune(NASH, cases[NASH], tried, clock.begun)
         if not rates[NASH]:
             raise Busy
-    chosen = {name: with_rate(method, rates[name]["chosen"]) for name, method in cases.items()}
+    chosen = {name: with_option(method, RATE, rates[name]["chosen"]) for name, method in cases.items()}
     forget_checkpoints(runs.out / "tuning")
 
     complete = True
@@ -171,6 +180,7 @@ def attempt(argv: Sequence[str] | None = None) -> int:
             "seeds": seed + 1,
             "rates": rates,
             "best": best,
+            "lora_scale": scale,
             "runs": without_repeats(found),
             "environment": measured_on(found),
         }

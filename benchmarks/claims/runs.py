@@ -22,6 +22,7 @@ from benchmarks.claims.blind import with_blind_task
 from benchmarks.claims.distractors import distractors, with_distractors
 from benchmarks.claims.few_labels import with_few_labels
 from benchmarks.measure import Results
+from sgw_jax.configs import base
 from sgw_jax.data_pipelines.atomic import alone
 from sgw_jax.evaluation.diagnostics import diagnose
 from sgw_jax.experiment.build import build
@@ -37,6 +38,7 @@ from sgw_jax.train import train
 
 Method = tuple[str, Mapping[str, str]]  # the interaction, and options over the configuration's
 
+RATE = "optimizer.learning_rate"
 TUNING_SEED = 500  # none of those that are compared
 PATIENCE = 10.0  # seconds, between looks at what other processes are making: a look costs about one
 
@@ -104,25 +106,27 @@ class Runs:
         experiment = with_distractors(experiment, others) if others else experiment
         return with_blind_task(experiment, self.blind) if self.blind else experiment
 
-    def tune(self, name: str, method: Method, rates: Sequence[str], begun: Callable[[str], None]) -> dict[str, Any]:
-        """Tries the learning rates with a seed of its own, and chooses that of the lowest loss on the validation split:
-        {"chosen": rate, "validation_loss": {rate: loss}, "validation": {task: {metric: value}} of the chosen}; nothing
-        where another process is still at one of them."""
-        folders = {rate: self.out / "tuning" / name / rate for rate in rates}
-        at_rate = {rate: with_rate(method, rate) for rate in rates}
+    def tune(
+        self, name: str, method: Method, values: Sequence[str], begun: Callable[[str], None], key: str = RATE
+    ) -> dict[str, Any]:
+        """Tries values of a key with a seed of its own, and chooses that of the lowest loss on the validation split:
+        {"chosen": value, "validation_loss": {value: loss}, "validation": {task: {metric: value}} of the chosen};
+        nothing where another process is still at one of them."""
+        folders = {value: self.out / "tuning" / name / value for value in values}
+        methods = {value: with_option(method, key, value) for value in values}
         complete = [
             self._made(
                 folder,
-                lambda rate=rate: self.build(at_rate[rate], TUNING_SEED, tuning=True),
+                lambda value=value: self.build(methods[value], TUNING_SEED, tuning=True),
                 "validation",
-                lambda rate=rate: begun(f"{name}, learning rate {rate}"),
+                lambda value=value: begun(f"{name}, {key}={value}"),
             )
-            for rate, folder in folders.items()
+            for value, folder in folders.items()
         ]
         if not all(complete):
             return {}
-        found = {rate: read_result(folder) for rate, folder in folders.items()}
-        losses = {rate: result["loss"] for rate, result in found.items()}
+        found = {value: read_result(folder) for value, folder in folders.items()}
+        losses = {value: result["loss"] for value, result in found.items()}
         chosen = min(losses, key=losses.__getitem__)
         return {"chosen": chosen, "validation_loss": losses, "validation": found[chosen]["metrics"]}
 
@@ -177,9 +181,9 @@ def measured_on(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, A
     return {key: value[0] if len(value) == 1 else value for key, value in values.items()}
 
 
-def with_rate(method: Method, rate: str) -> Method:
-    """The method at a learning rate."""
-    return method[0], {**method[1], "optimizer.learning_rate": rate}
+def with_option(method: Method, key: str, value: str) -> Method:
+    """The method with a value of a key of the configuration."""
+    return method[0], {**method[1], key: value}
 
 
 def equal_mlp_width(kem: Experiment) -> int:
@@ -220,13 +224,24 @@ def done(experiment: Experiment, workdir: Path, trunk: Path | None) -> bool:
     path = workdir / "result.json"
     if not path.exists():
         return False
-    old, new = read_result(workdir).get("made_by", {}), made_by(experiment, trunk)
+    defaults = json.loads(base.get_config().to_json_best_effort())
+    old, new = filled(read_result(workdir).get("made_by", {}), defaults), made_by(experiment, trunk)
     other = [key for key in new if old.get(key) != new[key]]
     if other:
         raise SystemExit(
             f"{path} was made with another {', '.join(other)}: give another --out, or delete {workdir} to run it anew."
         )
     return True
+
+
+def filled(old: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """An earlier version's configuration: a key that it did not know has its default, what it knew keeps its value."""
+    inner = {
+        key: filled(old[key], value)
+        for key, value in defaults.items()
+        if isinstance(old.get(key), dict) and isinstance(value, dict)
+    }
+    return {**defaults, **old, **inner}
 
 
 def run(experiment: Experiment, workdir: Path, trunk: Path | None, split: str = "test") -> None:

@@ -1,5 +1,6 @@
-"""Learning rates of a pretrained backbone: one factor for all of it, and decay from layer to layer."""
+"""Learning rates of a pretrained backbone: one factor for all of it, decay from layer to layer, and LoRA's own."""
 
+import math
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import optax
 from jaxtyping import Array
 
 from sgw_jax.data_pipelines.errors import InputError
-from sgw_jax.layers.parameter_names import in_backbone, is_added, layers_of, stage_depths
+from sgw_jax.layers.parameter_names import in_backbone, is_added, is_lora, layers_of, stage_depths
 from sgw_jax.sharding import path_name
 
 
@@ -46,3 +47,19 @@ def scale_by_layer(scale: float, decay: float) -> optax.GradientTransformation:
         return jax.tree_util.tree_map_with_path(rescale, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def scale_lora(scale: float) -> optax.GradientTransformation:
+    """Multiplies updates of LoRA's factors, wherever they are, by ``scale`` (our decision: Hayou et al. 2024, LoRA+,
+    scale B's alone).
+
+    Raises:
+      ValueError: a scale that is not positive.
+    """
+    if not 0 < scale < math.inf:
+        raise InputError(f"optimizer: lora_scale is {scale}; it must be positive.")
+
+    def rescale(path: Any, leaf: Array) -> Array:
+        return leaf * jnp.asarray(scale, leaf.dtype) if is_lora(path_name(path)) else leaf
+
+    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(rescale, updates))

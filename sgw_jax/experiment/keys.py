@@ -254,6 +254,7 @@ ALLOWED: Table = {
         "clip_norm": optional(POSITIVE),
         "backbone_scale": NOT_NEGATIVE,
         "layer_decay": SHARE,
+        "lora_scale": POSITIVE,
         "frozen_layers": whole(0),
     },
     "schedule": {"name": OneOf(SCHEDULES), "warmup_steps": whole(0)},

@@ -69,12 +69,18 @@ def build_lora(config: ConfigDict) -> LoRA | None:
     """The low-rank updates of the backbone; None without `config.lora.rank`."""
     options = config.get("lora")  # no key in checkpoints of earlier releases
     if options is None or options.rank is None:
+        scale = config.optimizer.get("lora_scale", 1.0)
+        if scale != 1:
+            raise InputError(
+                f"config.optimizer.lora_scale is {scale}, the rate of LoRA's factors, of which there are none: leave "
+                "it at 1, or set config.lora.rank."
+            )
         return None
     if config.optimizer.backbone_scale not in (0, 1) or config.optimizer.layer_decay != 1:
         raise InputError(
             f"config.lora freezes the pretrained layers, so that config.optimizer.backbone_scale "
             f"({config.optimizer.backbone_scale}) and layer_decay ({config.optimizer.layer_decay}) have nothing to "
-            "scale; leave them at 1, or set config.lora.rank=None."
+            "scale; leave them at 1, or set config.lora.rank=None. The factors' rate is config.optimizer.lora_scale."
         )
     return LoRA(options.rank, options.alpha, tuple(options.targets))
 
