@@ -104,6 +104,22 @@ def test_a_result_of_another_configuration_is_refused(tmp_path):
         runs.done(experiment(7), workdir, other)
 
 
+def test_a_key_that_an_earlier_version_did_not_know_had_its_default(tmp_path):
+    """So that a comparison goes on after the configuration has grown; another value of it is another run."""
+
+    def experiment(*options):
+        config = read_config("scenes", options)
+        config.mesh.data = -1
+        return build(config, "unused")
+
+    made = runs.made_by(experiment(), None)
+    del made["optimizer"]["layer_decay"], made["profile_steps"]
+    (tmp_path / "result.json").write_text(json.dumps({"made_by": made}), encoding="utf-8")
+    assert runs.done(experiment(), tmp_path, None)
+    with pytest.raises(SystemExit, match="made with another optimizer: give another --out"):
+        runs.done(experiment("--config.optimizer.layer_decay=0.5"), tmp_path, None)
+
+
 def test_labels_of_a_share_of_the_images():
     """About the share (six standard errors of 512 draws), the same ones again, and fewer of them for a smaller share;
     images, other tasks and the other splits keep all; a result says it."""

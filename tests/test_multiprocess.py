@@ -146,7 +146,8 @@ def first_steps(mesh):
         for number in range(3):
             state, metrics = step(state, batch)
             losses.append([metrics[f"loss/{task.name}"] for task in DEPTHS])
-            momentum = jax.tree.leaves(everywhere(state.opt_state)) if number == 0 else momentum
+            if number == 0:
+                momentum = jax.tree.leaves(everywhere(state.opt_state))
     return {"losses": np.array(jax.device_get(losses)), **{str(i): np.asarray(x) for i, x in enumerate(momentum)}}
 
 

@@ -446,7 +446,8 @@ def train(model, tasks, optimizer, state, batch, mesh, steps):
         for step in range(steps):
             state, metrics = update(state, placed)
             losses.append([metrics[f"loss/{task.name}"] for task in tasks])
-            gradient = first_gradient(state) if step == 0 else gradient
+            if step == 0:
+                gradient = first_gradient(state)
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
     return np.asarray(jax.device_get(losses)), gradient
@@ -463,7 +464,8 @@ def curve(start, one_step):
     for step in range(30):
         state, metrics = one_step(state, batch)
         losses.append([metrics[f"loss/{task.name}"] for task in TASKS])
-        gradient = first_gradient(state) if step == 0 else gradient
+        if step == 0:
+            gradient = first_gradient(state)
     return np.asarray(jax.device_get(losses)), gradient
 
 

@@ -161,7 +161,7 @@ def _module_sums(
     }
 
 
-def _sum_valid(values: Float[Array, "batch *rest"], valid: Bool[Array, " batch"]) -> Array:
+def _sum_valid(values: Float[Array, " batch *rest"], valid: Bool[Array, " batch"]) -> Array:
     # `where`, not a product: what a padded row holds, NaN included, must not enter.
     return jnp.sum(jnp.where(valid.reshape(-1, *(1,) * (values.ndim - 1)), values, 0), axis=0)
 

@@ -19,7 +19,7 @@ def cross_task_attention(
     *,
     num_heads: int = 1,
     query_chunk: int | None = 1024,
-    mask: Mapping[str, Bool[Array, "batch *space"]] | None = None,
+    mask: Mapping[str, Bool[Array, " batch *space"]] | None = None,
     dtype: Any = jnp.float32,
 ) -> dict[str, Array]:
     """``F <- F + softmax((F W_q)(F W_k)^T / sqrt(C / h)) (F W_v) W_o`` over the tokens F of all tasks together.

@@ -57,7 +57,7 @@ def knowledge_extraction(
     products: Literal["cheaper", "tokens", "slots"] = "cheaper",
     placement: Placement | None = None,
     slots: Float[Array, "batch slots width"] | None = None,
-    mask: Mapping[str, Bool[Array, "batch *space"]] | None = None,
+    mask: Mapping[str, Bool[Array, " batch *space"]] | None = None,
     change: Callable[[Array], Array] | None = None,
     dtype: Any = jnp.float32,
 ) -> Extraction:

@@ -105,7 +105,7 @@ def workspace_interaction(
     features: Mapping[str, Float[Array, "batch *space channels"]],
     *,
     slots: Float[Array, "batch slots channels"],
-    mask: Mapping[str, Bool[Array, "batch *space"]] | None = None,
+    mask: Mapping[str, Bool[Array, " batch *space"]] | None = None,
     placement: Placement | None = None,
     dtype: Any = jnp.float32,
     **options: Any,

@@ -89,7 +89,7 @@ def concatenate_tasks(
 
 
 def concatenate_mask(
-    mask: Mapping[str, Bool[Array, "batch *space"]], layout: TokenLayout, caller: str
+    mask: Mapping[str, Bool[Array, " batch *space"]], layout: TokenLayout, caller: str
 ) -> Bool[Array, "batch tokens"]:
     """The mask of every map, in the order of the sequence.
 

@@ -212,7 +212,7 @@ class KEM(nn.Module):
         slots: Float[Array, "batch slots slot_dim"] | None = None,
         return_slots: bool = False,
         *,
-        mask: Mapping[str, Bool[Array, "batch *space"]] | Sequence[Array] | None = None,
+        mask: Mapping[str, Bool[Array, " batch *space"]] | Sequence[Array] | None = None,
         change: Callable[[Array], Array] | None = None,
         **named: Float[Array, "batch *space channels"],
     ) -> Any:

@@ -242,7 +242,7 @@ class WorkspaceInteraction(nn.Module):
         slots: Float[Array, "batch slots channels"] | None = None,
         return_slots: bool = False,
         *,
-        mask: Mapping[str, Bool[Array, "batch *space"]] | Sequence[Array] | None = None,
+        mask: Mapping[str, Bool[Array, " batch *space"]] | Sequence[Array] | None = None,
         **named: Float[Array, "batch *space channels"],
     ) -> Any:
         features, as_given = by_name(features, named, "SharedWorkspace")

@@ -14,7 +14,7 @@ class DropPath(nn.Module):
     """
 
     @nn.compact
-    def __call__(self, branch: Float[Array, "batch *rest"], rate: Array | float, train: bool) -> Array:
+    def __call__(self, branch: Float[Array, " batch *rest"], rate: Array | float, train: bool) -> Array:
         if not train or (isinstance(rate, float) and rate == 0.0):
             return branch
         keep = 1.0 - jnp.asarray(rate, jnp.float32)

@@ -76,7 +76,7 @@ class CrossTaskAttention(nnx.Module):
         self,
         features: Mapping[str, Float[Array, "batch *space channels"]] | Sequence[Array] | None = None,
         *,
-        mask: Mapping[str, Bool[Array, "batch *space"]] | Sequence[Array] | None = None,
+        mask: Mapping[str, Bool[Array, " batch *space"]] | Sequence[Array] | None = None,
         **named: Float[Array, "batch *space channels"],
     ) -> Any:
         maps, as_given = by_name(features, named, "CrossTaskAttention")

@@ -153,7 +153,7 @@ class KEM(nnx.Module):
         slots: Float[Array, "batch slots slot_dim"] | None = None,
         return_slots: bool = False,
         *,
-        mask: Mapping[str, Bool[Array, "batch *space"]] | Sequence[Array] | None = None,
+        mask: Mapping[str, Bool[Array, " batch *space"]] | Sequence[Array] | None = None,
         change: Callable[[Array], Array] | None = None,
         **named: Float[Array, "batch *space channels"],
     ) -> Any:
@@ -168,7 +168,7 @@ class KEM(nnx.Module):
         features: Mapping[str, Float[Array, "batch *space channels"]],
         slots: Float[Array, "batch slots slot_dim"] | None = None,
         *,
-        mask: Mapping[str, Bool[Array, "batch *space"]] | None = None,
+        mask: Mapping[str, Bool[Array, " batch *space"]] | None = None,
         change: Callable[[Array], Array] | None = None,
     ) -> Extraction:
         """The call, with attention weights, chosen tokens and read-outs.

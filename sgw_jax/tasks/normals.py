@@ -178,17 +178,17 @@ def _unit(vectors: Array) -> Array:
     return scaled / jnp.where(length > 0, length, 1)
 
 
-def _histogram(angle: Array, valid: Array) -> Int[Array, "bins"]:
+def _histogram(angle: Array, valid: Array) -> Int[Array, " bins"]:
     """How many valid pixels lie in each bin of the median."""
     bins = jnp.clip(jnp.sqrt(angle / 180) * DIGIT**2, 0, DIGIT**2 - 1).astype(jnp.int32)
     return jax.lax.platform_dependent(bins, valid, tpu=_counts_by_products, default=_counts_by_scatter)
 
 
-def _counts_by_scatter(bins: Array, valid: Array) -> Int[Array, "bins"]:
+def _counts_by_scatter(bins: Array, valid: Array) -> Int[Array, " bins"]:
     return jnp.zeros(DIGIT**2, jnp.int32).at[bins.reshape(-1)].add(valid.reshape(-1).astype(jnp.int32))
 
 
-def _counts_by_products(bins: Array, valid: Array) -> Int[Array, "bins"]:
+def _counts_by_products(bins: Array, valid: Array) -> Int[Array, " bins"]:
     """The same without a scatter, which a TPU does slowly; a CPU takes a hundred times as long.
 
     A bin's number has two digits; the counts of a row are the product of the digits' one-hot matrices, of zeros and
