@@ -52,6 +52,12 @@ def test_the_configuration_says_what_learns() -> None:
     }
 
 
+def test_a_rate_of_factors_that_are_not_there_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        real.main(["--weights=DIR", "--lora_scale=0.1"])
+    assert "--lora_scale is a rate of LoRA's factors: give --tuned=lora" in capsys.readouterr().err
+
+
 def test_a_network_of_one_task_reads_what_has_labels_of_it() -> None:
     runs = Runs("FILE:root=DIR", (), 1, Path("out"), Path("cache"))
     names = single_task_models(TASKS)
