@@ -14,7 +14,8 @@ Result:    on test 43.8 % mIoU of clothing, 65.8 % of parts, 97.1 % max-F of sal
            44.1, 63.9, 97.1, 47.0).
 Variants:  --config=people:interaction=none,tasks=semseg+edges
            fine-tuned: --config.optimizer.backbone_scale=0.03 --config.optimizer.layer_decay=0.75, or low-rank updates
-           alone, --config.lora.rank=8; both without backbone_cache, and several times slower.
+           alone, --config.lora.rank=8 --config.optimizer.lora_scale=0.1; both without backbone_cache, and several times
+           slower.
 """
 
 from sgw_jax.configs import base
