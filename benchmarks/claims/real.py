@@ -29,8 +29,8 @@ six tasks, with the streets' classes as a seventh head, at 224 x 224, about five
   so 8 and 11 networks.
 - Changed when LoRA had two seeds, of which the test scores were seen: with the factors at the rate of the new heads the
   gradient's norm jumps tenfold in the first steps, with jax 0.10 and 0.12 on CPUs, and two networks of one task never
-  recover, so that seeds compare accidents (--lora_scale=1). Their rate, 1 or a tenth of the rest's, is chosen by none's loss on
-  validation with the tuning's seed, the same for all networks; then seeds from the first on.
+  recover, so that seeds compare accidents (--lora_scale=1). Their rate, 1 or a tenth of the rest's, is chosen by none's
+  loss on validation with the tuning's seed, the same for all networks; then seeds from the first on.
 - As it was made: people+mixed and LoRA have one seed, LoRA at the rate of the heads two. Without AMX a run of theirs
   takes 8 to 25 minutes of both cores. Of the first seeds of people+mixed and of lora_scale=1 thirteen runs are of an
   H100, those of LoRA but for the networks of saliency and of edges alone, and all networks of one task of people+mixed;
