@@ -31,10 +31,10 @@ six tasks, with the streets' classes as a seventh head, at 224 x 224, about five
   gradient's norm jumps tenfold in the first steps, with jax 0.10 and 0.12 on CPUs, and two networks of one task never
   recover, so that seeds compare accidents (--lora_scale=1). Their rate, 1 or a tenth of the rest's, is chosen by none's
   loss on validation with the tuning's seed, the same for all networks; then seeds from the first on.
-- As it was made: people+mixed and LoRA have three seeds, at the rate of the heads LoRA has two. Of the first seeds of
-  people+mixed and of lora_scale=1 thirteen runs are of an H100, those of lora_scale=1 but for saliency and edges alone,
-  and all networks of one task of people+mixed; their checkpoints did not come along. On two cores a run of LoRA or of
-  people+mixed took 2 to 25 minutes, two side by side, as the machine was.
+- As it was made: people+mixed and LoRA have three seeds, both together one, at the rate of the heads LoRA has two. Of
+  the first seeds of people+mixed, frozen, and of lora_scale=1 thirteen runs are of an H100, those of lora_scale=1 but
+  for saliency and edges alone, and all networks of one task of people+mixed; their checkpoints did not come along. On
+  two cores a run of LoRA or of people+mixed took 2 to 60 minutes, two side by side, as the machine was.
 
 Of the first seed's networks there are also ODS and OIS of edges on the BSDS500 images of mixed/, and max-F of saliency
 on its ECSSD images. Those of people alone were not trained for these: there edges are the borders of clothing. Nothing
